@@ -1,0 +1,81 @@
+"""What a trained autoencoder is judged by: reconstruction, clusters, and whether samples around a prototype obey it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from image_data import Images
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+import proto_reg
+
+
+def train_judge(data: Images, epochs: int, generator: torch.Generator) -> nn.Module:
+    """An independent classifier of images, never shown anything but real ones."""
+    classes = int(data.train_labels.max()) + 1
+    judge = nn.Sequential(nn.Linear(data.train.shape[1], 256), nn.ReLU(), nn.Dropout(0.3), nn.Linear(256, classes))
+    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for index in torch.randperm(len(data.train), generator=generator).split(128):
+            loss = F.cross_entropy(judge(data.train[index]), data.train_labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return judge.eval()
+
+
+@torch.no_grad()
+def evaluate(
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    data: Images,
+    judge: nn.Module,
+    head: proto_reg.PrototypeHead | None,
+    num_prototypes: int,
+) -> dict[str, float]:
+    """One row of the table. Without a head only what an autoencoder without prototypes has."""
+    z = encode(data.test)
+    row = {"mse": F.mse_loss(decode(z), data.test).item()}
+    train_z = encode(data.train)
+    clusters = KMeans(num_prototypes, n_init=1, random_state=0).fit(train_z[:10_000].numpy())
+    found = torch.from_numpy(clusters.predict(z.numpy())).long()
+    table = torch.zeros(num_prototypes, int(data.test_labels.max()) + 1).index_put_(
+        (found, data.test_labels), torch.tensor(1.0), accumulate=True
+    )
+    row["kmeans_purity"] = (table.amax(1).sum() / table.sum()).item()
+    if head is None:
+        return row
+    metrics = proto_reg.functional.latent_metrics(z, head, data.test_labels)
+    row |= {name: value for name, value in metrics.items() if isinstance(value, float)}
+    return row | control(decode, head, train_z, data.train_labels, judge)
+
+
+@torch.no_grad()
+def control(
+    decode: Callable[[Tensor], Tensor],
+    head: proto_reg.PrototypeHead,
+    train_z: Tensor,
+    train_labels: Tensor,
+    judge: nn.Module,
+    per_prototype: int = 100,
+) -> dict[str, float]:
+    """Share of decoded N(v_k, I) samples, and of decoded v_k, that the judge gives to the majority class of cluster k.
+
+    All K prototypes count; one without latents has no class and counts as wrong.
+    """
+    assigned = head(train_z).argmax(1)
+    classes = int(train_labels.max()) + 1
+    table = torch.zeros(head.num_prototypes, classes).index_put_(
+        (assigned, train_labels), torch.tensor(1.0), accumulate=True
+    )
+    majority = torch.where(table.sum(1) > 0, table.argmax(1), -1)
+    generator = torch.Generator().manual_seed(0)
+    right = [
+        (judge(decode(head.sample(per_prototype, k, generator=generator))).argmax(1) == majority[k]).float().mean()
+        for k in range(head.num_prototypes)
+    ]
+    prototypes = judge(decode(head.prototypes)).argmax(1) == majority
+    return {"control": torch.stack(right).mean().item(), "prototypes_right": prototypes.float().mean().item()}

@@ -1,0 +1,26 @@
+"""Latent spaces organised around prototypes, for any autoencoder: ``z, info = regularizer(encoder(x))``."""
+
+from __future__ import annotations
+
+from . import functional
+from ._warnings import PrototypeWarning
+from .assigner import SinkhornAssigner
+from .head import PrototypeHead, PrototypeMixture
+from .mmd import AnchoredMMDLoss
+from .regularizer import PrototypicalRegularizer, RegularizerOutput
+from .training import PrototypicalTrainerMixin, PrototypicalTraining
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AnchoredMMDLoss",
+    "PrototypeHead",
+    "PrototypeMixture",
+    "PrototypeWarning",
+    "PrototypicalRegularizer",
+    "PrototypicalTrainerMixin",
+    "PrototypicalTraining",
+    "RegularizerOutput",
+    "SinkhornAssigner",
+    "functional",
+]

@@ -1,0 +1,87 @@
+"""Argument checks shared by every room: each names the argument, what was expected, what came, and the cure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; ValueError otherwise."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}. Pick one of these.")
+    return value
+
+
+def check_positive_int(name: str, value: int, *, minimum: int = 1) -> int:
+    """Return ``value`` if it is an int >= ``minimum`` (bool is no int here)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int >= {minimum}, got {type(value).__name__} ({value!r}). Pass an int.")
+    if value < minimum:
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}. Pass a larger one.")
+    return value
+
+
+def check_number(name: str, value: float, *, above: float | None = None, at_least: float | None = None) -> float:
+    """Return ``value`` as a finite float within its bound."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r}). Pass a Python float.")
+    bound = f" > {above:g}" if above is not None else f" >= {at_least:g}" if at_least is not None else ""
+    too_low = (above is not None and not value > above) or (at_least is not None and not value >= at_least)
+    if too_low or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value}. Choose a value in that range.")
+    return float(value)
+
+
+def check_floating(name: str, value: Tensor) -> Tensor:
+    """Return ``value`` if it is a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}. Wrap it with torch.as_tensor.")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got dtype {value.dtype}. "
+            f"Convert it first, for example {name}.float()."
+        )
+    return value
+
+
+def check_matrix(name: str, value: Tensor, columns: int | None = None, *, axes: str) -> Tensor:
+    """Return ``value`` if it is a non-empty floating-point matrix of ``columns`` columns; ``axes`` names its axes."""
+    check_floating(name, value)
+    if value.ndim != 2:
+        raise ValueError(
+            f"{name}: expected shape {axes}, got {tuple(value.shape)}. "
+            "Flatten every position to a row of its own, for example with einops.rearrange."
+        )
+    if value.shape[0] == 0 or value.shape[1] == 0:
+        raise ValueError(f"{name}: expected a non-empty {axes}, got {tuple(value.shape)}. Skip empty batches.")
+    if columns is not None and value.shape[1] != columns:
+        raise ValueError(
+            f"{name}: expected {columns} columns in {axes}, got {value.shape[1]} (shape {tuple(value.shape)}). "
+            "Build both sides with the same size."
+        )
+    return value
+
+
+def check_mask(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Return ``value`` if it is None or a boolean tensor of ``shape``."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        came = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a boolean tensor (True = keep), got {came}. Convert it with {name}.bool().")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)}, one entry per latent, got {tuple(value.shape)}. "
+            "Drop the latent axis from the mask and keep the others."
+        )
+    return value
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic is done in: float64 stays, everything below float32 is widened to it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,131 @@
+"""What goes wrong quietly, said once with its cure; the device is never waited for."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .regularizer import PrototypicalRegularizer, RegularizerOutput
+
+FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
+SETTLED = 400  # training steps after which a prototype loss of ln K is no longer a beginning
+
+
+class PrototypeWarning(UserWarning):
+    """Training goes on, but something is likely not as intended."""
+
+
+class LayerWatch:
+    """Watches one layer: what shapes and options tell at once, what latents tell every so often."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+        self.looks = 0
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def __getstate__(self) -> dict:
+        return {"said": set(self.said), "looks": self.looks, "_pending": None}
+
+    def say(self, key: str, message: str) -> None:
+        """Warn with ``message`` unless this watch already spoke of ``key``."""
+        if key not in self.said:
+            self.said.add(key)
+            warnings.warn(message, PrototypeWarning, stacklevel=2)
+
+    def at_construction(self, layer: PrototypicalRegularizer, total_steps: int | None) -> None:
+        """Look at the options."""
+        if getattr(layer.assigner, "epsilon", None) == layer.temperature:
+            self.say(
+                "epsilon",
+                f"epsilon = temperature = {layer.temperature:g}: with balanced codes the prototype loss has no "
+                "gradient. Make epsilon smaller, for example temperature / 2.",
+            )
+        if total_steps is not None and layer.warmup_steps >= total_steps:
+            self.say(
+                "warmup",
+                f"warmup_steps = {layer.warmup_steps} covers all {total_steps} steps of the training: nothing will be "
+                "regularised. Shorten the warm-up.",
+            )
+        if layer.head.latent_dim >= 2048:
+            self.say(
+                "dimension",
+                f"latent_dim = {layer.head.latent_dim}: a batch says next to nothing about a normal distribution in "
+                "thousands of dimensions. Regularise positions (layout='b d h w') or put a linear bottleneck before "
+                "the layer.",
+            )
+
+    def at_step(self, layer: PrototypicalRegularizer, tokens: Tensor, output: RegularizerOutput) -> None:
+        """Look at a training step: shapes always, values after 50, 100, 200, ... steps."""
+        if torch.compiler.is_compiling():
+            return
+        count, num_prototypes = tokens.shape[0], layer.head.num_prototypes
+        if count < num_prototypes:
+            self.say(
+                "batch",
+                f"{count} latents for {num_prototypes} prototypes: each step assigns at most one latent to a prototype "
+                "and the MMD, which needs two, stays near 0. Use larger batches or fewer prototypes.",
+            )
+        self._read()
+        self.looks += 1
+        if self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1:
+            self._measure(layer, tokens, output)
+
+    @torch.no_grad()
+    def _measure(self, layer: PrototypicalRegularizer, tokens: Tensor, output: RegularizerOutput) -> None:
+        """Queue the figures to look at; on a GPU they arrive while it works on."""
+        v = layer.head.prototypes
+        residuals = tokens - v[output.assignments]
+        figures = torch.stack(
+            [
+                output.prototype_loss / math.log(max(2, len(v))),
+                tokens.amin(),
+                residuals.square().mean(),
+                torch.pdist(v.float()).amin() if len(v) > 1 else v.new_tensor(torch.inf),
+                layer.steps - layer.warmup_steps,
+            ]
+        ).float()
+        if figures.device.type != "cuda":
+            self._pending = figures.cpu(), None
+            self._read()
+            return
+        host = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = host, event
+
+    def _read(self) -> None:
+        """Judge the figures if they have arrived."""
+        if self._pending is None or (self._pending[1] is not None and not self._pending[1].query()):
+            return
+        loss, lowest, radius, separation, active_steps = self._pending[0].tolist()
+        self._pending = None
+        if active_steps >= SETTLED and loss > 0.98:
+            self.say(
+                "loss",
+                f"The prototype loss is still {loss:.2f} ln K after {active_steps:.0f} steps: latents are spread evenly "
+                "over all prototypes. Lower the temperature, start from data (head.init_from) or use fewer prototypes.",
+            )
+        if lowest >= 0:
+            self.say(
+                "sign",
+                "All latents are >= 0: no normal distribution around a prototype looks like that. Let the encoder end "
+                "in a linear layer, without ReLU.",
+            )
+        if radius > 50:
+            self.say(
+                "radius",
+                f"Latents lie {radius:.0f} times as far from their prototypes as a normal distribution would (mean "
+                "r^2/D): the Gaussian kernel has next to no gradient there. Use AnchoredMMDLoss('energy'), or scale "
+                "the latents down.",
+            )
+        if active_steps > 0 and separation < 2:
+            self.say(
+                "separation",
+                f"Two prototypes are {separation:.2f} apart, inside each other's noise of standard deviation 1. Use "
+                "fewer prototypes, a larger init_std or more latent dimensions.",
+            )

@@ -1,0 +1,10 @@
+"""The mathematics as functions; the modules of ``proto_reg`` only hold state around them."""
+
+from __future__ import annotations
+
+from .metrics import latent_metrics
+from .mmd import anchored_mmd
+from .prototypes import prototype_cross_entropy, prototype_scores
+from .sinkhorn import sinkhorn
+
+__all__ = ["anchored_mmd", "latent_metrics", "prototype_cross_entropy", "prototype_scores", "sinkhorn"]

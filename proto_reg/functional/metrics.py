@@ -1,0 +1,106 @@
+"""What a latent space looks like around its prototypes, in numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
+from .._checks import check_matrix, compute_dtype
+from ..kernels.closed_forms import gaussian_null_variance
+from .mmd import DEFAULT_SCALES
+
+SEPARATION = 2.0  # prototypes nearer than this overlap by more than 16 % (Bayes error of two unit normals)
+
+
+@torch.no_grad()
+def latent_metrics(z: Tensor, head: nn.Module, labels: Tensor | None = None) -> dict[str, float | Tensor]:
+    """Diagnose latents around the prototypes of ``head``; each latent belongs to the prototype it scores highest with.
+
+    Args:
+        z: (N, D) latents, preferably held out.
+        head: a :class:`proto_reg.PrototypeHead`, or any module with ``prototypes`` (K, D) that maps z to scores (N, K).
+        labels: (N,) class of each latent, for purity, NMI and ACC; needs the extra ``metrics`` (scikit-learn, SciPy).
+
+    Returns:
+        A dict of floats, and of two tensors (K,):
+
+        * ``usage`` (K,): share of the latents at each prototype; ``perplexity``: exp of its entropy, at most K.
+        * ``dead``: prototypes without a latent; ``duplicates``: prototypes less than 2 from another, inside its noise.
+        * ``separation``: distance of the nearest two prototypes (inf for K = 1).
+        * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, I).
+        * ``effective_rank``: exp of the entropy of the residuals' covariance spectrum (Roy and Vetterli, 2007), at
+          most D.
+        * ``standardised_mmd`` (K,): unbiased MMD to N(v_k, I) over its standard deviation under that distribution;
+          NaN for fewer than two latents. ``mean_standardised_mmd``: its mean over the others.
+        * with labels ``purity``, ``nmi`` and ``acc`` (best one-to-one matching of prototypes to classes).
+
+    Raises:
+        TypeError, ValueError: a wrong rank, dtype or size, named.
+        ImportError: labels without the extra.
+    """
+    prototypes = head.prototypes
+    check_matrix("z", z, prototypes.shape[1], axes="(N, D)")
+    dtype = compute_dtype(torch.promote_types(z.dtype, prototypes.dtype))
+    assignments = head(z.to(prototypes.dtype)).argmax(1)
+    z, v = z.to(dtype), prototypes.to(dtype)
+    counts = torch.bincount(assignments, minlength=len(v))
+    usage = counts.to(dtype) / len(z)
+    residuals = z - v[assignments]
+    apart = torch.cdist(v, v).fill_diagonal_(torch.inf)
+    standardised = _standardised_mmd(residuals, assignments, counts)
+    measured = standardised[~standardised.isnan()]
+    metrics: dict[str, float | Tensor] = {
+        "usage": usage,
+        "perplexity": torch.special.entr(usage).sum().exp().item(),
+        "dead": float((counts == 0).sum()),
+        "duplicates": float((apart.amin(1) < SEPARATION).sum()),
+        "separation": apart.amin().item(),
+        "r2_per_dim": residuals.square().mean().item(),
+        "effective_rank": _effective_rank(residuals),
+        "standardised_mmd": standardised,
+        "mean_standardised_mmd": measured.mean().item(),
+    }
+    if labels is not None:
+        metrics |= _agreement(labels, assignments)
+    return metrics
+
+
+def _standardised_mmd(residuals: Tensor, assignments: Tensor, counts: Tensor) -> Tensor:
+    scales, dim = list(DEFAULT_SCALES), residuals.shape[1]
+    values, _ = torch.ops.proto_reg.anchored_mmd(residuals, assignments, len(counts), "gaussian", scales, True, None)
+    variance = gaussian_null_variance(counts.to(values.dtype).clamp_min(2), dim, scales)
+    return torch.where(counts > 1, values / variance.sqrt(), torch.nan)
+
+
+def _effective_rank(residuals: Tensor) -> float:
+    centred = residuals - residuals.mean(0)
+    spectrum = torch.linalg.eigvalsh(centred.T.double() @ centred.double()).clamp_min(0)
+    share = spectrum / spectrum.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.special.entr(share).sum().exp().item()
+
+
+def _agreement(labels: Tensor, assignments: Tensor) -> dict[str, float | Tensor]:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a torch.Tensor, got {type(labels).__name__}. Wrap it with torch.as_tensor.")
+    if labels.shape != assignments.shape:
+        raise ValueError(
+            f"labels: expected shape {tuple(assignments.shape)}, one for each latent, got {tuple(labels.shape)}. "
+            "Pass the labels of the same examples."
+        )
+    try:
+        from scipy.optimize import linear_sum_assignment
+        from sklearn.metrics import normalized_mutual_info_score
+        from sklearn.metrics.cluster import contingency_matrix
+    except ImportError as error:
+        raise ImportError(
+            "labels: purity, NMI and ACC need scikit-learn and SciPy. Run: pip install 'proto_reg[metrics]'"
+        ) from error
+    truth, found = labels.cpu().numpy(), assignments.cpu().numpy()
+    table = contingency_matrix(truth, found)
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    return {
+        "purity": float(table.max(0).sum() / table.sum()),
+        "nmi": float(normalized_mutual_info_score(truth, found)),
+        "acc": float(table[rows, columns].sum() / table.sum()),
+    }

@@ -1,0 +1,157 @@
+"""Maximum mean discrepancy between the latents of each prototype and the normal distribution around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
+from .._checks import check_choice, check_floating, check_mask, check_matrix, check_number, compute_dtype
+from ..kernels.closed_forms import KERNELS
+
+DEFAULT_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+TARGETS = ("analytic", "sampled")
+STATISTICS = ("unbiased", "biased")
+REDUCTIONS = ("mean", "sum")
+
+
+def anchored_mmd(
+    z: Tensor,
+    anchors: Tensor,
+    assignments: Tensor,
+    *,
+    kernel: str = "gaussian",
+    scales: Sequence[float] = DEFAULT_SCALES,
+    target: str = "analytic",
+    statistic: str = "unbiased",
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """sum_k c_k MMD^2(latents of prototype k, N(v_k, I)) (paper, eq. 4 and 5).
+
+    Computed on residuals r = z - v in float32, or float64 for float64 latents, also inside autocast. Memory grows with
+    the largest slab of a cluster's kernel matrix, not with B^2. Gradients are first order.
+
+    Args:
+        z: (B, D) latents.
+        anchors: (K, D) prototypes.
+        assignments: (B,) int64 in [0, K), other values leave the latent out; or (B, K) weights >= 0, which carry no
+            gradient and cost a B x B product.
+        kernel: ``"gaussian"`` exp(-d^2 / (2 D s)), ``"imq"`` 2 D s / (2 D s + d^2), both averaged over the scales s,
+            or ``"energy"`` -d.
+        scales: bandwidths s, > 0, in units of the dimension D.
+        target: ``"analytic"`` takes the expectations under N(v_k, I) in closed form; ``"sampled"`` draws one sample
+            for each latent (hard assignments only), at about 4 times the variance.
+        statistic: ``"unbiased"`` (U) or ``"biased"`` (V, which is >= 0 and shrinks clusters: see the README's limits).
+        reduction: ``"mean"``: c_k is the share of latents assigned to k; ``"sum"``: 1, the paper's sum.
+        mask: (B,) bool, True = the latent counts.
+        generator: for the sampled target.
+
+    Returns:
+        A scalar. A prototype with fewer than two latents contributes exactly 0, to the gradient too.
+
+    Raises:
+        TypeError, ValueError: a wrong rank, dtype, size or value, named.
+    """
+    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator)[0]
+
+
+@torch.no_grad()
+def anchored_mmd_and_gradient(
+    z: Tensor,
+    anchors: Tensor,
+    assignments: Tensor,
+    *,
+    kernel: str = "gaussian",
+    scales: Sequence[float] = DEFAULT_SCALES,
+    target: str = "analytic",
+    statistic: str = "unbiased",
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`anchored_mmd` together with its gradient by ``z`` (B, D): the operator has it already, no graph is built."""
+    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator)
+
+
+def _evaluate(
+    z: Tensor,
+    anchors: Tensor,
+    assignments: Tensor,
+    kernel: str,
+    scales: Sequence[float],
+    target: str,
+    statistic: str,
+    reduction: str,
+    mask: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss, differentiable, and its gradient by ``z``, which is not."""
+    z, anchors, assignments = check_mmd_inputs(z, anchors, assignments, mask)
+    check_mmd_options(kernel, scales, target, statistic, reduction)
+    scales = [float(s) for s in scales]
+    unbiased, by_mass = statistic == "unbiased", reduction == "mean"
+    if assignments.is_floating_point():
+        if target == "sampled":
+            raise ValueError(
+                "target: expected 'analytic' with (B, K) weights, got 'sampled'. Use the analytic target, or hard "
+                "assignments such as weights.argmax(1)."
+            )
+        weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
+        loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, kernel, scales, unbiased, by_mass)
+        return loss, gradient
+
+    inside = (assignments >= 0) & (assignments < len(anchors))
+    inside = inside if mask is None else inside & mask
+    index = torch.where(inside, assignments, 0)
+    samples = None
+    if target == "sampled":
+        samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+    values, gradient = torch.ops.proto_reg.anchored_mmd(
+        z - anchors[index], torch.where(inside, index, -1), len(anchors), kernel, scales, unbiased, samples
+    )
+    weights = torch.ones_like(values)
+    if by_mass:
+        counts = torch.zeros_like(values).index_add_(0, index, inside.to(values.dtype))
+        weights = counts / inside.sum().clamp_min(1)
+    return (values * weights).sum(), gradient * weights[index, None]
+
+
+def check_mmd_inputs(
+    z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors, checked, the first two in the dtype of the computation."""
+    check_matrix("z", z, axes="(B, D)")
+    check_matrix("anchors", anchors, z.shape[1], axes="(K, D)")
+    check_mask("mask", mask, (z.shape[0],))
+    if not isinstance(assignments, Tensor):
+        raise TypeError(f"assignments: expected a torch.Tensor, got {type(assignments).__name__}. Wrap it.")
+    dtype = compute_dtype(torch.promote_types(z.dtype, anchors.dtype))
+    hard = not assignments.is_floating_point()
+    if hard and assignments.dtype != torch.int64:
+        raise TypeError(
+            f"assignments: expected int64 indices or floating-point weights, got {assignments.dtype}. "
+            "Convert indices with assignments.long()."
+        )
+    expected = (z.shape[0],) if hard else (z.shape[0], anchors.shape[0])
+    if tuple(assignments.shape) != expected:
+        raise ValueError(
+            f"assignments: expected shape {expected} for {'indices' if hard else 'weights'}, got "
+            f"{tuple(assignments.shape)}. Pass one {'index' if hard else 'row of K weights'} for each latent."
+        )
+    return z.to(dtype), anchors.to(dtype), assignments if hard else check_floating("assignments", assignments).to(dtype)
+
+
+def check_mmd_options(kernel: str, scales: Sequence[float], target: str, statistic: str, reduction: str) -> None:
+    """ValueError or TypeError for an option that is not one of the documented ones."""
+    check_choice("kernel", kernel, KERNELS)
+    check_choice("target", target, TARGETS)
+    check_choice("statistic", statistic, STATISTICS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if len(scales) == 0:
+        raise ValueError("scales: expected at least one bandwidth, got none. Leave the default, or pass (1.0,).")
+    for scale in scales:
+        check_number("scales", scale, above=0)

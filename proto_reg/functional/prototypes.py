@@ -1,0 +1,67 @@
+"""Scores of latents against prototypes, and the cross-entropy that moves both."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import check_choice, check_mask, check_matrix, check_number
+
+SCORES = ("cosine", "dot", "euclidean")
+
+
+def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> Tensor:
+    """Similarity of every latent to every prototype.
+
+    ``"cosine"``: z.v / (|z| |v|), as SwAV.  ``"dot"``: z.v (paper, eq. 10).  ``"euclidean"``: z.v - |v|^2 / 2, the
+    log-posterior of the mixture of N(v_k, I) up to a term that depends on z alone.
+
+    Args:
+        z: (..., D); prototypes: (K, D).
+
+    Returns:
+        (..., K)
+
+    Raises:
+        ValueError: an unknown ``scores``.
+    """
+    check_choice("scores", scores, SCORES)
+    if scores == "cosine":
+        return F.linear(F.normalize(z, dim=-1), F.normalize(prototypes, dim=-1))
+    if scores == "dot":
+        return F.linear(z, prototypes)
+    return F.linear(z, prototypes, -0.5 * prototypes.square().sum(-1))
+
+
+def prototype_cross_entropy(
+    scores: Tensor, codes: Tensor, temperature: float = 0.1, *, mask: Tensor | None = None
+) -> Tensor:
+    """-(1/B) sum_i sum_k q_ik log softmax_k(S_i / tau) (paper, eq. 10).
+
+    Args:
+        scores: (B, K), differentiable.
+        codes: (B, K) targets, rows summing to 1; no gradient flows through them.
+        temperature: tau, > 0.
+        mask: (B,) bool, True = the row counts; the mean is over those rows.
+
+    Returns:
+        A scalar, float32 or float64; its gradient by the scores is (p - q) / (tau B).
+
+    Raises:
+        TypeError, ValueError: a wrong rank, dtype, size or value, named.
+    """
+    check_matrix("scores", scores, axes="(B, K)")
+    check_matrix("codes", codes, scores.shape[1], axes="(B, K)")
+    if codes.shape[0] != scores.shape[0]:
+        raise ValueError(
+            f"codes: expected {scores.shape[0]} rows, one for each row of scores, got {codes.shape[0]}. "
+            "Assign the same batch that is scored."
+        )
+    check_number("temperature", temperature, above=0)
+    check_mask("mask", mask, (scores.shape[0],))
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    rows = -(codes.detach().to(dtype) * (scores.to(dtype) / temperature).log_softmax(1)).sum(1)
+    if mask is None:
+        return rows.mean()
+    return torch.where(mask, rows, 0.0).sum() / mask.sum().clamp_min(1)

@@ -1,0 +1,144 @@
+"""Prototypes, the scores of latents against them, and the mixture of normals they define."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int
+from .functional.prototypes import SCORES, prototype_scores
+
+
+class PrototypeHead(nn.Module):
+    """K prototypes in a latent space of D dimensions.
+
+    Args:
+        latent_dim: D.
+        num_prototypes: K. With K = 1 the prototype loss has no gradient: the prototype stays where it is.
+        scores: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
+            :func:`proto_reg.functional.prototype_scores`.
+        init_std: standard deviation of the initial coordinates; .5 puts prototypes .7 sqrt(D) apart.
+
+    Attributes:
+        prototypes: Parameter (K, D), the points themselves: ``decoder(head.prototypes)`` shows them.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, named.
+    """
+
+    def __init__(self, latent_dim: int, num_prototypes: int, *, scores: str = "cosine", init_std: float = 0.5) -> None:
+        super().__init__()
+        self.latent_dim = check_positive_int("latent_dim", latent_dim)
+        self.num_prototypes = check_positive_int("num_prototypes", num_prototypes)
+        self.scores = check_choice("scores", scores, SCORES)
+        self.init_std = check_number("init_std", init_std, above=0)
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the prototypes anew from N(0, init_std^2 I)."""
+        nn.init.normal_(self.prototypes, std=self.init_std)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Scores (..., K) of latents ``z`` (..., D). Raises TypeError or ValueError for another D or integer latents."""
+        check_floating("z", z)
+        if z.ndim == 0 or z.shape[-1] != self.latent_dim:
+            raise ValueError(
+                f"z: expected shape (..., {self.latent_dim}), got {tuple(z.shape)}. Put the latent axis last, or build "
+                "the head with the latent_dim of your encoder."
+            )
+        return prototype_scores(z, self.prototypes, self.scores)
+
+    @torch.no_grad()
+    def init_from(self, z: Tensor, generator: torch.Generator | None = None) -> None:
+        """Put the prototypes on K of the latents ``z`` (N, D), chosen by k-means++ (Arthur and Vassilvitskii, 2007).
+
+        Raises:
+            ValueError: fewer than K latents, another D, or latents that are not finite.
+        """
+        check_matrix("z", z, self.latent_dim, axes="(N, D)")
+        if len(z) < self.num_prototypes:
+            raise ValueError(
+                f"z: expected at least {self.num_prototypes} latents, one for each prototype, got {len(z)}. "
+                "Encode more of the data."
+            )
+        if not bool(z.isfinite().all()):
+            raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
+        z = z.to(self.prototypes)
+        self.prototypes.copy_(z[_kmeans_plus_plus(z, self.num_prototypes, generator)])
+
+    def mixture(self, std: float = 1.0) -> PrototypeMixture:
+        """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``."""
+        return PrototypeMixture(self.prototypes, std)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        prototype: int | None = None,
+        *,
+        std: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw latents (num_samples, D) around one prototype, or around prototypes drawn uniformly if None.
+
+        ``std`` is the standard deviation around the prototype: 1 is the distribution that training aims at, 0 the
+        prototype itself. Raises IndexError for a prototype outside [0, K), TypeError or ValueError for the rest.
+        """
+        check_positive_int("num_samples", num_samples)
+        check_number("std", std, at_least=0)
+        v = self.prototypes
+        if prototype is None:
+            index = torch.randint(len(v), (num_samples,), device=v.device, generator=generator)
+        elif 0 <= check_positive_int("prototype", prototype, minimum=0) < len(v):
+            index = torch.full((num_samples,), prototype, device=v.device)
+        else:
+            raise IndexError(f"prototype: expected an index in [0, {len(v)}), got {prototype}. Choose one of the K.")
+        noise = torch.randn(num_samples, v.shape[1], dtype=v.dtype, device=v.device, generator=generator)
+        return v[index] + std * noise
+
+    def extra_repr(self) -> str:
+        return f"{self.latent_dim}, {self.num_prototypes}, scores={self.scores!r}, init_std={self.init_std:g}"
+
+
+class PrototypeMixture(MixtureSameFamily):
+    """sum_k N(v_k, std^2 I) / K as a ``torch.distributions`` object.
+
+    ``-log_prob(z)`` is an out-of-distribution score; ``responsibilities(z)`` (..., K) the posterior over prototypes.
+    """
+
+    def __init__(self, prototypes: Tensor, std: float = 1.0) -> None:
+        self.std = check_number("std", std, above=0)
+        weights = prototypes.new_ones(len(prototypes))
+        super().__init__(Categorical(weights), Independent(Normal(prototypes, self.std), 1))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log sum_k N(value; v_k, std^2 I) / K, (...,) for ``value`` (..., D)."""
+        return self._joint(value).logsumexp(-1)
+
+    def responsibilities(self, value: Tensor) -> Tensor:
+        """Posterior probability (..., K) of each prototype given ``value`` (..., D)."""
+        return self._joint(value).softmax(-1)
+
+    def _joint(self, value: Tensor) -> Tensor:
+        """log of weight times density, (..., K), without the (..., K, D) tensor of the general mixture."""
+        mean = self.component_distribution.mean
+        flat = value.reshape(-1, mean.shape[-1])
+        # Differences, not the product form: exact in float32 however far from the origin.
+        distance = torch.cdist(flat, mean, compute_mode="donot_use_mm_for_euclid_dist")
+        log_density = self.component_distribution.log_prob(mean)  # at distance 0, the normalising constant
+        joint = log_density + self.mixture_distribution.logits - 0.5 * (distance / self.std).square()
+        return joint.reshape(*value.shape[:-1], len(mean))
+
+
+def _kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Indices (count,) of rows of ``z`` (N, D), each drawn with probability proportional to its squared distance."""
+    chosen = [torch.randint(len(z), (1,), device=z.device, generator=generator)]
+    squared = (z - z[chosen[0]]).square().sum(1)
+    for _ in range(count - 1):
+        # All latents on chosen points already: any row is as good as another.
+        weight = squared + (squared.sum() == 0)
+        chosen.append(torch.multinomial(weight, 1, generator=generator))
+        squared = torch.minimum(squared, (z - z[chosen[-1]]).square().sum(1))
+    return torch.cat(chosen)

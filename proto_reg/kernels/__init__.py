@@ -1,0 +1,11 @@
+"""Private: the operators behind ``proto_reg.functional``.
+
+Each file registers one operator with ``torch.library`` (schema, fake, autograd) beside its plain-torch reference,
+which is the implementation on every device until a compiled one is registered behind the same name.
+"""
+
+from __future__ import annotations
+
+from . import mmd, sinkhorn
+
+__all__ = ["mmd", "sinkhorn"]

@@ -1,0 +1,132 @@
+"""What the latent space looks like, in pictures (extra ``plots``: matplotlib and scikit-learn)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ._checks import check_choice, check_matrix, check_positive_int
+from .head import PrototypeHead
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("proto_reg.plots needs matplotlib. Run: pip install 'proto_reg[plots]'") from error
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAPS = ("tsne", "pca")
+
+
+@torch.no_grad()
+def prototypes(
+    decode: Callable[[Tensor], Tensor],
+    head: PrototypeHead,
+    *,
+    num_samples: int = 9,
+    std: float = 1.0,
+    image_shape: tuple[int, int, int] | None = None,
+    indices: list[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Figure:
+    """Each row: a decoded prototype and, right of it, decoded samples of N(v_k, std^2 I).
+
+    Args:
+        decode: latents (n, D) -> images (n, C, H, W) in [0, 1], or (n, C*H*W) with ``image_shape`` (C, H, W).
+        indices: which prototypes, all by default.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, or images that are not, named.
+    """
+    check_positive_int("num_samples", num_samples, minimum=0)
+    rows = list(range(head.num_prototypes)) if indices is None else indices
+    figure = Figure(figsize=(0.7 * (num_samples + 1.2), 0.7 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), num_samples + 1, squeeze=False)
+    for k, axes in zip(rows, grid, strict=True):
+        around = head.sample(num_samples, k, std=std, generator=generator) if num_samples else head.prototypes[:0]
+        images = _images(decode(torch.cat([head.prototypes[k : k + 1], around])), image_shape)
+        for axis, image in zip(axes, images, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0].set_ylabel(f"{k}", rotation=0, ha="right", va="center")
+        for spine in axes[0].spines.values():
+            spine.set(color="tab:red", linewidth=2)
+    grid[0, 0].set_title("v", fontsize=9)
+    if num_samples:
+        grid[0, 1 + (num_samples - 1) // 2].set_title(f"N(v, {std:g}² I)", fontsize=9)
+    return figure
+
+
+def usage(shares: Tensor) -> Figure:
+    """Bar chart of the share of latents at each prototype (K,), ``latent_metrics(...)["usage"]``, the even share marked.
+
+    Raises:
+        TypeError, ValueError: no vector of shares.
+    """
+    check_matrix("shares", shares[None] if shares.ndim == 1 else shares, axes="(1, K)")
+    figure = Figure(figsize=(max(4.0, 0.22 * len(shares)), 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.bar(range(len(shares)), shares.tolist())
+    axis.axhline(1 / len(shares), color="tab:red", linewidth=1, label="even share")
+    axis.set(xlabel="prototype", ylabel="share of latents")
+    axis.legend()
+    return figure
+
+
+@torch.no_grad()
+def latent_map(z: Tensor, head: PrototypeHead, labels: Tensor | None = None, *, method: str = "tsne") -> Figure:
+    """Latents ``z`` (N, D) and prototypes in the plane, coloured by ``labels`` (N,) or by assignment.
+
+    Args:
+        method: ``"tsne"`` or ``"pca"``, from scikit-learn.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, named.
+        ImportError: without scikit-learn.
+    """
+    check_matrix("z", z, head.latent_dim, axes="(N, D)")
+    check_choice("method", method, MAPS)
+    if labels is not None and labels.shape != z.shape[:1]:
+        raise ValueError(
+            f"labels: expected shape {tuple(z.shape[:1])}, one for each latent, got {tuple(labels.shape)}. "
+            "Pass the labels of the same examples."
+        )
+    colour = head(z).argmax(1) if labels is None else labels
+    points = torch.cat([z, head.prototypes.to(z)]).float().cpu().numpy()
+    plane = _project(points, method)
+    figure = Figure(figsize=(6, 5.4), layout="constrained")
+    axis = figure.subplots()
+    scatter = axis.scatter(*plane[: len(z)].T, c=colour.cpu(), s=6, cmap="tab10" if labels is not None else "hsv")
+    axis.scatter(*plane[len(z) :].T, marker="*", s=110, color="black", edgecolor="white", label="prototypes")
+    axis.set(xticks=[], yticks=[], title=f"latents, {'t-SNE' if method == 'tsne' else 'PCA'}")
+    axis.legend(loc="upper right")
+    figure.colorbar(scatter, label="prototype" if labels is None else "label")
+    return figure
+
+
+def _project(points: np.ndarray, method: str) -> np.ndarray:
+    try:
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError("latent_map needs scikit-learn. Run: pip install 'proto_reg[plots]'") from error
+    if method == "pca":
+        return PCA(2).fit_transform(points)
+    return TSNE(perplexity=min(30.0, (len(points) - 1) / 3), random_state=0).fit_transform(points)
+
+
+def _images(decoded: Tensor, shape: tuple[int, int, int] | None) -> np.ndarray:
+    """(n, H, W) or (n, H, W, 3) for matplotlib."""
+    images = decoded if shape is None else decoded.reshape(-1, *shape)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"decode: expected images (n, 1 or 3, H, W), got shape {tuple(decoded.shape)}. Pass image_shape=(C, H, W) "
+            "for flat outputs."
+        )
+    images = images.float().clamp(0, 1).cpu()
+    return (images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)).numpy()

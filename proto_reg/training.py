@@ -1,0 +1,240 @@
+"""Algorithm 1 of the paper on isolated steps, and the mixin that gives it to a trainer class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ._checks import check_choice, check_positive_int
+from ._warnings import PrototypeWarning
+from .regularizer import PrototypicalRegularizer
+
+SCHEDULES = ("paper", "balanced")
+
+
+def isolated_step(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> bool:
+    """One step of ``optimizer`` on ``loss`` that leaves every ``.grad`` as it was.
+
+    Gradients are averaged over the process group, if there is one. If any is not finite the step is skipped, which
+    takes one read from the device, as in ``torch.amp.GradScaler``.
+
+    Returns:
+        Whether the step was taken.
+    """
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in gradients:
+            if gradient is not None:
+                torch.distributed.all_reduce(gradient)
+                gradient /= torch.distributed.get_world_size()
+    present = [g for g in gradients if g is not None]
+    if not present or not bool(torch.stack([g.isfinite().all() for g in present]).all()):
+        return False
+    kept = [p.grad for p in parameters]
+    try:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+    return True
+
+
+class PrototypicalTraining(nn.Module):
+    """Algorithm 1: warm-up epochs of reconstruction, then three isolated steps a batch, or one balanced step.
+
+    After warm-up ``schedule="paper"`` takes, for each batch, a prototype step (encoder and prototypes), an MMD step
+    (encoder, prototypes fixed) and a reconstruction step (encoder and decoder), each with an optimizer and a forward
+    pass of its own; batch-norm statistics move in the last only. ``schedule="balanced"`` takes one step on everything,
+    with the layer in its balanced mode. Neither touches a ``.grad`` that others use.
+
+    A module: its ``state_dict`` holds encoder, decoder, regularizer, the optimizers' state and the epoch, all loadable
+    with ``weights_only=True``.
+
+    Args:
+        encoder: returns latents in the regularizer's layout; decoder: takes them.
+        regularizer: the layer; for ``"paper"`` see :meth:`PrototypicalRegularizer.paper`.
+        reconstruction: (decoder output, x) -> scalar; binary cross-entropy with logits by default (paper, eq. 2).
+        warmup_epochs: epochs of reconstruction only (paper: 10).
+        schedule: ``"paper"`` or ``"balanced"``.
+        optimizer: parameters -> optimizer; Adam at 1e-3 by default, as in the paper.
+        encode: x -> latents, where that is not the encoder's call (a VAE that returns mu and logvar, say).
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, named.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        regularizer: PrototypicalRegularizer,
+        *,
+        reconstruction: Callable[[Tensor, Tensor], Tensor] = F.binary_cross_entropy_with_logits,
+        warmup_epochs: int = 10,
+        schedule: str = "paper",
+        optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, module in (("encoder", encoder), ("decoder", decoder), ("regularizer", regularizer)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}. Wrap it in one.")
+        self.encoder, self.decoder, self.regularizer = encoder, decoder, regularizer
+        self.reconstruction = reconstruction
+        self.encode = encoder if encode is None else encode
+        self.warmup_epochs = check_positive_int("warmup_epochs", warmup_epochs, minimum=0)
+        self.schedule = check_choice("schedule", schedule, SCHEDULES)
+        self.epoch = 0
+        self.skipped_steps = 0
+        encoding, decoding = list(encoder.parameters()), list(decoder.parameters())
+        prototypes = list(regularizer.parameters())
+        self._parameters_of = {
+            "prototype": encoding + prototypes,
+            "mmd": encoding,
+            "reconstruction": encoding + decoding,
+            "balanced": encoding + decoding + prototypes,
+        }
+        steps = ("prototype", "mmd", "reconstruction") if schedule == "paper" else ("balanced",)
+        build = optimizer or partial(torch.optim.Adam, lr=1e-3)
+        self.optimizers = {step: build(self._parameters_of[step]) for step in steps}
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether this epoch is one of reconstruction only."""
+        return self.epoch < self.warmup_epochs
+
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        """Train on one batch; returns its losses, detached: ``reconstruction`` and, after warm-up, the other two."""
+        if self.schedule == "balanced":
+            return self._balanced_step(x)
+        losses = {}
+        if not self.warming_up:
+            with frozen_batch_statistics(self.encoder):
+                for name in ("prototype", "mmd"):
+                    loss = getattr(self.regularizer.losses(self.encode(x)), f"{name}_loss")
+                    losses[name] = self._take(name, loss)
+        loss = self.reconstruction(self.decoder(self.encode(x)), x)
+        return losses | {"reconstruction": self._take("reconstruction", loss)}
+
+    def end_epoch(self) -> None:
+        """Count an epoch; :meth:`fit` does it by itself."""
+        self.epoch += 1
+
+    def fit(self, batches: Iterable, epochs: int) -> list[dict[str, float]]:
+        """Train until ``epochs`` epochs are done in all, so that a resumed run ends where it was meant to.
+
+        Args:
+            batches: iterated once an epoch; each item is x, or a tuple or list whose first entry is x.
+
+        Returns:
+            The mean losses of each epoch that was run.
+        """
+        check_positive_int("epochs", epochs)
+        if self.warmup_epochs >= epochs:
+            warnings.warn(
+                f"warmup_epochs = {self.warmup_epochs} covers all {epochs} epochs: nothing will be regularised. "
+                "Shorten the warm-up.",
+                PrototypeWarning,
+                stacklevel=2,
+            )
+        history = []
+        while self.epoch < epochs:
+            losses = [self.step(item[0] if isinstance(item, (tuple, list)) else item) for item in batches]
+            if not losses:
+                raise ValueError(
+                    "batches: expected at least one batch, got none. A generator is used up after an epoch."
+                )
+            history.append({key: torch.stack([row[key] for row in losses]).mean().item() for key in losses[0]})
+            self.end_epoch()
+        return history
+
+    def _balanced_step(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.encode(x)
+        if self.warming_up:
+            reconstruction = self.reconstruction(self.decoder(z), x)
+            return {"reconstruction": self._take("balanced", reconstruction)}
+        z, info = self.regularizer(z)
+        reconstruction = self.reconstruction(self.decoder(z), x)
+        self._take("balanced", reconstruction if self.regularizer.mode == "balanced" else reconstruction + info.loss)
+        losses = {"prototype": info.prototype_loss, "mmd": info.mmd_loss, "reconstruction": reconstruction}
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _take(self, name: str, loss: Tensor) -> Tensor:
+        self.skipped_steps += not isolated_step(loss, self._parameters_of[name], self.optimizers[name])
+        return loss.detach()
+
+    def get_extra_state(self) -> dict:
+        """Optimizers and counters, so that ``state_dict`` has everything."""
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {"optimizers": optimizers, "epoch": self.epoch, "skipped_steps": self.skipped_steps}
+
+    def set_extra_state(self, state: dict) -> None:
+        """Counterpart of :meth:`get_extra_state`. Raises ValueError for the state of another schedule."""
+        if set(state["optimizers"]) != set(self.optimizers):
+            raise ValueError(
+                f"state: expected the optimizers {sorted(self.optimizers)}, got {sorted(state['optimizers'])}. "
+                "Resume with the schedule that was saved."
+            )
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.epoch, self.skipped_steps = state["epoch"], state["skipped_steps"]
+
+
+class PrototypicalTrainerMixin:
+    """Gives a trainer class of one's own the whole of Algorithm 1.
+
+    ``class MyTrainer(PrototypicalTrainerMixin, Anything)``, in any order: nothing is initialised implicitly, call
+    :meth:`init_prototypical` once and :meth:`prototypical_step` for each batch. All state is in
+    ``self.prototypical.state_dict()``, and in the trainer's own if it is a ``torch.nn.Module``.
+    """
+
+    prototypical: PrototypicalTraining
+
+    def init_prototypical(
+        self, encoder: nn.Module, decoder: nn.Module, regularizer: PrototypicalRegularizer, **options
+    ) -> None:
+        """Build ``self.prototypical``; arguments and errors are those of :class:`PrototypicalTraining`."""
+        self.prototypical = PrototypicalTraining(encoder, decoder, regularizer, **options)
+
+    def prototypical_step(self, x: Tensor) -> dict[str, Tensor]:
+        """Train on one batch; see :meth:`PrototypicalTraining.step`."""
+        return self._prototypical().step(x)
+
+    def prototypical_end_epoch(self) -> None:
+        """Count an epoch, so that warm-up ends."""
+        self._prototypical().end_epoch()
+
+    def prototypical_fit(self, batches: Iterable, epochs: int) -> list[dict[str, float]]:
+        """Train for ``epochs`` epochs in all; see :meth:`PrototypicalTraining.fit`."""
+        return self._prototypical().fit(batches, epochs)
+
+    def _prototypical(self) -> PrototypicalTraining:
+        if not hasattr(self, "prototypical"):
+            raise RuntimeError(
+                f"{type(self).__name__}.prototypical: expected to be built, is missing. Call "
+                "self.init_prototypical(encoder, decoder, regularizer) first."
+            )
+        return self.prototypical
+
+
+@contextmanager
+def frozen_batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms below ``module`` normalise as in training but keep their running statistics."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
