@@ -79,3 +79,26 @@ def control(
     ]
     prototypes = judge(decode(head.prototypes)).argmax(1) == majority
     return {"control": torch.stack(right).mean().item(), "prototypes_right": prototypes.float().mean().item()}
+
+
+COLUMNS = {
+    "mse": ("test MSE", ".5f"),
+    "kmeans_purity": ("k-means purity", ".3f"),
+    "purity": ("purity", ".3f"),
+    "prototypes_right": ("prototypes right", ".2f"),
+    "control": ("control", ".3f"),
+    "r2_per_dim": ("r^2/D", ".2f"),
+    "seconds": ("seconds", ".1f"),
+}
+
+
+def print_table(rows: list[dict[str, float | str]]) -> None:
+    """One line a model; a dash where a model has no prototypes to judge."""
+    width = max(len(str(row["model"])) for row in rows)
+    print(" " * width + "".join(f"  {title:>{max(8, len(title))}}" for title, _ in COLUMNS.values()))
+    for row in rows:
+        cells = (
+            f"  {format(row[key], spec) if key in row else '-':>{max(8, len(title))}}"
+            for key, (title, spec) in COLUMNS.items()
+        )
+        print(f"{row['model']:<{width}}" + "".join(cells))

@@ -107,8 +107,9 @@ class LayerWatch:
         if active_steps >= SETTLED and loss > 0.98:
             self.say(
                 "loss",
-                f"The prototype loss is still {loss:.2f} ln K after {active_steps:.0f} steps: latents are spread evenly "
-                "over all prototypes. Lower the temperature, start from data (head.init_from) or use fewer prototypes.",
+                f"The prototype loss is still {loss:.2f} ln K after {active_steps:.0f} steps: every latent is spread "
+                "evenly over all prototypes. Lower the temperature, start from data (head.init_from) or use fewer "
+                "prototypes.",
             )
         if lowest >= 0:
             self.say(

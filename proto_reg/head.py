@@ -41,7 +41,7 @@ class PrototypeHead(nn.Module):
         nn.init.normal_(self.prototypes, std=self.init_std)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Scores (..., K) of latents ``z`` (..., D). Raises TypeError or ValueError for another D or integer latents."""
+        """Scores (..., K) of latents ``z`` (..., D). TypeError or ValueError for integer latents or another D."""
         check_floating("z", z)
         if z.ndim == 0 or z.shape[-1] != self.latent_dim:
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .functional.mmd import DEFAULT_SCALES, anchored_mmd, anchored_mmd_and_gradient, check_mmd_options

@@ -31,6 +31,7 @@ def prototypes(
     std: float = 1.0,
     image_shape: tuple[int, int, int] | None = None,
     indices: list[int] | None = None,
+    blocks: int = 1,
     generator: torch.Generator | None = None,
 ) -> Figure:
     """Each row: a decoded prototype and, right of it, decoded samples of N(v_k, std^2 I).
@@ -38,15 +39,25 @@ def prototypes(
     Args:
         decode: latents (n, D) -> images (n, C, H, W) in [0, 1], or (n, C*H*W) with ``image_shape`` (C, H, W).
         indices: which prototypes, all by default.
+        blocks: columns of rows, to keep many prototypes on one screen.
 
     Raises:
         TypeError, ValueError: an argument out of its range, or images that are not, named.
     """
     check_positive_int("num_samples", num_samples, minimum=0)
-    rows = list(range(head.num_prototypes)) if indices is None else indices
-    figure = Figure(figsize=(0.7 * (num_samples + 1.2), 0.7 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), num_samples + 1, squeeze=False)
-    for k, axes in zip(rows, grid, strict=True):
+    check_positive_int("blocks", blocks)
+    chosen = list(range(head.num_prototypes)) if indices is None else indices
+    height, width = -(-len(chosen) // blocks), num_samples + 1
+    figure = Figure(figsize=(0.7 * (width + 0.2) * blocks, 0.7 * height + 0.3), layout="constrained")
+    rows = [
+        axes
+        for part in figure.subfigures(1, blocks, squeeze=False)[0]
+        for axes in part.subplots(height, width, squeeze=False)
+    ]
+    for axes in rows[len(chosen) :]:
+        for axis in axes:
+            axis.set_axis_off()
+    for k, axes in zip(chosen, rows, strict=False):
         around = head.sample(num_samples, k, std=std, generator=generator) if num_samples else head.prototypes[:0]
         images = _images(decode(torch.cat([head.prototypes[k : k + 1], around])), image_shape)
         for axis, image in zip(axes, images, strict=True):
@@ -56,14 +67,15 @@ def prototypes(
         axes[0].set_ylabel(f"{k}", rotation=0, ha="right", va="center")
         for spine in axes[0].spines.values():
             spine.set(color="tab:red", linewidth=2)
-    grid[0, 0].set_title("v", fontsize=9)
-    if num_samples:
-        grid[0, 1 + (num_samples - 1) // 2].set_title(f"N(v, {std:g}² I)", fontsize=9)
+    for axes in rows[::height]:
+        axes[0].set_title("v", fontsize=9)
+        if num_samples:
+            axes[1 + (num_samples - 1) // 2].set_title(f"N(v, {std:g}² I)", fontsize=9)
     return figure
 
 
 def usage(shares: Tensor) -> Figure:
-    """Bar chart of the share of latents at each prototype (K,), ``latent_metrics(...)["usage"]``, the even share marked.
+    """Bar chart of the share of latents at each prototype (K,), as in ``latent_metrics(...)["usage"]``.
 
     Raises:
         TypeError, ValueError: no vector of shares.
@@ -101,8 +113,11 @@ def latent_map(z: Tensor, head: PrototypeHead, labels: Tensor | None = None, *, 
     plane = _project(points, method)
     figure = Figure(figsize=(6, 5.4), layout="constrained")
     axis = figure.subplots()
-    scatter = axis.scatter(*plane[: len(z)].T, c=colour.cpu(), s=6, cmap="tab10" if labels is not None else "hsv")
-    axis.scatter(*plane[len(z) :].T, marker="*", s=110, color="black", edgecolor="white", label="prototypes")
+    latents, stars = plane[: len(z)], plane[len(z) :]
+    scatter = axis.scatter(
+        latents[:, 0], latents[:, 1], c=colour.cpu(), s=6, cmap="tab10" if labels is not None else "hsv"
+    )
+    axis.scatter(stars[:, 0], stars[:, 1], marker="*", s=110, color="black", edgecolor="white", label="prototypes")
     axis.set(xticks=[], yticks=[], title=f"latents, {'t-SNE' if method == 'tsne' else 'PCA'}")
     axis.legend(loc="upper right")
     figure.colorbar(scatter, label="prototype" if labels is None else "label")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ._checks import check_choice, check_floating, check_mask, check_number, check_positive_int, compute_dtype
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
+from .follower import PrototypeFollower
 from .functional.prototypes import prototype_cross_entropy
+from .functional.sinkhorn import check_no_nan
 from .head import PrototypeHead
 from .mmd import AnchoredMMDLoss
 
@@ -61,6 +65,8 @@ class PrototypicalRegularizer(nn.Module):
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
         max_tokens: at most this many latents enter the MMD, a new subsample each step, fixed by ``seed`` and the step.
         seed: of the subsample.
+        follow_rate: share of the way to the mean of their latents that prototypes go with each optimizer step, on top
+            of it; 0 leaves them to the optimizer. See :class:`proto_reg.follower.PrototypeFollower`.
         soft: weigh the MMD by the codes instead of their argmax (costs a B x B product).
         total_steps: length of the training, if known: a warm-up as long is warned of.
 
@@ -86,6 +92,7 @@ class PrototypicalRegularizer(nn.Module):
         layout: str = "b d",
         max_tokens: int = 4096,
         seed: int = 0,
+        follow_rate: float = 0.05,
         soft: bool = False,
         total_steps: int | None = None,
     ) -> None:
@@ -107,6 +114,7 @@ class PrototypicalRegularizer(nn.Module):
         self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)
         self.seed = check_positive_int("seed", seed, minimum=0)
         self.soft = soft
+        self.follower = PrototypeFollower(num_prototypes, latent_dim, follow_rate)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.watch = LayerWatch()
         self.watch.at_construction(self, total_steps)
@@ -121,6 +129,8 @@ class PrototypicalRegularizer(nn.Module):
         """
         tokens, keep = self._tokens(z, mask)
         learning = self.training and torch.is_grad_enabled()
+        if learning:
+            self.follower.move(self.head.prototypes)
         with torch.autocast(z.device.type, enabled=False):
             if learning and self.mode == "balanced":
                 z, output = self._balanced(z, tokens.detach(), keep)
@@ -128,6 +138,7 @@ class PrototypicalRegularizer(nn.Module):
                 with torch.set_grad_enabled(learning):
                     output = self._losses(tokens, keep)
         if learning:
+            self.follower.observe(tokens.detach(), output.assignments, keep)
             self.steps += 1
             self.watch.at_step(self, tokens, output)
         return z, self._to_layout(output, z)
@@ -148,10 +159,13 @@ class PrototypicalRegularizer(nn.Module):
         parameters = dict(self.head.named_parameters())
         with torch.no_grad():
             # Only the head goes through autograd; both losses know their gradient in closed form.
-            scores, pull_back = torch.func.vjp(
-                lambda p, t: torch.func.functional_call(self.head, p, (t,)),
-                {name: p.detach() for name, p in parameters.items()},
-                tokens,
+            scores, pull_back = cast(
+                "tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]",
+                torch.func.vjp(
+                    lambda p, t: torch.func.functional_call(self.head, p, (t,)),
+                    {name: p.detach() for name, p in parameters.items()},
+                    tokens,
+                ),
             )
             codes, assignments = self._assign(scores, keep)
             prototype_loss = prototype_cross_entropy(scores, codes, self.temperature, mask=keep)
@@ -178,24 +192,25 @@ class PrototypicalRegularizer(nn.Module):
         return z, RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def losses(self, z: Tensor, mask: Tensor | None = None) -> RegularizerOutput:
-        """Both losses of ``z``, differentiable whatever the mode, steps uncounted: the building block of Algorithm 1."""
+        """Both losses of ``z``, differentiable whatever the mode and uncounted: what Algorithm 1 steps on."""
         tokens, keep = self._tokens(z, mask)
         with torch.autocast(z.device.type, enabled=False):
             return self._to_layout(self._losses(tokens, keep), z)
 
     @classmethod
-    def paper(cls, latent_dim: int, num_prototypes: int, **options) -> PrototypicalRegularizer:
+    def paper(cls, latent_dim: int, num_prototypes: int, **options: Any) -> Self:
         """The paper's own choices: dot scores, a sampled target, the biased statistic, a sum over prototypes.
 
         Bandwidth s^2 = 2 D (the paper leaves it open), losses of weight 1 to be added or stepped on (Algorithm 1);
         every option of the constructor overrides.
         """
-        choices = {
+        choices: dict[str, Any] = {
             "head": PrototypeHead(latent_dim, num_prototypes, scores="dot"),
             "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum"),
             "mode": "weighted",
             "prototype_weight": 1.0,
             "mmd_weight": 1.0,
+            "follow_rate": 0.0,
         }
         return cls(latent_dim, num_prototypes, **(choices | options))
 
@@ -213,6 +228,8 @@ class PrototypicalRegularizer(nn.Module):
         keep = check_mask("mask", mask, shape)
         tokens = rearrange(z, f"{self.layout} -> ({positions}) d").to(compute_dtype(z.dtype))
         keep = None if keep is None else rearrange(keep, f"{positions} -> ({positions})")
+        if self.assigner.nan_policy == "raise":
+            check_no_nan("z", tokens if keep is None else tokens[keep])
         if self.assigner.nan_policy == "isolate":
             finite = tokens.isfinite().all(1)
             keep = finite if keep is None else keep & finite

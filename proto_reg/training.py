@@ -33,11 +33,11 @@ def isolated_step(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: O
         for gradient in gradients:
             if gradient is not None:
                 torch.distributed.all_reduce(gradient)
-                gradient /= torch.distributed.get_world_size()
-    present = [g for g in gradients if g is not None]
-    if not present or not bool(torch.stack([g.isfinite().all() for g in present]).all()):
+                gradient.div_(torch.distributed.get_world_size())
+    finite = [gradient.isfinite().all() for gradient in gradients if gradient is not None]
+    if not finite or not bool(torch.stack(finite).all()):
         return False
-    kept = [p.grad for p in parameters]
+    kept = [parameter.grad for parameter in parameters]
     try:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

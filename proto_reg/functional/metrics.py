@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ def latent_metrics(z: Tensor, head: nn.Module, labels: Tensor | None = None) -> 
         TypeError, ValueError: a wrong rank, dtype or size, named.
         ImportError: labels without the extra.
     """
-    prototypes = head.prototypes
+    prototypes = cast(Tensor, head.prototypes)
     check_matrix("z", z, prototypes.shape[1], axes="(N, D)")
     dtype = compute_dtype(torch.promote_types(z.dtype, prototypes.dtype))
     assignments = head(z.to(prototypes.dtype)).argmax(1)

@@ -73,7 +73,7 @@ def anchored_mmd_and_gradient(
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`anchored_mmd` together with its gradient by ``z`` (B, D): the operator has it already, no graph is built."""
+    """:func:`anchored_mmd` and its gradient by ``z`` (B, D), which the operator has already: no graph is built."""
     return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator)
 
 

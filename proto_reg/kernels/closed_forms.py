@@ -125,9 +125,9 @@ def gaussian_null_variance(n: Tensor, dim: int, scales: Sequence[float]) -> Tens
 
 @lru_cache(maxsize=256)
 def _imq_nodes(c: float) -> tuple[tuple[float, float], ...]:
-    """Trapezoid in log t for int C e^{-Ct} f(t) dt, 48 nodes: errors below 3e-8 (method: exponential scale mixture)."""
-    step = 0.5
-    grid = [math.exp(-20 + step * i) for i in range(48)]
+    """Trapezoid in log t for int C e^{-Ct} f(t) dt: errors below 1e-9."""
+    step = 0.4
+    grid = [math.exp(-21 + step * i) for i in range(62)]
     return tuple((x / c, step * x * math.exp(-x)) for x in grid)
 
 

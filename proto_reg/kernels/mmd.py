@@ -72,7 +72,7 @@ def anchored_mmd_reference(
             total, gradient = _pair_sums(both, sign, torch.cat([slot, slot]), num_groups, kernel, scales)
             gradient = gradient[: len(residuals)]
             if unbiased:
-                # Without the pairs (r_i, y_i) the statistic is the one-sample U-statistic of Gretton et al. (2012), eq. 4.
+                # Without the pairs (r_i, y_i) this is the one-sample U-statistic of Gretton et al. (2012), eq. 4.
                 difference = residuals - samples
                 k, slope = closed_forms.pair(kernel, difference.square().sum(1), dim, scales)
                 total = total + 2 * _sum_by_group(k, slot, num_groups)
@@ -105,7 +105,8 @@ def weighted_mmd_reference(
         p = weights / mass.clamp_min(torch.finfo(z.dtype).tiny)
         concentration = p.square().sum(0)
         alive = (mass > 0) & (concentration < 1 - 8 * torch.finfo(z.dtype).eps)
-        share = torch.where(alive, mass / mass.sum().clamp_min(torch.finfo(z.dtype).tiny) if by_mass else 1.0, 0.0)
+        share = mass / mass.sum().clamp_min(torch.finfo(z.dtype).tiny) if by_mass else torch.ones_like(mass)
+        share = torch.where(alive, share, 0.0)
         c = share / torch.where(alive, 1 - concentration, 1.0) if unbiased else share
 
         # Distances are translation invariant: a common shift keeps float32 exact far from the origin.

@@ -43,15 +43,14 @@ def sinkhorn_reference(
         mask = usable if mask is None else mask & usable
         x = torch.where(usable[:, None], x, 0.0)
 
-    # Column maxima are absorbed by g; taking them off before the division by epsilon keeps float32 exact where it counts.
+    # g absorbs column maxima; taking them off before the division by epsilon keeps float32 exact where it counts.
     top = _masked(x, mask).amax(0)
     top = torch.where(top == -torch.inf, 0.0, top)
-    x = (x - top) / epsilon
+    # Beyond the range of the dtype lie only differences that the softmax cannot tell from this one.
+    lowest = torch.finfo(x.dtype).min / 8
+    x = torch.where(x == -torch.inf, -torch.inf, ((x - top) / epsilon).clamp_min(lowest))
 
-    if marginals is None:
-        target = x.new_full((x.shape[1],), 1.0 / x.shape[1])
-    else:
-        target = marginals.to(x)
+    target = x.new_full((x.shape[1],), 1.0 / x.shape[1]) if marginals is None else marginals.to(x)
     rows = x.new_tensor(float(x.shape[0])) if mask is None else mask.sum().clamp_min(1).to(x.dtype)
     column_mass = _masked(x, mask).logsumexp(0)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.

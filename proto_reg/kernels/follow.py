@@ -1,0 +1,39 @@
+"""``proto_reg::follow``: prototypes move on towards the mean of their latents; schema, reference and registration.
+
+An operator of its own because it writes to a parameter and to buffers: traced as plain tensor code, torch.compile would
+recompute its result in the backward pass from buffers that have since been overwritten.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def follow_reference(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
+    """If ``prototypes`` differ from ``seen``: move them by ``rate`` of the way to their mean and forget the latents.
+
+    Args:
+        prototypes: (K, D), moved in place.
+        sums, counts: (K, D) and (K,), latents observed since the last move, zeroed in place.
+        seen: (K, D), set in place to where the prototypes are now.
+    """
+    moved = (prototypes != seen).any()
+    way = sums / counts.clamp_min(1)[:, None] - prototypes
+    way = torch.where(moved & (counts > 0)[:, None], way, 0.0)
+    prototypes.add_(way.to(prototypes.dtype), alpha=rate)
+    sums.copy_(torch.where(moved, 0.0, sums))
+    counts.copy_(torch.where(moved, 0.0, counts))
+    seen.copy_(prototypes)
+
+
+torch.library.define(
+    "proto_reg::follow",
+    "(Tensor(a!) prototypes, Tensor(b!) sums, Tensor(c!) counts, Tensor(d!) seen, float rate) -> ()",
+)
+torch.library.impl("proto_reg::follow", "CompositeExplicitAutograd")(follow_reference)
+
+
+@torch.library.register_fake("proto_reg::follow")
+def _fake(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
+    return None

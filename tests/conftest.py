@@ -1,0 +1,84 @@
+"""Shared by the tests: seeds, and the slow but plain formulas that the library is judged by."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import proto_reg
+from proto_reg.kernels import closed_forms
+
+warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def naive_mmd(
+    z: Tensor, v: Tensor, assignments: Tensor, kernel: str, scales: tuple[float, ...], unbiased: bool
+) -> Tensor:
+    """Cluster by cluster, pair by pair, in plain differentiable torch."""
+    total = z.new_zeros(())
+    for k in range(len(v)):
+        r = z[assignments == k] - v[k]
+        n, dim = r.shape
+        if n < 2:
+            continue
+        off = ~torch.eye(n, dtype=torch.bool)
+        squared = (r[:, None] - r[None, :])[off].square().sum(-1)
+        pairs = kernel_value(kernel, squared, dim, scales).sum()
+        if unbiased:
+            pairs = pairs / (n * (n - 1))
+        else:
+            pairs = (pairs + n * closed_forms.diagonal(kernel)) / n**2
+        a, _ = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
+        _, slope = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
+        # The closed form a and its slope, tied together for autograd.
+        a = a + slope * (r.square().sum(1) - r.detach().square().sum(1))
+        total = total + n / len(z) * (pairs - 2 * a.mean() + closed_forms.self_term(kernel, dim, scales))
+    return total
+
+
+def kernel_value(kernel: str, squared: Tensor, dim: int, scales: tuple[float, ...]) -> Tensor:
+    """The kernels as the documentation writes them."""
+    if kernel == "gaussian":
+        return torch.stack([(-squared / (2 * dim * s)).exp() for s in scales]).mean(0)
+    if kernel == "imq":
+        return torch.stack([2 * dim * s / (2 * dim * s + squared) for s in scales]).mean(0)
+    return -squared.sqrt()
+
+
+def log_sinkhorn(scores: Tensor, epsilon: float, num_iters: int, marginals: Tensor | None = None) -> Tensor:
+    """The iterate by its definition, in float64 and in the log domain."""
+    scores = scores.double()
+    rows, columns = scores.shape
+    r = torch.full((columns,), 1 / columns, dtype=torch.float64) if marginals is None else marginals.double()
+    f = torch.zeros(rows, 1, dtype=torch.float64)
+    for _ in range(num_iters):
+        g = r.log() - (scores / epsilon + f).logsumexp(0)
+        g = torch.where(g == torch.inf, -torch.inf, g)
+        f = -math.log(rows) - (scores / epsilon + g).logsumexp(1, keepdim=True)
+    return (scores / epsilon + f + g).exp() * rows
+
+
+def swav_sinkhorn(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """SwAV's algorithm as its paper prints it."""
+    q = (scores / epsilon).exp().T
+    columns, rows = q.shape
+    q = q / q.sum()
+    for _ in range(num_iters):
+        q = q / q.sum(1, keepdim=True) / columns
+        q = q / q.sum(0, keepdim=True) / rows
+    return (q * rows).T
+
+
+def cosines(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosine scores of random vectors in 16 dimensions."""
+    z, v = torch.randn(rows, 16, dtype=dtype), torch.randn(columns, 16, dtype=dtype)
+    return torch.nn.functional.normalize(z, dim=1) @ torch.nn.functional.normalize(v, dim=1).T

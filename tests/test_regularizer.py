@@ -1,0 +1,390 @@
+"""The layer: what it adds to a gradient, and everything it must survive."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import tempfile
+
+import pytest
+import torch
+from torch import nn
+
+import proto_reg
+from proto_reg import PrototypicalRegularizer, SinkhornAssigner
+
+DIM, K, BATCH = 16, 5, 48
+
+
+def expected_gradients(layer: PrototypicalRegularizer, z: torch.Tensor, g: torch.Tensor, mask=None):
+    """g + lambda_p |g|/|g_p| g_p + lambda_r |g|/|g_r| g_r, and the prototypes' share, from separate autograd passes."""
+    leaf = z.detach().clone().requires_grad_()
+    g_p, by_prototypes = torch.autograd.grad(layer.losses(leaf, mask).prototype_loss, [leaf, layer.head.prototypes])
+    (g_r,) = torch.autograd.grad(layer.losses(leaf, mask).mmd_loss, leaf)
+    kept = g if mask is None else g * mask.unsqueeze(layer.layout.split().index("d"))
+    factor_p = layer.prototype_weight * kept.norm() / g_p.norm()
+    factor_r = layer.mmd_weight * kept.norm() / g_r.norm()
+    return g + factor_p * g_p + factor_r * g_r, factor_p * by_prototypes
+
+
+def run(layer: PrototypicalRegularizer, z: torch.Tensor, weight: torch.Tensor, scale: float = 1.0, mask=None):
+    """Gradients at z and at the prototypes of the loss scale * <weight, z>, whose gradient is known: scale * weight."""
+    leaf = z.clone().requires_grad_()
+    out, info = layer(leaf, mask)
+    assert torch.equal(out, z)
+    (scale * weight * out).sum().backward()
+    return leaf.grad, info
+
+
+LAYOUTS = {"b d": (BATCH, DIM), "b n d": (6, 8, DIM), "b d h w": (3, DIM, 4, 4), "b d t h w": (2, DIM, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scores", ["cosine", "dot", "euclidean"])
+def test_balanced_gradient_is_what_it_says(scores: str, layout: str, masked: bool) -> None:
+    head = proto_reg.PrototypeHead(DIM, K, scores=scores)
+    layer = PrototypicalRegularizer(DIM, K, head=head, layout=layout, prototype_weight=0.3, mmd_weight=0.2).double()
+    z = torch.randn(LAYOUTS[layout], dtype=torch.float64)
+    g = torch.randn_like(z)
+    positions = [size for size, axis in zip(z.shape, layout.split(), strict=True) if axis != "d"]
+    mask = torch.rand(positions) > 0.3 if masked else None
+    by_z, by_prototypes = expected_gradients(layer, z, g, mask)
+    gradient, info = run(layer, z, g, mask=mask)
+    torch.testing.assert_close(gradient, by_z, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(head.prototypes.grad, by_prototypes, rtol=1e-9, atol=1e-12)
+    assert info.assignments.shape == torch.Size(positions)
+    assert info.scores.shape == info.codes.shape
+    assert info.scores.shape[layout.split().index("d")] == K
+    assert not info.loss.requires_grad
+
+
+@pytest.mark.parametrize("scale", [1024.0, 1 / 1024])
+def test_loss_scaling_passes_through(scale: float) -> None:
+    layer = PrototypicalRegularizer(DIM, K).double()
+    z, g = torch.randn(2, BATCH, DIM, dtype=torch.float64)
+    plain, _ = run(layer, z, g)
+    prototypes = layer.head.prototypes.grad.clone()
+    layer.zero_grad()
+    scaled, _ = run(layer, z, g, scale)
+    torch.testing.assert_close(scaled, scale * plain)
+    torch.testing.assert_close(layer.head.prototypes.grad, scale * prototypes)
+
+
+def test_half_precision_under_a_gradient_scaler() -> None:
+    """Gradients of float16 latents whose norm exceeds float16 still arrive scaled, and finite."""
+    layer = PrototypicalRegularizer(DIM, K)
+    z, g = torch.randn(2, BATCH, DIM)
+    z, g = z.half(), 5000 * g.half()
+    by_z, _ = expected_gradients(layer, z.float(), g.float())
+    gradient, _ = run(layer, z, g)
+    assert gradient.dtype == torch.float16
+    assert g.norm().isinf()
+    torch.testing.assert_close(gradient.float(), by_z, rtol=2e-3, atol=10)
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        model = nn.Linear(DIM, DIM)
+        z, info = layer(model(torch.randn(BATCH, DIM)))
+        assert z.dtype == torch.bfloat16
+        assert info.loss.dtype == torch.float32
+        z.float().square().mean().backward()
+    assert model.weight.grad.isfinite().all()
+
+
+def test_accumulation_adds_up_and_a_fresh_forward_can_go_back_again() -> None:
+    layer = PrototypicalRegularizer(DIM, K).double()
+    parts = torch.randn(3, BATCH, DIM, dtype=torch.float64)
+    g = torch.randn_like(parts)
+    expected = [expected_gradients(layer, z, weight) for z, weight in zip(parts, g, strict=True)]
+    for z, weight, (by_z, _) in zip(parts, g, expected, strict=True):
+        gradient, _ = run(layer, z, weight)
+        torch.testing.assert_close(gradient, by_z)
+    torch.testing.assert_close(layer.head.prototypes.grad, sum(by_v for _, by_v in expected))
+
+
+def test_all_forwards_before_any_backward() -> None:
+    layer = PrototypicalRegularizer(DIM, K).double()
+    parts = torch.randn(2, BATCH, DIM, dtype=torch.float64).requires_grad_()
+    g = torch.randn_like(parts)
+    expected = [expected_gradients(layer, z, weight)[0] for z, weight in zip(parts, g, strict=True)]
+    outputs = torch.stack([layer(z)[0] for z in parts])
+    (outputs * g).sum().backward()
+    torch.testing.assert_close(parts.grad, torch.stack(expected))
+
+
+def test_summed_and_mean_losses_give_the_same_direction() -> None:
+    layer = PrototypicalRegularizer(DIM, K).double()
+    x = torch.randn(BATCH, DIM, dtype=torch.float64)
+    directions = []
+    for reduce in (torch.sum, torch.mean):
+        leaf = x.clone().requires_grad_()
+        reduce((layer(leaf)[0] - 1).square()).backward()
+        directions.append(leaf.grad / leaf.grad.norm())
+    torch.testing.assert_close(*directions)
+
+
+def test_eval_no_grad_and_warm_up_are_the_identity() -> None:
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    layer = PrototypicalRegularizer(DIM, K, warmup_steps=2)
+    g = torch.randn(BATCH, DIM)
+    assert layer.eval()(z)[0] is z
+    layer.train()
+    with torch.no_grad():
+        assert layer(z)[0] is z
+    assert layer.steps == 0
+    for step in range(4):
+        gradient, info = run(layer, z.detach(), g)
+        assert torch.equal(gradient, g) == (step < 2)
+        assert (info.loss == 0) == (step < 2)
+        assert layer.head.prototypes.grad.any() == (step >= 2)
+
+
+def test_eval_assigns_by_scores_and_still_reports_losses() -> None:
+    layer = PrototypicalRegularizer(DIM, K).eval()
+    z = torch.randn(BATCH, DIM)
+    _, info = layer(z)
+    assert torch.equal(info.assignments, info.scores.argmax(1))
+    assert info.prototype_loss > 0
+    assert not info.loss.requires_grad
+
+
+def test_weighted_mode_is_the_classic_form() -> None:
+    layer = PrototypicalRegularizer(DIM, K, mode="weighted", prototype_weight=0.7, mmd_weight=0.4, warmup_steps=1)
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    out, info = layer(z)
+    assert out is z
+    assert info.loss == 0
+    _, info = layer(z)
+    torch.testing.assert_close(info.loss, 0.7 * info.prototype_loss + 0.4 * info.mmd_loss)
+    info.loss.backward()
+    losses = layer.losses(leaf := z.detach().clone().requires_grad_())
+    expected = torch.autograd.grad(0.7 * losses.prototype_loss + 0.4 * losses.mmd_loss, [leaf, layer.head.prototypes])
+    torch.testing.assert_close(z.grad, expected[0])
+    torch.testing.assert_close(layer.head.prototypes.grad, expected[1])
+
+
+def test_mmd_leaves_prototypes_alone() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    loss = layer.losses(torch.randn(BATCH, DIM, requires_grad=True)).mmd_loss
+    assert torch.autograd.grad(loss, layer.head.prototypes, allow_unused=True)[0] is None
+
+
+def test_a_single_prototype_stays_where_it_is() -> None:
+    layer = PrototypicalRegularizer(DIM, 1)
+    encoder = nn.Linear(DIM, DIM)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *layer.parameters()], lr=0.1)
+    before = layer.head.prototypes.detach().clone()
+    for _ in range(5):
+        z, info = layer(encoder(torch.randn(BATCH, DIM)))
+        optimizer.zero_grad()
+        z.square().mean().backward()
+        assert not layer.head.prototypes.grad.any()
+        optimizer.step()
+        assert info.prototype_loss == 0
+    assert torch.equal(layer.head.prototypes, before)
+
+
+def test_prototypes_follow_their_latents_once_an_optimizer_moved_them() -> None:
+    layer = PrototypicalRegularizer(DIM, K, follow_rate=0.25)
+    v = layer.head.prototypes
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    start = v.detach().clone()
+    assignments = []
+    for _ in range(2):  # accumulation: both batches count, neither moves anything
+        out, info = layer(z)
+        out.sum().backward()
+        assignments.append(info.assignments)
+        assert torch.equal(v, start)
+    optimizer.step()
+    stepped = v.detach().clone()
+    layer(z)
+    means = torch.stack([
+        torch.cat([z[a == k] for a in assignments]).mean(0) if any((a == k).any() for a in assignments) else stepped[k]
+        for k in range(K)
+    ])
+    torch.testing.assert_close(v, stepped + 0.25 * (means - stepped))
+
+
+def test_what_holds_prototypes_still_holds_them_still() -> None:
+    for options, train in (({"follow_rate": 0.0}, True), ({"prototype_weight": 0.0}, True), ({}, False)):
+        layer = PrototypicalRegularizer(DIM, K, **options)
+        layer.head.prototypes.requires_grad_(train)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+        before = layer.head.prototypes.detach().clone()
+        for step in range(3):
+            z = torch.randn(BATCH, DIM, requires_grad=True)
+            layer(z)[0].sum().backward()
+            if options != {"follow_rate": 0.0}:
+                optimizer.step()
+                assert torch.equal(layer.head.prototypes, before), (options, step)
+        assert torch.equal(layer.head.prototypes, before)
+
+
+def test_max_tokens_takes_a_seeded_subsample_and_leaves_the_random_stream_alone() -> None:
+    def gradients(seed: int, steps: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = PrototypicalRegularizer(DIM, K, max_tokens=32, seed=seed, prototype_weight=0.0, mmd_weight=1.0)
+        z, g = torch.randn(2, 200, DIM)
+        state = torch.get_rng_state()
+        for _ in range(steps):
+            gradient, _ = run(layer, z, g)
+        assert torch.equal(torch.get_rng_state(), state)
+        return gradient - g
+
+    first = gradients(0, 1)
+    touched = first.abs().sum(1) > 0
+    assert 0 < touched.sum() <= 32
+    assert torch.equal(first, gradients(0, 1))
+    assert not torch.equal(touched, gradients(0, 2).abs().sum(1) > 0)
+    assert not torch.equal(touched, gradients(1, 1).abs().sum(1) > 0)
+
+
+def test_subsample_prefers_positions_that_count() -> None:
+    layer = PrototypicalRegularizer(DIM, K, max_tokens=32, prototype_weight=0.0)
+    z, g = torch.randn(2, 200, DIM)
+    mask = torch.zeros(200, dtype=torch.bool)
+    mask[:40] = True
+    gradient, _ = run(layer, z, g, mask=mask)
+    assert torch.equal(gradient[40:], g[40:])
+    assert ((gradient - g)[:40].abs().sum(1) > 0).sum() > 16
+
+
+def test_isolated_rows_reach_nothing() -> None:
+    layer = PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(nan_policy="isolate"))
+    z, g = torch.randn(2, BATCH, DIM)
+    z[7] = torch.nan
+    leaf = z.clone().requires_grad_()
+    out, info = layer(leaf)
+    (out.nan_to_num() * g).sum().backward()
+    others = torch.arange(BATCH) != 7
+    by_z, by_v = expected_gradients(PrototypicalRegularizer(DIM, K, head=layer.head), z[others], g[others])
+    torch.testing.assert_close(leaf.grad[others], by_z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.head.prototypes.grad, by_v, rtol=1e-4, atol=1e-5)
+    assert info.loss.isfinite()
+
+
+def test_a_failing_call_changes_nothing() -> None:
+    layer = PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(nan_policy="raise"))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    layer(torch.randn(BATCH, DIM, requires_grad=True))[0].sum().backward()
+    optimizer.step()  # from here on the next forward would move the prototypes
+    before = copy.deepcopy(layer.state_dict())
+    for bad in (
+        torch.full((BATCH, DIM), torch.nan),
+        torch.randn(BATCH, DIM + 1),
+        torch.randn(BATCH, DIM, 1),
+        torch.randn(0, DIM),
+    ):
+        with pytest.raises(ValueError, match="z: expected"):
+            layer(bad)
+    with pytest.raises(TypeError, match="z: expected a floating-point"):
+        layer(torch.ones(BATCH, DIM, dtype=torch.int64))
+    with pytest.raises(TypeError, match="mask: expected a boolean"):
+        layer(torch.randn(BATCH, DIM), torch.ones(BATCH))
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        layer(torch.randn(BATCH, DIM), torch.ones(BATCH + 1, dtype=torch.bool))
+    assert torch.is_grad_enabled()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("layout", ["b d", "b d h w"])
+@pytest.mark.parametrize(
+    "options", [{}, {"warmup_steps": 2}, {"mode": "weighted"}, {"max_tokens": 24}, {"soft": True}], ids=str
+)
+def test_compiles_as_one_graph_forward_and_backward(layout: str, options: dict) -> None:
+    torch._dynamo.reset()
+    eager = PrototypicalRegularizer(DIM, K, layout=layout, **options)
+    inside = copy.deepcopy(eager)
+    compiled = torch.compile(inside, fullgraph=True)
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.5) for layer in (eager, inside)]
+    for _ in range(4):
+        z, g = torch.randn(2, *LAYOUTS[layout])
+        results = []
+        for call, layer, optimizer in zip((eager, compiled), (eager, inside), optimizers, strict=True):
+            leaf = z.clone().requires_grad_()
+            out, info = call(leaf)
+            ((out * g).sum() + info.loss).backward()
+            results.append([leaf.grad, layer.head.prototypes.grad.clone(), info.loss.detach()])
+            optimizer.step()
+            optimizer.zero_grad()
+            results[-1] += [value.clone() for value in layer.state_dict().values()]
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_deepcopy_pickle_and_weights_only_checkpoints() -> None:
+    layer = PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(marginals=[0.2] * 5))
+    z, g = torch.randn(2, BATCH, DIM)
+    run(layer, z, g)
+    layer.zero_grad()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    loaded = PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(marginals=[0.2] * 5))
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    expected, _ = run(copy.deepcopy(layer), z, g)
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), loaded):
+        assert torch.equal(run(twin, z, g)[0], expected)
+
+
+def train(model: nn.Module, layer: PrototypicalRegularizer, optimizer: torch.optim.Optimizer, data: torch.Tensor) -> None:
+    for x in data:
+        z, _ = layer(model(x))
+        optimizer.zero_grad()
+        (z - x).square().mean().backward()
+        optimizer.step()
+
+
+def test_exact_resume() -> None:
+    def build() -> tuple[nn.Module, PrototypicalRegularizer, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model, layer = nn.Linear(DIM, DIM), PrototypicalRegularizer(DIM, K, warmup_steps=2, max_tokens=16)
+        return model, layer, torch.optim.Adam([*model.parameters(), *layer.parameters()], lr=0.01)
+
+    data = torch.randn(9, BATCH, DIM)
+    straight = build()
+    train(*straight, data)
+    broken = build()
+    train(*broken, data[:4])
+    with tempfile.TemporaryFile() as file:
+        torch.save([part.state_dict() for part in broken], file)
+        file.seek(0)
+        states = torch.load(file, weights_only=True)
+    resumed = build()
+    for part, state in zip(resumed, states, strict=True):
+        part.load_state_dict(state)
+    train(*resumed, data[4:])
+    for name, value in straight[1].state_dict().items():
+        assert torch.equal(value, resumed[1].state_dict()[name]), name
+    assert torch.equal(straight[0].weight, resumed[0].weight)
+
+
+def test_frozen_encoder_still_teaches_prototypes() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    z, _ = layer(torch.randn(BATCH, DIM))
+    nn.Linear(DIM, 3)(z).square().sum().backward()
+    assert layer.head.prototypes.grad.any()
+
+
+def test_paper_preset() -> None:
+    layer = PrototypicalRegularizer.paper(DIM, K, mmd_weight=0.5)
+    assert layer.head.scores == "dot"
+    assert (layer.mmd.target, layer.mmd.statistic, layer.mmd.reduction) == ("sampled", "biased", "sum")
+    assert layer.mmd.scales == (2.0,)
+    assert (layer.mode, layer.prototype_weight, layer.mmd_weight, layer.follower.rate) == ("weighted", 1.0, 0.5, 0.0)
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    layer(z)[1].loss.backward()
+    assert z.grad.any()
+
+
+def test_components_can_be_replaced() -> None:
+    head = proto_reg.PrototypeHead(DIM, K, scores="euclidean")
+    assigner, mmd = SinkhornAssigner(0.02), proto_reg.AnchoredMMDLoss("energy")
+    layer = PrototypicalRegularizer(DIM, K, head=head, assigner=assigner, mmd=mmd)
+    assert (layer.head, layer.assigner, layer.mmd) == (head, assigner, mmd)
+    with pytest.raises(ValueError, match="head: expected latent_dim=8"):
+        PrototypicalRegularizer(8, K, head=head)
+    assert "mode='balanced'" in repr(layer)

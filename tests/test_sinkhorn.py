@@ -1,0 +1,168 @@
+"""The Sinkhorn operator: the iterate, its robustness, its options."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import cosines, log_sinkhorn, swav_sinkhorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proto_reg import SinkhornAssigner
+from proto_reg.functional import sinkhorn
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 10])
+@pytest.mark.parametrize("shape", [(256, 30), (7, 30), (1, 5), (5, 1), (1, 1)])
+def test_is_swavs_iterate_in_float64(shape: tuple[int, int], num_iters: int) -> None:
+    scores = cosines(*shape, dtype=torch.float64)
+    codes = sinkhorn(scores, 0.05, num_iters)
+    torch.testing.assert_close(codes, swav_sinkhorn(scores, 0.05, num_iters), rtol=0, atol=1e-12)
+
+
+def adversarial_scores() -> dict[str, torch.Tensor]:
+    """The robustness columns: unnormalised, shifted, with outlying rows and columns, in half precision, degenerate."""
+    cases = {
+        "dots up to 300": (100 * torch.randn(256, 30)).clamp(-300, 300),
+        "cosine + 10": cosines(256, 30) + 10,
+        "a column at -200": cosines(256, 30),
+        "a row at -200": cosines(256, 30),
+        "float16": (0.9 * cosines(256, 30)).half(),
+        "float16 dots": (100 * torch.randn(256, 30)).clamp(-300, 300).half(),
+        "bfloat16": cosines(256, 30).bfloat16(),
+        "B = 1": torch.randn(1, 30),
+        "K = 1": torch.randn(256, 1),
+        "a column at -inf": cosines(256, 30),
+    }
+    cases["a column at -200"][:, 3] = -200
+    cases["a row at -200"][3] = -200
+    cases["a column at -inf"][:, 3] = -math.inf
+    return cases
+
+
+@pytest.mark.parametrize("case", adversarial_scores())
+def test_robustness_columns(case: str) -> None:
+    scores = adversarial_scores()[case]
+    codes = sinkhorn(scores)
+    tolerance = 5e-3 if scores.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    assert codes.dtype == scores.dtype
+    assert codes.isfinite().all()
+    assert (codes.double().sum(1) - 1).abs().max() < tolerance
+    assert (codes.double() - log_sinkhorn(scores, 0.05, 3)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_finite_scores(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for signs in (torch.randn(64, 8).sign(), -torch.ones(64, 8), torch.eye(8)):
+        scores = signs.to(dtype) * largest
+        scores[0] = -largest
+        codes = sinkhorn(scores)
+        assert codes.isfinite().all()
+        torch.testing.assert_close(codes.double().sum(1), torch.ones(len(codes)).double(), rtol=0, atol=5e-3)
+
+
+def test_a_column_of_minus_infinity_gets_nothing_and_harms_nobody() -> None:
+    scores = cosines(64, 6)
+    codes = sinkhorn(torch.cat([scores, torch.full((64, 1), -math.inf)], 1))
+    assert not codes[:, 6].any()
+    torch.testing.assert_close(codes[:, :6], sinkhorn(scores))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    scale=st.floats(1e-3, 1e4),
+    offset=st.floats(-1e4, 1e4),
+    num_iters=st.integers(1, 8),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_rows_sum_to_one_for_any_finite_scores(rows, columns, scale, offset, num_iters, dtype, seed) -> None:
+    torch.manual_seed(seed)
+    codes = sinkhorn((torch.randn(rows, columns) * scale + offset).to(dtype), 0.05, num_iters)
+    assert codes.isfinite().all()
+    assert (codes.double().sum(1) - 1).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_marginals_are_met_and_zero_gets_nothing() -> None:
+    scores = cosines(200, 5)
+    marginals = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    codes = sinkhorn(scores, 0.05, 500, marginals=marginals)
+    torch.testing.assert_close(codes.mean(0), marginals, rtol=1e-3, atol=1e-6)
+    assert not codes[:, 4].any()
+    few = sinkhorn(scores, 0.05, 3, marginals=marginals)
+    torch.testing.assert_close(few.double(), log_sinkhorn(scores, 0.05, 3, marginals), rtol=0, atol=1e-5)
+    torch.testing.assert_close(few, sinkhorn(scores, 0.05, 3, marginals=marginals.tolist()))
+
+
+def test_tol_stops_once_columns_are_balanced() -> None:
+    scores = cosines(256, 30)
+    codes = sinkhorn(scores, 0.05, 1000, tol=1e-3)
+    assert (codes.mean(0) * 30 - 1).abs().max() < 1e-3
+    assert (codes - sinkhorn(scores, 0.05, 1000)).abs().max() > 1e-7
+    torch.testing.assert_close(sinkhorn(scores, 0.05, 3, tol=1e-12), sinkhorn(scores, 0.05, 3))
+
+
+def test_mask_takes_rows_out_of_the_balance() -> None:
+    scores = cosines(100, 8)
+    mask = torch.rand(100) > 0.4
+    codes = sinkhorn(scores, mask=mask)
+    torch.testing.assert_close(codes[mask], sinkhorn(scores[mask]))
+    torch.testing.assert_close(codes.sum(1), torch.ones(100))
+
+
+def test_potentials_assign_new_rows_by_the_same_balance() -> None:
+    scores = adversarial_scores()["dots up to 300"].double()
+    codes, potentials = sinkhorn(scores, return_potentials=True)
+    torch.testing.assert_close((scores / 0.05 + potentials).softmax(1), codes)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_policies(bad: float) -> None:
+    scores = cosines(64, 6)
+    scores[3, 2] = bad
+    assert sinkhorn(scores).isnan().all()
+    isolated = sinkhorn(scores, nan_policy="isolate")
+    others = torch.arange(64) != 3
+    assert isolated[3].isnan().all()
+    torch.testing.assert_close(isolated[others], sinkhorn(scores[others]))
+    with pytest.raises(ValueError, match=r"1 rows that hold one \(first: row 3\)"):
+        sinkhorn(scores, nan_policy="raise")
+
+
+def test_no_gradient_flows_through_codes() -> None:
+    scores = cosines(16, 4).requires_grad_()
+    assert not sinkhorn(scores).requires_grad
+    codes, potentials = torch.ops.proto_reg.sinkhorn(scores, None, None, 0.05, 3, None, False)
+    assert not codes.requires_grad
+    assert not potentials.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck_and_fullgraph(dtype: torch.dtype) -> None:
+    scores = cosines(33, 7).to(dtype)
+    marginals = torch.full((7,), 1 / 7)
+    for requires_grad in (False, True):
+        for arguments in ((None, None, 0.05, 3, None, False), (marginals, torch.rand(33) > 0.2, 0.1, 9, 1e-3, True)):
+            given_scores = scores.clone().requires_grad_(requires_grad)
+            torch.library.opcheck(torch.ops.proto_reg.sinkhorn.default, (given_scores, *arguments))
+    torch.testing.assert_close(torch.compile(sinkhorn, fullgraph=True)(scores), sinkhorn(scores))
+
+
+def test_odd_layouts() -> None:
+    scores = cosines(34, 10)
+    torch.testing.assert_close(sinkhorn(scores.T.contiguous().T), sinkhorn(scores))
+    torch.testing.assert_close(sinkhorn(scores[::2, 1::3]), sinkhorn(scores[::2, 1::3].contiguous()))
+
+
+def test_module_hands_over_its_options() -> None:
+    scores = cosines(50, 3)
+    marginals = [0.5, 0.25, 0.25]
+    module = SinkhornAssigner(0.1, 5, tol=1e-3, marginals=marginals)
+    torch.testing.assert_close(module(scores), sinkhorn(scores, 0.1, 5, tol=1e-3, marginals=marginals))
+    assert "marginals" in module.state_dict()
+    assert not module(scores.requires_grad_()).requires_grad
