@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from .regularizer import PrototypicalRegularizer, RegularizerOutput
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
-SETTLED = 400  # training steps after which a prototype loss of ln K is no longer a beginning
+SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a beginning
 
 
 class PrototypeWarning(UserWarning):
@@ -35,7 +37,7 @@ class LayerWatch:
         """Warn with ``message`` unless this watch already spoke of ``key``."""
         if key not in self.said:
             self.said.add(key)
-            warnings.warn(message, PrototypeWarning, stacklevel=2)
+            warnings.warn(message, PrototypeWarning, stacklevel=_callers_level())
 
     def at_construction(self, layer: PrototypicalRegularizer, total_steps: int | None) -> None:
         """Look at the options."""
@@ -67,8 +69,8 @@ class LayerWatch:
         if count < num_prototypes:
             self.say(
                 "batch",
-                f"{count} latents for {num_prototypes} prototypes: each step assigns at most one latent to a prototype "
-                "and the MMD, which needs two, stays near 0. Use larger batches or fewer prototypes.",
+                f"{count} latents for {num_prototypes} prototypes in a training step: most prototypes get one or none, "
+                "and the MMD needs two. Use larger batches or fewer prototypes; a last, smaller batch does no harm.",
             )
         self._read()
         self.looks += 1
@@ -124,9 +126,18 @@ class LayerWatch:
                 "r^2/D): the Gaussian kernel has next to no gradient there. Use AnchoredMMDLoss('energy'), or scale "
                 "the latents down.",
             )
-        if active_steps > 0 and separation < 2:
+        if active_steps >= SETTLED and separation < 2:
             self.say(
                 "separation",
                 f"Two prototypes are {separation:.2f} apart, inside each other's noise of standard deviation 1. Use "
                 "fewer prototypes, a larger init_std or more latent dimensions.",
             )
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` of the first frame outside this package and torch: the line that the reader wrote."""
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -35,8 +35,8 @@ class PrototypeFollower(nn.Module):
         if self.rate:
             self.register_buffer("sums", torch.zeros(num_prototypes, latent_dim))
             self.register_buffer("counts", torch.zeros(num_prototypes))
-            # NaN equals nothing: whatever the prototypes are at the first step counts as moved, with no latents yet.
-            self.register_buffer("seen", torch.full((num_prototypes, latent_dim), torch.nan))
+            # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
+            self.register_buffer("seen", torch.zeros(num_prototypes, latent_dim))
 
     @torch.no_grad()
     def move(self, prototypes: Tensor) -> None:

@@ -39,13 +39,16 @@ def isolated_step(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: O
         return False
     kept = [parameter.grad for parameter in parameters]
     try:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        _set_gradients(parameters, gradients)
         optimizer.step()
     finally:
-        for parameter, gradient in zip(parameters, kept, strict=True):
-            parameter.grad = gradient
+        _set_gradients(parameters, kept)
     return True
+
+
+def _set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 class PrototypicalTraining(nn.Module):

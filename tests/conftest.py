@@ -33,10 +33,7 @@ def naive_mmd(
         off = ~torch.eye(n, dtype=torch.bool)
         squared = (r[:, None] - r[None, :])[off].square().sum(-1)
         pairs = kernel_value(kernel, squared, dim, scales).sum()
-        if unbiased:
-            pairs = pairs / (n * (n - 1))
-        else:
-            pairs = (pairs + n * closed_forms.diagonal(kernel)) / n**2
+        pairs = pairs / (n * (n - 1)) if unbiased else (pairs + n * closed_forms.diagonal(kernel)) / n**2
         a, _ = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
         _, slope = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
         # The closed form a and its slope, tied together for autograd.

@@ -200,10 +200,14 @@ def test_prototypes_follow_their_latents_once_an_optimizer_moved_them() -> None:
     optimizer.step()
     stepped = v.detach().clone()
     layer(z)
-    means = torch.stack([
-        torch.cat([z[a == k] for a in assignments]).mean(0) if any((a == k).any() for a in assignments) else stepped[k]
-        for k in range(K)
-    ])
+    means = torch.stack(
+        [
+            torch.cat([z[a == k] for a in assignments]).mean(0)
+            if any((a == k).any() for a in assignments)
+            else stepped[k]
+            for k in range(K)
+        ]
+    )
     torch.testing.assert_close(v, stepped + 0.25 * (means - stepped))
 
 
@@ -330,7 +334,9 @@ def test_deepcopy_pickle_and_weights_only_checkpoints() -> None:
         assert torch.equal(run(twin, z, g)[0], expected)
 
 
-def train(model: nn.Module, layer: PrototypicalRegularizer, optimizer: torch.optim.Optimizer, data: torch.Tensor) -> None:
+def train(
+    model: nn.Module, layer: PrototypicalRegularizer, optimizer: torch.optim.Optimizer, data: torch.Tensor
+) -> None:
     for x in data:
         z, _ = layer(model(x))
         optimizer.zero_grad()

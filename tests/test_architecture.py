@@ -1,0 +1,132 @@
+"""The house: arrows run one way, imports are light, the public names are these."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import proto_reg
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "proto_reg"
+# Each room may import from the rooms that stand before it.
+ROOMS = [
+    "_checks",
+    "kernels",
+    "functional",
+    "head",
+    "assigner",
+    "mmd",
+    "follower",
+    "_warnings",
+    "regularizer",
+    "training",
+    "plots",
+    "__init__",
+]
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that ``path`` imports at run time, by relative imports."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    depth = len(path.relative_to(PACKAGE).parts)
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not any(name.name.startswith("proto_reg") for name in node.names), path
+        if not isinstance(node, ast.ImportFrom) or id(node) in guarded:
+            continue
+        assert not (node.module or "").startswith("proto_reg"), path
+        if node.level == depth:  # from the package's root
+            found |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_run_one_way(path: Path) -> None:
+    here = ROOMS.index(room(path))
+    for other in imported_rooms(path):
+        assert ROOMS.index(other) < here, f"{path} imports {other}"
+
+
+def test_examples_and_integrations_use_public_names_only() -> None:
+    for path in [*(ROOT / "examples").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("proto_reg"):
+                assert node.module == "proto_reg", path
+
+
+def test_public_names() -> None:
+    assert set(proto_reg.__all__) == {
+        "AnchoredMMDLoss",
+        "PrototypeHead",
+        "PrototypeMixture",
+        "PrototypeWarning",
+        "PrototypicalRegularizer",
+        "PrototypicalTrainerMixin",
+        "PrototypicalTraining",
+        "RegularizerOutput",
+        "SinkhornAssigner",
+        "functional",
+    }
+    for name in ("sinkhorn", "anchored_mmd", "prototype_cross_entropy", "latent_metrics"):
+        assert callable(getattr(proto_reg.functional, name))
+    fields = ("loss", "prototype_loss", "mmd_loss", "scores", "codes", "assignments")
+    assert proto_reg.RegularizerOutput._fields == fields
+
+
+def test_everything_public_is_documented() -> None:
+    members = {name: getattr(proto_reg, name) for name in proto_reg.__all__}
+    members |= {f"functional.{name}": getattr(proto_reg.functional, name) for name in proto_reg.functional.__all__}
+    for name, member in members.items():
+        assert member.__doc__, name
+        own = vars(member).items() if isinstance(member, type) else ()
+        for attribute, value in own:
+            if callable(value) and not attribute.startswith("_") and attribute != "extra_repr":
+                assert value.__doc__, f"{name}.{attribute}"
+
+
+def test_import_is_light() -> None:
+    code = """
+import sys, time, torch
+start = time.perf_counter()
+import proto_reg
+took = time.perf_counter() - start
+heavy = {"matplotlib", "sklearn", "scipy", "pandas", "lightning", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+print(took)
+"""
+    run = [sys.executable, "-c", code]
+    best = min(float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    assert best < 0.05, f"{best * 1000:.0f} ms"
+
+
+def test_the_wheels_package_list_is_the_tree() -> None:
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib")
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    inside = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("*.py")}
+    assert set(listed) == inside | {"proto_reg.integrations"}
+
+
+def test_ops_are_registered_once_and_have_no_surprises() -> None:
+    for name in ("sinkhorn", "anchored_mmd", "weighted_mmd", "follow"):
+        assert getattr(torch.ops.proto_reg, name).default is not None

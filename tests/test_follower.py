@@ -1,0 +1,24 @@
+"""The operator that moves prototypes; its effect in training is tested with the layer."""
+
+from __future__ import annotations
+
+import torch
+
+from proto_reg.follower import PrototypeFollower
+
+
+def test_opcheck() -> None:
+    arguments = (torch.randn(3, 2), torch.randn(3, 2), torch.tensor([2.0, 0.0, 1.0]), torch.randn(3, 2), 0.1)
+    torch.library.opcheck(torch.ops.proto_reg.follow.default, arguments)
+
+
+def test_latents_that_do_not_count_are_not_remembered() -> None:
+    follower = PrototypeFollower(3, 2, 0.5)
+    z = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [torch.inf, 0.0], [5.0, 6.0], [7.0, 8.0]])
+    follower.observe(z, torch.tensor([0, 0, 1, 1, 0]), torch.tensor([True, True, True, True, False]))
+    assert follower.counts.tolist() == [1, 1, 0]
+    assert follower.sums.tolist() == [[1, 2], [5, 6], [0, 0]]
+
+
+def test_a_rate_of_zero_keeps_no_state() -> None:
+    assert PrototypeFollower(3, 2, 0.0).state_dict() == {}

@@ -1,0 +1,147 @@
+"""Each warning is said when due, once, with its cure; and never where nothing is wrong."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import proto_reg
+from proto_reg import PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg._warnings import SETTLED
+
+DIM, K = 16, 4
+
+
+def spoken(act) -> list[str]:
+    """The texts of the library's warnings while ``act`` runs twice."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        act()
+    return [str(w.message) for w in record if issubclass(w.category, proto_reg.PrototypeWarning)]
+
+
+def walk(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int) -> None:
+    for _ in range(steps):
+        layer(z.requires_grad_())
+
+
+def test_nothing_is_said_where_nothing_is_wrong() -> None:
+    layer = PrototypicalRegularizer(DIM, K, total_steps=500)
+    layer.head.prototypes.data.copy_(10 * torch.eye(DIM)[:K])
+    z = layer.head.sample(200)
+    assert spoken(lambda: walk(layer, z, 2 * SETTLED + 100)) == []
+
+
+def test_epsilon_equal_to_temperature() -> None:
+    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(0.1), temperature=0.1))
+    assert "epsilon = temperature = 0.1" in text
+    assert "smaller" in text
+
+
+def test_warm_up_as_long_as_the_training() -> None:
+    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=100, total_steps=100))
+    assert "covers all 100 steps" in text
+    assert spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=99, total_steps=100)) == []
+
+
+def test_thousands_of_dimensions() -> None:
+    (text,) = spoken(lambda: PrototypicalRegularizer(4096, K))
+    assert "latent_dim = 4096" in text
+
+
+def test_fewer_latents_than_prototypes_is_legitimate_and_said_once() -> None:
+    layer = PrototypicalRegularizer(DIM, 8)
+    (text,) = spoken(lambda: walk(layer, torch.randn(3, DIM), 3))
+    assert text.startswith("3 latents for 8 prototypes")
+
+
+def one_of(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int, beginning: str) -> str:
+    texts = [text for text in spoken(lambda: walk(layer, z, steps)) if beginning in text]
+    assert len(texts) == 1
+    return texts[0]
+
+
+def test_latents_that_are_never_negative() -> None:
+    assert "without ReLU" in one_of(PrototypicalRegularizer(DIM, K), torch.rand(64, DIM), 210, "All latents are >= 0")
+
+
+def test_latents_far_from_their_prototypes() -> None:
+    text = one_of(PrototypicalRegularizer(DIM, K), 20 * torch.randn(64, DIM), 210, "times as far")
+    assert "AnchoredMMDLoss('energy')" in text
+
+
+def test_prototypes_inside_each_others_noise() -> None:
+    layer = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, init_std=0.1))
+    assert "inside each other's noise" in one_of(layer, torch.randn(64, DIM), SETTLED + 1, "Two prototypes are")
+
+
+def test_a_loss_stuck_at_its_maximum() -> None:
+    layer = PrototypicalRegularizer(DIM, K, temperature=100.0)
+    assert "Lower the temperature" in one_of(layer, torch.randn(64, DIM), SETTLED + 1, "ln K")
+
+
+def test_the_warning_points_at_the_readers_line() -> None:
+    with pytest.warns(proto_reg.PrototypeWarning) as record:
+        PrototypicalRegularizer(DIM, 8)(torch.randn(3, DIM))
+    assert record[0].filename == __file__
+
+
+def test_copies_and_checkpoints_know_what_was_said() -> None:
+    import copy
+
+    layer = PrototypicalRegularizer(DIM, 8)
+    assert len(spoken(lambda: walk(layer, torch.randn(3, DIM), 1))) == 1
+    assert spoken(lambda: walk(copy.deepcopy(layer), torch.randn(3, DIM), 1)) == []
+
+
+def test_errors_name_argument_expectation_and_cure() -> None:
+    cases = [
+        (lambda: SinkhornAssigner(-0.1), ValueError, "epsilon: expected a finite number > 0, got -0.1"),
+        (lambda: SinkhornAssigner("a"), TypeError, "epsilon: expected a number"),
+        (lambda: SinkhornAssigner(num_iters=0), ValueError, "num_iters: expected an int >= 1, got 0"),
+        (lambda: SinkhornAssigner(num_iters=2.5), TypeError, "num_iters: expected an int"),
+        (lambda: SinkhornAssigner(marginals=[0.5, 0.6]), ValueError, "sum 1.1. Divide them by their sum"),
+        (lambda: SinkhornAssigner(marginals=[1.5, -0.5]), ValueError, "marginals: expected non-negative"),
+        (lambda: SinkhornAssigner(backend="cuda"), ValueError, "backend: expected one of 'auto', 'torch'"),
+        (lambda: SinkhornAssigner(nan_policy="ignore"), ValueError, "nan_policy: expected one of"),
+        (lambda: SinkhornAssigner()(torch.randn(3)), ValueError, "scores: expected shape (B, K), got (3,)"),
+        (lambda: SinkhornAssigner()(torch.randn(0, 3)), ValueError, "Skip empty batches"),
+        (lambda: SinkhornAssigner()(torch.ones(2, 3).long()), TypeError, "scores: expected a floating-point"),
+        (
+            lambda: SinkhornAssigner(marginals=[0.5, 0.5])(torch.randn(4, 3)),
+            ValueError,
+            "marginals: expected shape (3,)",
+        ),
+        (lambda: proto_reg.AnchoredMMDLoss("rbf"), ValueError, "kernel: expected one of 'gaussian'"),
+        (lambda: proto_reg.AnchoredMMDLoss(scales=()), ValueError, "scales: expected at least one"),
+        (lambda: proto_reg.AnchoredMMDLoss(scales=(0.0,)), ValueError, "scales: expected a finite number > 0"),
+        (lambda: proto_reg.AnchoredMMDLoss(target="exact"), ValueError, "target: expected one of"),
+        (lambda: PrototypicalRegularizer(0, K), ValueError, "latent_dim: expected an int >= 1, got 0"),
+        (lambda: PrototypicalRegularizer(DIM, True), TypeError, "num_prototypes: expected an int"),
+        (
+            lambda: PrototypicalRegularizer(DIM, K, mmd_weight=-1),
+            ValueError,
+            "mmd_weight: expected a finite number >= 0",
+        ),
+        (
+            lambda: PrototypicalRegularizer(DIM, K, layout="b c h"),
+            ValueError,
+            "layout: expected axis names with one 'd'",
+        ),
+        (lambda: PrototypicalRegularizer(DIM, K, mode="both"), ValueError, "mode: expected one of"),
+        (lambda: PrototypicalRegularizer(DIM, K, follow_rate=1.0), ValueError, "follow_rate: expected a share"),
+        (lambda: mmd(torch.randn(4, 3), labels=torch.zeros(4).int()), TypeError, "assignments: expected int64"),
+        (lambda: mmd(torch.randn(4, 3), labels=torch.zeros(5).long()), ValueError, "assignments: expected shape (4,)"),
+        (lambda: mmd(torch.randn(4, 2), labels=torch.zeros(4).long()), ValueError, "anchors: expected 2 columns"),
+    ]
+    for act, kind, words in cases:
+        with pytest.raises(kind) as caught:
+            act()
+        assert words in str(caught.value)
+        assert str(caught.value).endswith(".")
+
+
+def mmd(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return proto_reg.functional.anchored_mmd(z, torch.randn(2, 3), labels)
