@@ -80,7 +80,7 @@ def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Calla
         "scaled by 10": build(follow_rate=0.0, scaled=True),
         "k-means after warm-up": build(follow_rate=0.0, warmup_steps=args.warmup),
         "running mean .02": build(follow_rate=0.02),
-        "running mean .05": build(),
+        "running mean .05": build(follow_rate=0.05),
         "running mean .2": build(follow_rate=0.2),
     }
 

@@ -6,16 +6,12 @@ import math
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .regularizer import PrototypicalRegularizer, RegularizerOutput
-
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
-SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a beginning
+SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
 
 
 class PrototypeWarning(UserWarning):
@@ -39,56 +35,59 @@ class LayerWatch:
             self.said.add(key)
             warnings.warn(message, PrototypeWarning, stacklevel=_callers_level())
 
-    def at_construction(self, layer: PrototypicalRegularizer, total_steps: int | None) -> None:
+    def at_construction(
+        self, *, epsilon: float, temperature: float, latent_dim: int, warmup_steps: int, total_steps: int | None
+    ) -> None:
         """Look at the options."""
-        if getattr(layer.assigner, "epsilon", None) == layer.temperature:
+        if epsilon == temperature:
             self.say(
                 "epsilon",
-                f"epsilon = temperature = {layer.temperature:g}: with balanced codes the prototype loss has no "
-                "gradient. Make epsilon smaller, for example temperature / 2.",
+                f"epsilon = temperature = {temperature:g}: with balanced codes the prototype loss has no gradient. "
+                "Make epsilon smaller, for example temperature / 2.",
             )
-        if total_steps is not None and layer.warmup_steps >= total_steps:
+        if total_steps is not None and warmup_steps >= total_steps:
             self.say(
                 "warmup",
-                f"warmup_steps = {layer.warmup_steps} covers all {total_steps} steps of the training: nothing will be "
+                f"warmup_steps = {warmup_steps} covers all {total_steps} steps of the training: nothing will be "
                 "regularised. Shorten the warm-up.",
             )
-        if layer.head.latent_dim >= 2048:
+        if latent_dim >= 2048:
             self.say(
                 "dimension",
-                f"latent_dim = {layer.head.latent_dim}: a batch says next to nothing about a normal distribution in "
-                "thousands of dimensions. Regularise positions (layout='b d h w') or put a linear bottleneck before "
-                "the layer.",
+                f"latent_dim = {latent_dim}: a batch says next to nothing about a normal distribution in thousands "
+                "of dimensions. Regularise positions (layout='b d h w') or put a linear bottleneck before the layer.",
             )
 
-    def at_step(self, layer: PrototypicalRegularizer, tokens: Tensor, output: RegularizerOutput) -> None:
-        """Look at a training step: shapes always, values after 50, 100, 200, ... steps."""
+    def at_step(
+        self, tokens: Tensor, prototypes: Tensor, assignments: Tensor, prototype_loss: Tensor, active_steps: Tensor
+    ) -> None:
+        """Look at a training step of latents (N, D): shapes always, values after 50, 100, 200, ... steps."""
         if torch.compiler.is_compiling():
             return
-        count, num_prototypes = tokens.shape[0], layer.head.num_prototypes
-        if count < num_prototypes:
+        if len(tokens) < len(prototypes):
             self.say(
                 "batch",
-                f"{count} latents for {num_prototypes} prototypes in a training step: most prototypes get one or none, "
-                "and the MMD needs two. Use larger batches or fewer prototypes; a last, smaller batch does no harm.",
+                f"{len(tokens)} latents for {len(prototypes)} prototypes in a training step: most prototypes get one "
+                "or none, and the MMD needs two. Use larger batches or fewer prototypes; a last, smaller batch does no "
+                "harm.",
             )
         self._read()
         self.looks += 1
         if self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1:
-            self._measure(layer, tokens, output)
+            self._measure(tokens.detach(), prototypes.detach(), assignments, prototype_loss.detach(), active_steps)
 
-    @torch.no_grad()
-    def _measure(self, layer: PrototypicalRegularizer, tokens: Tensor, output: RegularizerOutput) -> None:
+    def _measure(
+        self, tokens: Tensor, prototypes: Tensor, assignments: Tensor, prototype_loss: Tensor, active_steps: Tensor
+    ) -> None:
         """Queue the figures to look at; on a GPU they arrive while it works on."""
-        v = layer.head.prototypes
-        residuals = tokens - v[output.assignments]
+        several = len(prototypes) > 1
         figures = torch.stack(
             [
-                output.prototype_loss / math.log(max(2, len(v))),
+                prototype_loss / math.log(max(2, len(prototypes))),
                 tokens.amin(),
-                residuals.square().mean(),
-                torch.pdist(v.float()).amin() if len(v) > 1 else v.new_tensor(torch.inf),
-                layer.steps - layer.warmup_steps,
+                (tokens - prototypes[assignments]).square().mean(),
+                torch.pdist(prototypes.float()).amin() if several else prototypes.new_tensor(torch.inf),
+                active_steps,
             ]
         ).float()
         if figures.device.type != "cuda":

@@ -31,7 +31,7 @@ class PrototypeFollower(nn.Module):
         super().__init__()
         self.rate = check_number("follow_rate", rate, at_least=0)
         if self.rate >= 1:
-            raise ValueError(f"follow_rate: expected a share in [0, 1), got {rate}. The default is 0.05.")
+            raise ValueError(f"follow_rate: expected a share in [0, 1), got {rate}. The default is 0.02.")
         if self.rate:
             self.register_buffer("sums", torch.zeros(num_prototypes, latent_dim))
             self.register_buffer("counts", torch.zeros(num_prototypes))

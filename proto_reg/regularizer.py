@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ._checks import check_choice, check_floating, check_mask, check_number, check_positive_int, compute_dtype
+from ._checks import check_choice, check_number, check_positive_int, compute_dtype
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
 from .follower import PrototypeFollower
-from .functional.prototypes import prototype_cross_entropy
+from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
 from .functional.sinkhorn import check_no_nan
 from .head import PrototypeHead
+from .layout import Layout
 from .mmd import AnchoredMMDLoss
 
 MODES = ("balanced", "weighted")
@@ -92,7 +93,7 @@ class PrototypicalRegularizer(nn.Module):
         layout: str = "b d",
         max_tokens: int = 4096,
         seed: int = 0,
-        follow_rate: float = 0.05,
+        follow_rate: float = 0.02,
         soft: bool = False,
         total_steps: int | None = None,
     ) -> None:
@@ -110,14 +111,20 @@ class PrototypicalRegularizer(nn.Module):
         self.mmd_weight = check_number("mmd_weight", mmd_weight, at_least=0)
         self.mode = check_choice("mode", mode, MODES)
         self.warmup_steps = check_positive_int("warmup_steps", warmup_steps, minimum=0)
-        self.layout = _check_layout(layout)
+        self.layout = Layout(layout)
         self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)
         self.seed = check_positive_int("seed", seed, minimum=0)
         self.soft = soft
         self.follower = PrototypeFollower(num_prototypes, latent_dim, follow_rate)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.watch = LayerWatch()
-        self.watch.at_construction(self, total_steps)
+        self.watch.at_construction(
+            epsilon=getattr(self.assigner, "epsilon", math.nan),
+            temperature=temperature,
+            latent_dim=latent_dim,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+        )
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
@@ -140,7 +147,9 @@ class PrototypicalRegularizer(nn.Module):
         if learning:
             self.follower.observe(tokens.detach(), output.assignments, keep)
             self.steps += 1
-            self.watch.at_step(self, tokens, output)
+            self.watch.at_step(
+                tokens, self.head.prototypes, output.assignments, output.prototype_loss, self.steps - self.warmup_steps
+            )
         return z, self._to_layout(output, z)
 
     def _losses(self, z: Tensor, keep: Tensor | None) -> RegularizerOutput:
@@ -168,9 +177,7 @@ class PrototypicalRegularizer(nn.Module):
                 ),
             )
             codes, assignments = self._assign(scores, keep)
-            prototype_loss = prototype_cross_entropy(scores, codes, self.temperature, mask=keep)
-            p = (scores / self.temperature).softmax(1)
-            by_scores = (p - codes) if keep is None else torch.where(keep[:, None], p - codes, 0.0)
+            prototype_loss, by_scores = prototype_cross_entropy_and_gradient(scores, codes, self.temperature, mask=keep)
             by_parameters, by_tokens = pull_back(by_scores)
 
             index = self._subsample(len(tokens), keep)
@@ -187,8 +194,8 @@ class PrototypicalRegularizer(nn.Module):
             steps = [torch.where(active, to_prototypes * g, 0.0) for g in by_parameters.values()]
             loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
             loss = torch.where(active, loss, 0.0)
-            counted = None if keep is None else self._positions(keep[:, None].to(direction.dtype), z)
-        z = _AttachDirection.apply(z, self._positions(direction, z), counted, *steps, *parameters.values())
+            counted = None if keep is None else self.layout.restore(keep[:, None].to(direction.dtype), z)
+        z = _AttachDirection.apply(z, self.layout.restore(direction, z), counted, *steps, *parameters.values())
         return z, RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def losses(self, z: Tensor, mask: Tensor | None = None) -> RegularizerOutput:
@@ -216,18 +223,8 @@ class PrototypicalRegularizer(nn.Module):
 
     def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Latents as rows (N, D) in the dtype of the computation, and which of them count (N,) or None."""
-        check_floating("z", z)
-        axes = self.layout.split()
-        if z.ndim != len(axes) or z.shape[axes.index("d")] != self.head.latent_dim or z.numel() == 0:
-            raise ValueError(
-                f"z: expected a non-empty {self.layout!r} tensor with d = {self.head.latent_dim}, got shape "
-                f"{tuple(z.shape)}. Set layout= and latent_dim= to what your encoder returns."
-            )
-        positions = " ".join(axis for axis in axes if axis != "d")
-        shape = tuple(size for size, axis in zip(z.shape, axes, strict=True) if axis != "d")
-        keep = check_mask("mask", mask, shape)
-        tokens = rearrange(z, f"{self.layout} -> ({positions}) d").to(compute_dtype(z.dtype))
-        keep = None if keep is None else rearrange(keep, f"{positions} -> ({positions})")
+        tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim)
+        tokens = tokens.to(compute_dtype(z.dtype))
         if self.assigner.nan_policy == "raise":
             check_no_nan("z", tokens if keep is None else tokens[keep])
         if self.assigner.nan_policy == "isolate":
@@ -270,23 +267,17 @@ class PrototypicalRegularizer(nn.Module):
         """Whether warm-up is over, as a tensor: the answer never leaves the device."""
         return self.steps >= self.warmup_steps
 
-    def _positions(self, rows: Tensor, z: Tensor) -> Tensor:
-        """Rows (N, c), one for each token, back in the layout of ``z`` with c in the place of d."""
-        axes = self.layout.split()
-        positions = [axis for axis in axes if axis != "d"]
-        sizes = {axis: size for axis, size in zip(axes, z.shape, strict=True) if axis != "d"}
-        return rearrange(rows, f"({' '.join(positions)}) d -> {self.layout}", **sizes)
-
     def _to_layout(self, output: RegularizerOutput, z: Tensor) -> RegularizerOutput:
-        assignments = self._positions(output.assignments[:, None], z).squeeze(self.layout.split().index("d"))
         return output._replace(
-            scores=self._positions(output.scores, z), codes=self._positions(output.codes, z), assignments=assignments
+            scores=self.layout.restore(output.scores, z),
+            codes=self.layout.restore(output.codes, z),
+            assignments=self.layout.restore_positions(output.assignments, z),
         )
 
     def extra_repr(self) -> str:
         return (
             f"mode={self.mode!r}, temperature={self.temperature:g}, prototype_weight={self.prototype_weight:g}, "
-            f"mmd_weight={self.mmd_weight:g}, warmup_steps={self.warmup_steps}, layout={self.layout!r}"
+            f"mmd_weight={self.mmd_weight:g}, warmup_steps={self.warmup_steps}, layout={self.layout.pattern!r}"
         )
 
 
@@ -313,13 +304,3 @@ def _inverse_norm(gradient: Tensor) -> Tensor:
     """1 / |gradient|, and 0 for a gradient of 0."""
     norm = torch.linalg.vector_norm(gradient)
     return torch.where(norm > 0, 1 / norm, 0.0)
-
-
-def _check_layout(layout: str) -> str:
-    axes = layout.split() if isinstance(layout, str) else []
-    if "d" not in axes or len(axes) < 2 or len(set(axes)) != len(axes) or not all(a.isidentifier() for a in axes):
-        raise ValueError(
-            f"layout: expected axis names with one 'd' for the latent, such as 'b d' or 'b d h w', got {layout!r}. "
-            "Name every axis of the encoder's output once."
-        )
-    return " ".join(axes)

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "proto_reg"
 # Each room may import from the rooms that stand before it.
 ROOMS = [
     "_checks",
+    "layout",
     "kernels",
     "functional",
     "head",
@@ -37,20 +38,14 @@ def room(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms that ``path`` imports at run time, by relative imports."""
+    """Rooms that ``path`` imports; imports inside the package are relative."""
     tree = ast.parse(path.read_text())
-    guarded = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
-        for node in ast.walk(branch)
-    }
     depth = len(path.relative_to(PACKAGE).parts)
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert not any(name.name.startswith("proto_reg") for name in node.names), path
-        if not isinstance(node, ast.ImportFrom) or id(node) in guarded:
+        if not isinstance(node, ast.ImportFrom):
             continue
         assert not (node.module or "").startswith("proto_reg"), path
         if node.level == depth:  # from the package's root

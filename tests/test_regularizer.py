@@ -22,7 +22,7 @@ def expected_gradients(layer: PrototypicalRegularizer, z: torch.Tensor, g: torch
     leaf = z.detach().clone().requires_grad_()
     g_p, by_prototypes = torch.autograd.grad(layer.losses(leaf, mask).prototype_loss, [leaf, layer.head.prototypes])
     (g_r,) = torch.autograd.grad(layer.losses(leaf, mask).mmd_loss, leaf)
-    kept = g if mask is None else g * mask.unsqueeze(layer.layout.split().index("d"))
+    kept = g if mask is None else g * mask.unsqueeze(layer.layout.latent_axis)
     factor_p = layer.prototype_weight * kept.norm() / g_p.norm()
     factor_r = layer.mmd_weight * kept.norm() / g_r.norm()
     return g + factor_p * g_p + factor_r * g_r, factor_p * by_prototypes

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_choice, check_mask, check_matrix, check_number
+from .._checks import check_choice, check_mask, check_matrix, check_number, compute_dtype
 
 SCORES = ("cosine", "dot", "euclidean")
 
@@ -60,8 +60,20 @@ def prototype_cross_entropy(
         )
     check_number("temperature", temperature, above=0)
     check_mask("mask", mask, (scores.shape[0],))
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(scores.dtype)
     rows = -(codes.detach().to(dtype) * (scores.to(dtype) / temperature).log_softmax(1)).sum(1)
     if mask is None:
         return rows.mean()
     return torch.where(mask, rows, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def prototype_cross_entropy_and_gradient(
+    scores: Tensor, codes: Tensor, temperature: float = 0.1, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`prototype_cross_entropy` and its gradient by ``scores`` (B, K), in closed form: no graph is built."""
+    loss = prototype_cross_entropy(scores, codes, temperature, mask=mask)
+    gradient = (scores.to(loss.dtype) / temperature).softmax(1) - codes
+    if mask is None:
+        return loss, gradient / (temperature * len(scores))
+    return loss, torch.where(mask[:, None], gradient, 0.0) / (temperature * mask.sum().clamp_min(1))

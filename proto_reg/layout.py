@@ -1,0 +1,55 @@
+"""Latents in any shape as rows of tokens, and back."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor
+
+from ._checks import check_floating, check_mask
+
+
+class Layout:
+    """An einops pattern such as ``"b d h w"``: the axis ``d`` is the latent, every position of the others a token.
+
+    Raises:
+        ValueError: a pattern without ``d``, without another axis, or that names an axis twice.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.axes = pattern.split() if isinstance(pattern, str) else []
+        unique = len(set(self.axes)) == len(self.axes) >= 2
+        if "d" not in self.axes or not unique or not all(axis.isidentifier() for axis in self.axes):
+            raise ValueError(
+                f"layout: expected axis names with one 'd' for the latent, such as 'b d' or 'b d h w', got {pattern!r}."
+                " Name every axis of the encoder's output once."
+            )
+        self.pattern = " ".join(self.axes)
+        self.latent_axis = self.axes.index("d")
+        self.positions = " ".join(axis for axis in self.axes if axis != "d")
+
+    def tokens(self, z: Tensor, mask: Tensor | None, latent_dim: int) -> tuple[Tensor, Tensor | None]:
+        """Latents ``z`` as rows (N, D) and ``mask``, z's shape without d, as (N,) or None.
+
+        Raises:
+            TypeError, ValueError: latents or mask of another rank, size or dtype, or no latents at all.
+        """
+        check_floating("z", z)
+        if z.ndim != len(self.axes) or z.shape[self.latent_axis] != latent_dim or z.numel() == 0:
+            raise ValueError(
+                f"z: expected a non-empty {self.pattern!r} tensor with d = {latent_dim}, got shape {tuple(z.shape)}. "
+                "Set layout= and latent_dim= to what your encoder returns."
+            )
+        check_mask("mask", mask, tuple(self._sizes(z).values()))
+        rows = rearrange(z, f"{self.pattern} -> ({self.positions}) d")
+        return rows, None if mask is None else rearrange(mask, f"{self.positions} -> ({self.positions})")
+
+    def restore(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows (N, c), one for each token of ``like``, in its layout with c in the place of d."""
+        return rearrange(rows, f"({self.positions}) d -> {self.pattern}", **self._sizes(like))
+
+    def restore_positions(self, entries: Tensor, like: Tensor) -> Tensor:
+        """Entries (N,), one for each token of ``like``, in its layout without d."""
+        return rearrange(entries, f"({self.positions}) -> {self.positions}", **self._sizes(like))
+
+    def _sizes(self, z: Tensor) -> dict[str, int]:
+        return {axis: size for axis, size in zip(self.axes, z.shape, strict=True) if axis != "d"}
