@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
     if too_low or not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}. Choose a value in that range.")
     return float(value)
+
+
+T = TypeVar("T")
+
+
+def check_instance(name: str, value: object, kind: type[T]) -> T:
+    """Return ``value`` if it is a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}. Derive yours from it.")
+    return value
 
 
 def check_floating(name: str, value: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class LayerWatch:
                 prototype_loss / math.log(max(2, len(prototypes))),
                 tokens.amin(),
                 (tokens - prototypes[assignments]).square().mean(),
-                torch.pdist(prototypes.float()).amin() if several else prototypes.new_tensor(torch.inf),
+                torch.pdist(prototypes.float()).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
             ]
         ).float()
@@ -121,9 +121,9 @@ class LayerWatch:
         if radius > 50:
             self.say(
                 "radius",
-                f"Latents lie {radius:.0f} times as far from their prototypes as a normal distribution would (mean "
-                "r^2/D): the Gaussian kernel has next to no gradient there. Use AnchoredMMDLoss('energy'), or scale "
-                "the latents down.",
+                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension, is {radius:.0f} "
+                "where N(v, I) has 1: the Gaussian kernel has next to no gradient there. Use "
+                "AnchoredMMDLoss('energy'), or scale the latents down.",
             )
         if active_steps >= SETTLED and separation < 2:
             self.say(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_number, check_positive_int
-from .functional.sinkhorn import BACKENDS, NAN_POLICIES, check_marginals, sinkhorn
+from .functional.sinkhorn import BACKENDS, NAN_POLICIES, as_marginals, check_marginals, sinkhorn
 
 
 class SinkhornAssigner(nn.Module):
@@ -45,7 +45,7 @@ class SinkhornAssigner(nn.Module):
         self.nan_policy = check_choice("nan_policy", nan_policy, NAN_POLICIES)
         self.backend = check_choice("backend", backend, BACKENDS)
         if marginals is not None:
-            marginals = torch.as_tensor(marginals, dtype=torch.float32).detach().clone()
+            marginals = as_marginals(marginals).to(torch.float32)
             check_marginals(marginals, None)
         self.register_buffer("marginals", marginals)
 

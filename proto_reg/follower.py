@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
-from ._checks import check_number
+from ._checks import check_number, compute_dtype
 
 
 class PrototypeFollower(nn.Module):
@@ -14,12 +17,15 @@ class PrototypeFollower(nn.Module):
 
     Cosine scores give prototypes no radial gradient, and an optimizer's step is as small for them as for any weight:
     left to it, they stay at the distance from each other that they were initialised with. The mean of their latents
-    tells both direction and distance. Because only an optimizer's step sets it off, whatever holds prototypes still
-    (a frozen parameter, warm-up, a weight of 0, K = 1, accumulation between steps, a step skipped by GradScaler) holds
-    them still here too. The test is a comparison on the device; nothing waits for it.
+    tells both direction and distance.
+
+    Two things must come together: latents that were observed while the prototype loss was at work, and prototypes that
+    are no longer where they were last seen. So whatever holds prototypes still holds them still here too: a frozen
+    parameter, accumulation between steps, a step that GradScaler skipped. The comparison is made on the device; nothing
+    waits for it.
 
     Args:
-        num_prototypes, latent_dim: K, D.
+        prototypes: (K, D), for the shape and dtype of the state, which stays float32 or wider.
         rate: share of the way, in [0, 1); 0 leaves prototypes to the optimizer alone and keeps no state.
     """
 
@@ -27,35 +33,56 @@ class PrototypeFollower(nn.Module):
     counts: Tensor
     seen: Tensor
 
-    def __init__(self, num_prototypes: int, latent_dim: int, rate: float) -> None:
+    def __init__(self, prototypes: Tensor, rate: float) -> None:
         super().__init__()
         self.rate = check_number("follow_rate", rate, at_least=0)
         if self.rate >= 1:
             raise ValueError(f"follow_rate: expected a share in [0, 1), got {rate}. The default is 0.02.")
+        self._seen_version: int | None = None
         if self.rate:
-            self.register_buffer("sums", torch.zeros(num_prototypes, latent_dim))
-            self.register_buffer("counts", torch.zeros(num_prototypes))
+            like = prototypes.detach().to(compute_dtype(prototypes.dtype))
+            self.register_buffer("sums", torch.zeros_like(like))
+            self.register_buffer("counts", torch.zeros_like(like[:, 0]))
             # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
-            self.register_buffer("seen", torch.zeros(num_prototypes, latent_dim))
+            self.register_buffer("seen", torch.zeros_like(like))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """As any module's, but a half precision cannot count: the state is kept in float32 then."""
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            setattr(self, name, buffer.to(compute_dtype(buffer.dtype)))
+        return self
+
+    def __getstate__(self) -> dict:
+        """A copy has other tensors, whose versions count anew."""
+        return self.__dict__ | {"_seen_version": None}
 
     @torch.no_grad()
     def move(self, prototypes: Tensor) -> None:
         """Move ``prototypes`` (K, D) in place if they are no longer where they were last seen."""
-        if self.rate:
+        if not self.rate or not prototypes.requires_grad:
+            return
+        if not torch.compiler.is_compiling():
+            # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
+            if prototypes._version == self._seen_version:
+                return
             torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
+            self._seen_version = prototypes._version
+            return
+        torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
 
     @torch.no_grad()
-    def observe(self, tokens: Tensor, assignments: Tensor, keep: Tensor | None) -> None:
-        """Remember latents ``tokens`` (N, D) by their prototypes ``assignments`` (N,), over all processes if there are
-        several; latents that are not finite, or that ``keep`` leaves out, are not remembered."""
+    def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor) -> None:
+        """Remember the finite ones of latents ``tokens`` (N, D) by their prototypes ``assignments`` (N,).
+
+        ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the default group.
+        """
         if not self.rate:
             return
-        usable = tokens.isfinite().all(1)
-        usable = usable if keep is None else usable & keep
+        usable = tokens.isfinite().all(1) & counted
         tokens = torch.where(usable[:, None], tokens, 0.0).to(self.sums.dtype)
-        ones = usable.to(tokens.dtype)[:, None]
-        both = torch.zeros_like(torch.cat([self.sums, self.counts[:, None]], 1))
-        both = both.index_add(0, assignments, torch.cat([tokens, ones], 1))
+        rows = torch.cat([tokens, usable.to(tokens.dtype)[:, None]], 1)
+        both = rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, assignments, rows)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(both)
         self.sums += both[:, :-1]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int
-from .functional.prototypes import SCORES, prototype_scores
+from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
+from .functional.prototypes import SCORES, prototype_scores, prototype_scores_pull_back
 
 
 class PrototypeHead(nn.Module):
@@ -50,6 +54,33 @@ class PrototypeHead(nn.Module):
             )
         return prototype_scores(z, self.prototypes, self.scores)
 
+    def scores_and_pull_back(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor]]]]:
+        """Scores (N, K) of ``z`` (N, D), and what takes a gradient by them to those by z and by ``self.parameters()``.
+
+        In closed form here; a head that computes its scores or prototypes otherwise goes through ``torch.func.vjp``.
+        """
+        plain = type(self).forward is PrototypeHead.forward and list(self._parameters) == ["prototypes"]
+        if plain and len(list(self.parameters())) == 1:
+            v = self.prototypes.detach().to(z.dtype)
+
+            def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
+                by_z, by_prototypes = prototype_scores_pull_back(by_scores, z, v, self.scores)
+                return by_z, [by_prototypes]
+
+            return prototype_scores(z, v, self.scores), pull_back
+
+        def call(parameters: dict[str, Tensor], z: Tensor) -> Tensor:
+            return torch.func.functional_call(self, parameters, (z,))
+
+        parameters = {name: p.detach() for name, p in self.named_parameters()}
+        scores, vjp = cast("tuple[Tensor, Callable]", torch.func.vjp(call, parameters, z))
+
+        def pull_back_through(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
+            by_parameters, by_z = vjp(by_scores)
+            return by_z, list(by_parameters.values())
+
+        return scores, pull_back_through
+
     @torch.no_grad()
     def init_from(self, z: Tensor, generator: torch.Generator | None = None) -> None:
         """Put the prototypes on K of the latents ``z`` (N, D), chosen by k-means++ (Arthur and Vassilvitskii, 2007).
@@ -65,7 +96,7 @@ class PrototypeHead(nn.Module):
             )
         if not bool(z.isfinite().all()):
             raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
-        z = z.to(self.prototypes)
+        z = z.to(self.prototypes.device)
         self.prototypes.copy_(z[_kmeans_plus_plus(z, self.num_prototypes, generator)])
 
     def mixture(self, std: float = 1.0) -> PrototypeMixture:
@@ -84,19 +115,29 @@ class PrototypeHead(nn.Module):
         """Draw latents (num_samples, D) around one prototype, or around prototypes drawn uniformly if None.
 
         ``std`` is the standard deviation around the prototype: 1 is the distribution that training aims at, 0 the
-        prototype itself. Raises IndexError for a prototype outside [0, K), TypeError or ValueError for the rest.
+        prototype itself. Raises TypeError or ValueError for an argument out of its range.
         """
         check_positive_int("num_samples", num_samples)
         check_number("std", std, at_least=0)
         v = self.prototypes
         if prototype is None:
             index = torch.randint(len(v), (num_samples,), device=v.device, generator=generator)
-        elif 0 <= check_positive_int("prototype", prototype, minimum=0) < len(v):
-            index = torch.full((num_samples,), prototype, device=v.device)
         else:
-            raise IndexError(f"prototype: expected an index in [0, {len(v)}), got {prototype}. Choose one of the K.")
+            index = torch.full((num_samples,), self.check_index(prototype), device=v.device)
         noise = torch.randn(num_samples, v.shape[1], dtype=v.dtype, device=v.device, generator=generator)
         return v[index] + std * noise
+
+    def check_index(self, prototype: int) -> int:
+        """``prototype`` as an int in [0, K); TypeError or ValueError otherwise."""
+        try:
+            index = operator.index(prototype)
+        except TypeError:
+            raise TypeError(f"prototype: expected an int, got {type(prototype).__name__}. Pass one index.") from None
+        if not 0 <= index < self.num_prototypes:
+            raise ValueError(
+                f"prototype: expected an index in [0, {self.num_prototypes}), got {index}. Choose one of the K."
+            )
+        return index
 
     def extra_repr(self) -> str:
         return f"{self.latent_dim}, {self.num_prototypes}, scores={self.scores!r}, init_std={self.init_std:g}"
@@ -124,7 +165,13 @@ class PrototypeMixture(MixtureSameFamily):
     def _joint(self, value: Tensor) -> Tensor:
         """log of weight times density, (..., K), without the (..., K, D) tensor of the general mixture."""
         mean = self.component_distribution.mean
-        flat = value.reshape(-1, mean.shape[-1])
+        check_floating("value", value)
+        if value.ndim == 0 or value.shape[-1] != mean.shape[-1]:
+            raise ValueError(
+                f"value: expected shape (..., {mean.shape[-1]}), got {tuple(value.shape)}. Put the latent axis last."
+            )
+        dtype = compute_dtype(torch.promote_types(value.dtype, mean.dtype))
+        mean, flat = mean.to(dtype), value.reshape(-1, mean.shape[-1]).to(dtype)
         # Differences, not the product form: exact in float32 however far from the origin.
         distance = torch.cdist(flat, mean, compute_mode="donot_use_mm_for_euclid_dist")
         log_density = self.component_distribution.log_prob(mean)  # at distance 0, the normalising constant
@@ -134,6 +181,9 @@ class PrototypeMixture(MixtureSameFamily):
 
 def _kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """Indices (count,) of rows of ``z`` (N, D), each drawn with probability proportional to its squared distance."""
+    # Only ratios of distances matter: at unit size none overflows, whatever the dtype of z.
+    z = z.to(compute_dtype(z.dtype))
+    z = z / z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
     chosen = [torch.randint(len(z), (1,), device=z.device, generator=generator)]
     squared = (z - z[chosen[0]]).square().sum(1)
     for _ in range(count - 1):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_matrix, check_positive_int
+from ._checks import check_choice, check_floating, check_matrix, check_positive_int
 from .head import PrototypeHead
 
 try:
@@ -46,7 +46,9 @@ def prototypes(
     """
     check_positive_int("num_samples", num_samples, minimum=0)
     check_positive_int("blocks", blocks)
-    chosen = list(range(head.num_prototypes)) if indices is None else indices
+    chosen = [head.check_index(k) for k in (range(head.num_prototypes) if indices is None else indices)]
+    if not chosen:
+        raise ValueError("indices: expected at least one prototype, got none. Leave it out to draw all.")
     height, width = -(-len(chosen) // blocks), num_samples + 1
     figure = Figure(figsize=(0.7 * (width + 0.2) * blocks, 0.7 * height + 0.3), layout="constrained")
     rows = [
@@ -57,7 +59,7 @@ def prototypes(
     for axes in rows[len(chosen) :]:
         for axis in axes:
             axis.set_axis_off()
-    for k, axes in zip(chosen, rows, strict=False):
+    for k, axes in zip(chosen, rows, strict=False):  # the last block may be shorter
         around = head.sample(num_samples, k, std=std, generator=generator) if num_samples else head.prototypes[:0]
         images = _images(decode(torch.cat([head.prototypes[k : k + 1], around])), image_shape)
         for axis, image in zip(axes, images, strict=True):
@@ -70,7 +72,7 @@ def prototypes(
     for axes in rows[::height]:
         axes[0].set_title("v", fontsize=9)
         if num_samples:
-            axes[1 + (num_samples - 1) // 2].set_title(f"N(v, {std:g}² I)", fontsize=9)
+            axes[1 + (num_samples - 1) // 2].set_title("N(v, I)" if std == 1 else f"N(v, {std:g}² I)", fontsize=9)
     return figure
 
 
@@ -80,7 +82,9 @@ def usage(shares: Tensor) -> Figure:
     Raises:
         TypeError, ValueError: no vector of shares.
     """
-    check_matrix("shares", shares[None] if shares.ndim == 1 else shares, axes="(1, K)")
+    check_floating("shares", shares)
+    if shares.ndim != 1 or len(shares) == 0:
+        raise ValueError(f"shares: expected shape (K,), got {tuple(shares.shape)}. Pass latent_metrics(...)['usage'].")
     figure = Figure(figsize=(max(4.0, 0.22 * len(shares)), 2.6), layout="constrained")
     axis = figure.subplots()
     axis.bar(range(len(shares)), shares.tolist())

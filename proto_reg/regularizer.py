@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ._checks import check_choice, check_number, check_positive_int, compute_dtype
+from ._checks import check_choice, check_instance, check_number, check_positive_int, compute_dtype
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
 from .follower import PrototypeFollower
 from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
-from .functional.sinkhorn import check_no_nan
+from .functional.sinkhorn import check_marginals, check_no_nan
 from .head import PrototypeHead
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
@@ -98,14 +96,22 @@ class PrototypicalRegularizer(nn.Module):
         total_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.head = PrototypeHead(latent_dim, num_prototypes) if head is None else head
+        self.head = check_instance(
+            "head", PrototypeHead(latent_dim, num_prototypes) if head is None else head, PrototypeHead
+        )
         if (self.head.latent_dim, self.head.num_prototypes) != (latent_dim, num_prototypes):
             raise ValueError(
                 f"head: expected latent_dim={latent_dim} and num_prototypes={num_prototypes}, got "
                 f"{self.head.latent_dim} and {self.head.num_prototypes}. Build both with the same sizes."
             )
-        self.assigner = SinkhornAssigner() if assigner is None else assigner
-        self.mmd = AnchoredMMDLoss() if mmd is None else mmd
+        self.assigner = check_instance(
+            "assigner", SinkhornAssigner() if assigner is None else assigner, SinkhornAssigner
+        )
+        if self.assigner.marginals is not None:
+            check_marginals(self.assigner.marginals, num_prototypes)
+        self.mmd = check_instance("mmd", AnchoredMMDLoss() if mmd is None else mmd, AnchoredMMDLoss)
+        if soft and self.mmd.target == "sampled":
+            raise ValueError("soft: expected False with a sampled target, got True. Use target='analytic' in mmd.")
         self.temperature = check_number("temperature", temperature, above=0)
         self.prototype_weight = check_number("prototype_weight", prototype_weight, at_least=0)
         self.mmd_weight = check_number("mmd_weight", mmd_weight, at_least=0)
@@ -114,12 +120,14 @@ class PrototypicalRegularizer(nn.Module):
         self.layout = Layout(layout)
         self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)
         self.seed = check_positive_int("seed", seed, minimum=0)
-        self.soft = soft
-        self.follower = PrototypeFollower(num_prototypes, latent_dim, follow_rate)
+        self.soft = bool(soft)
+        if total_steps is not None:
+            check_positive_int("total_steps", total_steps)
+        self.follower = PrototypeFollower(self.head.prototypes, follow_rate)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.watch = LayerWatch()
         self.watch.at_construction(
-            epsilon=getattr(self.assigner, "epsilon", math.nan),
+            epsilon=self.assigner.epsilon,
             temperature=temperature,
             latent_dim=latent_dim,
             warmup_steps=warmup_steps,
@@ -129,7 +137,8 @@ class PrototypicalRegularizer(nn.Module):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
 
-        Returns z itself (in balanced training: a view of the same values) and what was computed.
+        Returns z itself (in balanced training: the same memory) and what was computed. In a process group each training
+        forward sums the latents of each prototype over the default group; all ranks must take part.
 
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
@@ -145,7 +154,9 @@ class PrototypicalRegularizer(nn.Module):
                 with torch.set_grad_enabled(learning):
                     output = self._losses(tokens, keep)
         if learning:
-            self.follower.observe(tokens.detach(), output.assignments, keep)
+            if self.prototype_weight and self.head.num_prototypes > 1:
+                counted = self._active() if keep is None else keep & self._active()
+                self.follower.observe(tokens.detach(), output.assignments, counted)
             self.steps += 1
             self.watch.at_step(
                 tokens, self.head.prototypes, output.assignments, output.prototype_loss, self.steps - self.warmup_steps
@@ -165,20 +176,12 @@ class PrototypicalRegularizer(nn.Module):
 
     def _balanced(self, z: Tensor, tokens: Tensor, keep: Tensor | None) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
-        parameters = dict(self.head.named_parameters())
         with torch.no_grad():
-            # Only the head goes through autograd; both losses know their gradient in closed form.
-            scores, pull_back = cast(
-                "tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]",
-                torch.func.vjp(
-                    lambda p, t: torch.func.functional_call(self.head, p, (t,)),
-                    {name: p.detach() for name, p in parameters.items()},
-                    tokens,
-                ),
-            )
+            # Both losses and the scores know their gradients in closed form: no graph is built here.
+            scores, pull_back = self.head.scores_and_pull_back(tokens)
             codes, assignments = self._assign(scores, keep)
             prototype_loss, by_scores = prototype_cross_entropy_and_gradient(scores, codes, self.temperature, mask=keep)
-            by_parameters, by_tokens = pull_back(by_scores)
+            by_tokens, by_parameters = pull_back(by_scores)
 
             index = self._subsample(len(tokens), keep)
             mmd_loss, by_latents = self.mmd.value_and_gradient(
@@ -191,11 +194,11 @@ class PrototypicalRegularizer(nn.Module):
             direction = to_prototypes * by_tokens + self.mmd_weight * _inverse_norm(by_latents) * by_latents
             active = self._active()
             direction = torch.where(active, direction, 0.0)
-            steps = [torch.where(active, to_prototypes * g, 0.0) for g in by_parameters.values()]
+            steps = [torch.where(active, to_prototypes * g, 0.0) for g in by_parameters]
             loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
             loss = torch.where(active, loss, 0.0)
-            counted = None if keep is None else self.layout.restore(keep[:, None].to(direction.dtype), z)
-        z = _AttachDirection.apply(z, self.layout.restore(direction, z), counted, *steps, *parameters.values())
+            counted = None if keep is None else self.layout.restore(keep[:, None], z)
+        z = _AttachDirection.apply(z, self.layout.restore(direction, z), counted, *steps, *self.head.parameters())
         return z, RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def losses(self, z: Tensor, mask: Tensor | None = None) -> RegularizerOutput:
@@ -224,7 +227,7 @@ class PrototypicalRegularizer(nn.Module):
     def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Latents as rows (N, D) in the dtype of the computation, and which of them count (N,) or None."""
         tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim)
-        tokens = tokens.to(compute_dtype(z.dtype))
+        tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, self.head.prototypes.dtype)))
         if self.assigner.nan_policy == "raise":
             check_no_nan("z", tokens if keep is None else tokens[keep])
         if self.assigner.nan_policy == "isolate":
@@ -255,7 +258,7 @@ class PrototypicalRegularizer(nn.Module):
         if count <= self.max_tokens:
             return None
         # A hash for each token (splitmix64's mixing) leaves the user's random stream alone and resumes exactly.
-        key = torch.arange(count, device=self.steps.device) + self.steps * 1_000_003 + self.seed * 0x5851F42D
+        key = torch.arange(count, device=self.steps.device) + self.steps * 1_000_003 + self.seed % 2**31 * 0x5851F42D
         for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
             key = (key ^ (key >> 29)) * multiplier
         key = key ^ (key >> 32)
@@ -288,14 +291,15 @@ class _AttachDirection(torch.autograd.Function):
     def forward(ctx, z: Tensor, direction: Tensor, counted: Tensor | None, *steps_and_parameters: Tensor) -> Tensor:
         steps = steps_and_parameters[: len(steps_and_parameters) // 2]
         ctx.save_for_backward(direction, counted, *steps)
-        return z.view_as(z)
+        # Not a view, which could not be written to: decoders may begin with an in-place ReLU.
+        return z.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         direction, counted, *steps = ctx.saved_tensors
         # In the direction's float32: the norm of a half-precision gradient under loss scaling overflows its dtype.
         wide = gradient.to(direction.dtype)
-        norm = torch.linalg.vector_norm(wide if counted is None else wide * counted)
+        norm = torch.linalg.vector_norm(wide if counted is None else torch.where(counted, wide, 0.0))
         by_z = gradient + (norm * direction).to(gradient.dtype)
         return by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
 

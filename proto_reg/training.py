@@ -26,9 +26,10 @@ def isolated_step(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: O
     takes one read from the device, as in ``torch.amp.GradScaler``.
 
     Returns:
-        Whether the step was taken.
+        Whether the step was taken; without a parameter that requires a gradient there is none to take.
     """
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters and loss.requires_grad else ()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for gradient in gradients:
             if gradient is not None:
@@ -44,6 +45,11 @@ def isolated_step(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: O
     finally:
         _set_gradients(parameters, kept)
     return True
+
+
+def _distinct(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Each parameter once: tied weights are one parameter in two modules."""
+    return list(dict.fromkeys(parameters))
 
 
 def _set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -75,6 +81,8 @@ class PrototypicalTraining(nn.Module):
         TypeError, ValueError: an argument out of its range, named.
     """
 
+    _encode: Callable[[Tensor], Tensor] | None
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -93,7 +101,8 @@ class PrototypicalTraining(nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}. Wrap it in one.")
         self.encoder, self.decoder, self.regularizer = encoder, decoder, regularizer
         self.reconstruction = reconstruction
-        self.encode = encoder if encode is None else encode
+        # Past nn.Module's registration: a module that encodes is part of the encoder already.
+        object.__setattr__(self, "_encode", encode)
         self.warmup_epochs = check_positive_int("warmup_epochs", warmup_epochs, minimum=0)
         self.schedule = check_choice("schedule", schedule, SCHEDULES)
         self.epoch = 0
@@ -101,14 +110,18 @@ class PrototypicalTraining(nn.Module):
         encoding, decoding = list(encoder.parameters()), list(decoder.parameters())
         prototypes = list(regularizer.parameters())
         self._parameters_of = {
-            "prototype": encoding + prototypes,
+            "prototype": _distinct(encoding + prototypes),
             "mmd": encoding,
-            "reconstruction": encoding + decoding,
-            "balanced": encoding + decoding + prototypes,
+            "reconstruction": _distinct(encoding + decoding),
+            "balanced": _distinct(encoding + decoding + prototypes),
         }
         steps = ("prototype", "mmd", "reconstruction") if schedule == "paper" else ("balanced",)
         build = optimizer or partial(torch.optim.Adam, lr=1e-3)
         self.optimizers = {step: build(self._parameters_of[step]) for step in steps}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents of ``x``."""
+        return self.encoder(x) if self._encode is None else self._encode(x)
 
     @property
     def warming_up(self) -> bool:
@@ -125,6 +138,7 @@ class PrototypicalTraining(nn.Module):
                 for name in ("prototype", "mmd"):
                     loss = getattr(self.regularizer.losses(self.encode(x)), f"{name}_loss")
                     losses[name] = self._take(name, loss)
+            self.regularizer.steps += 1  # a new subsample for the next batch
         loss = self.reconstruction(self.decoder(self.encode(x)), x)
         return losses | {"reconstruction": self._take("reconstruction", loss)}
 
@@ -231,13 +245,13 @@ class PrototypicalTrainerMixin:
 
 @contextmanager
 def frozen_batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms below ``module`` normalise as in training but keep their running statistics."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
+    """Batch and instance norms below ``module`` normalise as in training but leave their running statistics alone."""
+    norms = nn.modules.batchnorm._NormBase
+    layers = [m for m in module.modules() if isinstance(m, norms) and m.training and m.track_running_stats]
     try:
         for layer in layers:
-            layer.momentum = 0.0
+            layer.track_running_stats = False
         yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer in layers:
+            layer.track_running_stats = True

@@ -13,7 +13,7 @@ def test_opcheck() -> None:
 
 
 def test_latents_that_do_not_count_are_not_remembered() -> None:
-    follower = PrototypeFollower(3, 2, 0.5)
+    follower = PrototypeFollower(torch.zeros(3, 2), 0.5)
     z = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [torch.inf, 0.0], [5.0, 6.0], [7.0, 8.0]])
     follower.observe(z, torch.tensor([0, 0, 1, 1, 0]), torch.tensor([True, True, True, True, False]))
     assert follower.counts.tolist() == [1, 1, 0]
@@ -21,4 +21,25 @@ def test_latents_that_do_not_count_are_not_remembered() -> None:
 
 
 def test_a_rate_of_zero_keeps_no_state() -> None:
-    assert PrototypeFollower(3, 2, 0.0).state_dict() == {}
+    assert PrototypeFollower(torch.zeros(3, 2), 0.0).state_dict() == {}
+
+
+def test_state_stays_wide_enough_to_count() -> None:
+    v = torch.nn.Parameter(torch.randn(3, 2))
+    follower = PrototypeFollower(v, 0.5).bfloat16()
+    assert {buffer.dtype for buffer in follower.buffers()} == {torch.float32}
+    assert {buffer.dtype for buffer in follower.double().buffers()} == {torch.float64}
+
+
+def test_prototypes_that_nobody_touched_are_not_written_to() -> None:
+    v = torch.nn.Parameter(torch.randn(3, 2))
+    follower = PrototypeFollower(v, 0.5)
+    follower.move(v)
+    version = v._version
+    follower.observe(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]), torch.tensor(True))
+    follower.move(v)
+    assert v._version == version
+    with torch.no_grad():
+        v += 1
+    follower.move(v)
+    assert follower.counts.tolist() == [0, 0, 0]

@@ -100,7 +100,10 @@ def test_sample() -> None:
 
 def test_bad_arguments() -> None:
     head = PrototypeHead(4, 3)
-    with pytest.raises(IndexError, match=r"prototype: expected an index in \[0, 3\), got 3"):
+    with pytest.raises(TypeError, match="prototype: expected an int"):
+        head.sample(2, 1.5)
+    assert head.sample(2, torch.tensor(1)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"prototype: expected an index in \[0, 3\), got 3"):
         head.sample(2, 3)
     with pytest.raises(ValueError, match="at least 3 latents"):
         head.init_from(torch.randn(2, 4))

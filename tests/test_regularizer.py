@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -9,6 +10,7 @@ import tempfile
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import proto_reg
@@ -90,6 +92,21 @@ def test_half_precision_under_a_gradient_scaler() -> None:
         assert info.loss.dtype == torch.float32
         z.float().square().mean().backward()
     assert model.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_converted_layer_takes_float32_latents(dtype: torch.dtype) -> None:
+    layer = PrototypicalRegularizer(DIM, K).to(dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for latents in (torch.float32, dtype):
+        z = torch.randn(BATCH, DIM).to(latents).requires_grad_()
+        out, info = layer(z)
+        assert (out.dtype, layer.head.prototypes.dtype) == (latents, dtype)
+        assert info.loss.isfinite()
+        out.sum().backward()
+        assert z.grad.isfinite().all()
+        assert layer.head.prototypes.grad.isfinite().all()
+        optimizer.step()
 
 
 def test_accumulation_adds_up_and_a_fresh_forward_can_go_back_again() -> None:
@@ -211,19 +228,35 @@ def test_prototypes_follow_their_latents_once_an_optimizer_moved_them() -> None:
     torch.testing.assert_close(v, stepped + 0.25 * (means - stepped))
 
 
-def test_what_holds_prototypes_still_holds_them_still() -> None:
-    for options, train in (({"follow_rate": 0.0}, True), ({"prototype_weight": 0.0}, True), ({}, False)):
-        layer = PrototypicalRegularizer(DIM, K, **options)
-        layer.head.prototypes.requires_grad_(train)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-        before = layer.head.prototypes.detach().clone()
-        for step in range(3):
-            z = torch.randn(BATCH, DIM, requires_grad=True)
-            layer(z)[0].sum().backward()
-            if options != {"follow_rate": 0.0}:
-                optimizer.step()
-                assert torch.equal(layer.head.prototypes, before), (options, step)
-        assert torch.equal(layer.head.prototypes, before)
+@pytest.mark.parametrize(
+    ("prototypes", "options"),
+    [(K, {"warmup_steps": 99}), (K, {"prototype_weight": 0.0}), (1, {}), (K, {"follow_rate": 0.0})],
+)
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_what_holds_prototypes_still_holds_them_still(prototypes: int, options: dict, decay: float) -> None:
+    """Nothing but the optimizer itself moves them: by its gradient, or by weight decay alone where there is none."""
+    layer = PrototypicalRegularizer(DIM, prototypes, **options)
+    v = layer.head.prototypes
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=decay)
+    for _ in range(3):
+        layer(3 + torch.randn(BATCH, DIM, requires_grad=True))[0].sum().backward()
+        before = v.detach().clone()
+        gradient = v.grad.clone()
+        assert gradient.any() == ("follow_rate" in options)
+        optimizer.step()
+        layer(torch.randn(BATCH, DIM, requires_grad=True))
+        torch.testing.assert_close(v, before - 0.1 * (gradient + decay * before))
+        optimizer.zero_grad()
+
+
+def test_frozen_prototypes_stay() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    layer.head.requires_grad_(False)
+    before = layer.head.prototypes.clone()
+    for _ in range(3):
+        layer(torch.randn(BATCH, DIM, requires_grad=True))[0].sum().backward()
+    assert torch.equal(layer.head.prototypes, before)
+    assert layer.head.prototypes.grad is None
 
 
 def test_max_tokens_takes_a_seeded_subsample_and_leaves_the_random_stream_alone() -> None:
@@ -368,6 +401,97 @@ def test_exact_resume() -> None:
     assert torch.equal(straight[0].weight, resumed[0].weight)
 
 
+def test_two_forwards_before_one_backward_in_weighted_mode() -> None:
+    layer = PrototypicalRegularizer(DIM, K, mode="weighted")
+    first, second = (layer(torch.randn(BATCH, DIM, requires_grad=True))[1].loss for _ in range(2))
+    (first + second).backward()
+
+
+def test_prototypes_may_be_used_beside_the_layer() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    layer(torch.randn(BATCH, DIM, requires_grad=True))
+    decoded = nn.Linear(DIM, 3)(layer.head.prototypes).sum()
+    z, _ = layer(torch.randn(BATCH, DIM, requires_grad=True))
+    (z.sum() + decoded - layer.head.mixture().log_prob(z).mean()).backward()
+
+
+def test_decoders_may_begin_in_place() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    encoder = nn.Linear(DIM, DIM)
+    decoder = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(DIM, DIM))
+    decoder(layer(encoder(torch.randn(BATCH, DIM)))[0]).sum().backward()
+    z, _ = layer(encoder(torch.randn(BATCH, DIM)))
+    z += torch.randn(BATCH, DIM)
+    z.sum().backward()
+    assert encoder.weight.grad.isfinite().all()
+
+
+def test_checkpointing_and_saved_tensor_hooks() -> None:
+    x = torch.randn(BATCH, DIM)
+    gradients = []
+    for context in (contextlib.nullcontext(), torch.autograd.graph.save_on_cpu()):
+        layer = PrototypicalRegularizer(DIM, K)
+        z = x.clone().requires_grad_()
+        with context:
+            out = torch.utils.checkpoint.checkpoint(lambda z, layer=layer: layer(z)[0], z, use_reentrant=False)
+        out.sum().backward()
+        gradients.append(z.grad)
+        assert layer.head.prototypes.grad.any()
+
+
+@pytest.mark.parametrize("way", ["mask", "isolate"])
+def test_a_loss_that_ignores_the_rows_left_out(way: str) -> None:
+    layer = PrototypicalRegularizer(
+        DIM, K, assigner=SinkhornAssigner(nan_policy="isolate" if way == "isolate" else "raise")
+    )
+    z, g = torch.randn(2, BATCH, DIM)
+    mask = torch.arange(BATCH) != 7
+    bad = torch.where(mask[:, None], z, torch.nan).requires_grad_()
+    out, _ = layer(bad, mask if way == "mask" else None)
+    (out * g)[mask].sum().backward()
+    by_z, by_v = expected_gradients(PrototypicalRegularizer(DIM, K, head=layer.head), z[mask], g[mask])
+    torch.testing.assert_close(bad.grad[mask], by_z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.head.prototypes.grad, by_v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_nothing_counts(mode: str) -> None:
+    layer = PrototypicalRegularizer(DIM, K, mode=mode)
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    out, info = layer(z, torch.zeros(BATCH, dtype=torch.bool))
+    (out.sum() + info.loss).backward()
+    assert torch.equal(z.grad, torch.ones_like(z))
+    assert not layer.head.prototypes.grad.any()
+
+
+def test_a_zero_latent_takes_no_more_than_its_share() -> None:
+    layer = PrototypicalRegularizer(DIM, K, mmd_weight=0.0)
+    z, g = torch.randn(2, BATCH, DIM)
+    z[0] = 0
+    gradient, _ = run(layer, z, g)
+    added = (gradient - g).norm(dim=1)
+    assert added[0] < 3 * added[1:].mean() * z.norm(dim=1)[1:].mean()
+    assert added[1:].norm() > 0.01 * g.norm()
+
+
+def test_a_head_of_ones_own_goes_through_autograd() -> None:
+    class Scaled(proto_reg.PrototypeHead):
+        def __init__(self) -> None:
+            super().__init__(DIM, K)
+            self.gain = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return self.gain * super().forward(z)
+
+    layer = PrototypicalRegularizer(DIM, K, head=Scaled()).double()
+    z, g = torch.randn(2, BATCH, DIM, dtype=torch.float64)
+    by_z, by_v = expected_gradients(layer, z, g)
+    gradient, _ = run(layer, z, g)
+    torch.testing.assert_close(gradient, by_z)
+    torch.testing.assert_close(layer.head.prototypes.grad, by_v)
+    assert layer.head.gain.grad != 0
+
+
 def test_frozen_encoder_still_teaches_prototypes() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     z, _ = layer(torch.randn(BATCH, DIM))
@@ -393,4 +517,11 @@ def test_components_can_be_replaced() -> None:
     assert (layer.head, layer.assigner, layer.mmd) == (head, assigner, mmd)
     with pytest.raises(ValueError, match="head: expected latent_dim=8"):
         PrototypicalRegularizer(8, K, head=head)
+    for name, wrong in (("head", nn.Linear(DIM, K)), ("assigner", nn.Identity()), ("mmd", nn.Identity())):
+        with pytest.raises(TypeError, match=f"{name}: expected a"):
+            PrototypicalRegularizer(DIM, K, **{name: wrong})
+    with pytest.raises(ValueError, match=r"marginals: expected shape \(5,\)"):
+        PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(marginals=[0.5, 0.5]))
+    with pytest.raises(ValueError, match="soft: expected False"):
+        PrototypicalRegularizer(DIM, K, soft=True, mmd=proto_reg.AnchoredMMDLoss(target="sampled"))
     assert "mode='balanced'" in repr(layer)

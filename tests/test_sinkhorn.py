@@ -64,6 +64,15 @@ def test_the_largest_finite_scores(dtype: torch.dtype) -> None:
         torch.testing.assert_close(codes.double().sum(1), torch.ones(len(codes)).double(), rtol=0, atol=5e-3)
 
 
+def test_extreme_rows_keep_their_differences() -> None:
+    scores = torch.zeros(3, 3)
+    scores[0] = torch.tensor([-3e38, -1e38, -2e38])
+    assert sinkhorn(scores)[0].tolist() == [0, 1, 0]
+    scores[0] = 3e38
+    assert sinkhorn(scores, mask=torch.tensor([False, True, True])).isfinite().all()
+    assert sinkhorn(scores, mask=torch.zeros(3, dtype=torch.bool)).isfinite().all()
+
+
 def test_a_column_of_minus_infinity_gets_nothing_and_harms_nobody() -> None:
     scores = cosines(64, 6)
     codes = sinkhorn(torch.cat([scores, torch.full((64, 1), -math.inf)], 1))
@@ -131,6 +140,10 @@ def test_nan_policies(bad: float) -> None:
     assert isolated[3].isnan().all()
     torch.testing.assert_close(isolated[others], sinkhorn(scores[others]))
     with pytest.raises(ValueError, match=r"1 rows that hold one \(first: row 3\)"):
+        sinkhorn(scores, nan_policy="raise")
+    scores[3] = -math.inf
+    torch.testing.assert_close(sinkhorn(scores, nan_policy="isolate")[others], sinkhorn(scores[others]))
+    with pytest.raises(ValueError, match="row of only -inf"):
         sinkhorn(scores, nan_policy="raise")
 
 

@@ -138,7 +138,8 @@ def test_batch_statistics_move_once_a_batch() -> None:
     assert not torch.equal(moved[2], before)
     with pytest.raises(RuntimeError), frozen_batch_statistics(encoder):
         raise RuntimeError
-    assert norm.momentum == 0.1
+    assert norm.track_running_stats
+    assert norm.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("schedule", ["paper", "balanced"])
@@ -212,6 +213,39 @@ def test_mixin_state_is_in_a_modules_own_state_dict() -> None:
     twin.load_state_dict(trainer.state_dict())
     assert twin.prototypical.optimizers["mmd"].state_dict()["state"].keys() != set()
     assert torch.equal(twin.prototypical.encoder.weight, trainer.prototypical.encoder.weight)
+
+
+def test_frozen_and_tied_parameters() -> None:
+    encoder, decoder, layer = parts()
+    decoder.weight = nn.Parameter(encoder.weight.T.detach().clone())
+    encoder.bias.requires_grad_(False)
+    layer.head.requires_grad_(False)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = encoder.weight
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return F.linear(z, self.weight.T)
+
+    training = PrototypicalTraining(
+        encoder, Tied(), layer, warmup_epochs=0, optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
+    assert len(training.optimizers["reconstruction"].param_groups[0]["params"]) == 2
+    prototypes, bias = layer.head.prototypes.clone(), encoder.bias.clone()
+    training.step(torch.rand(32, PIXELS))
+    assert torch.equal(layer.head.prototypes, prototypes)
+    assert torch.equal(encoder.bias, bias)
+    assert training.skipped_steps == 0
+
+
+def test_the_subsample_changes_from_batch_to_batch() -> None:
+    encoder, decoder, layer = parts(max_tokens=8)
+    training = PrototypicalTraining(encoder, decoder, layer, warmup_epochs=0)
+    first = layer._subsample(32, None)
+    training.step(torch.rand(32, PIXELS))
+    assert not torch.equal(first.sort().values, layer._subsample(32, None).sort().values)
 
 
 def test_a_vae_encoder_through_encode() -> None:

@@ -68,7 +68,7 @@ def test_latents_that_are_never_negative() -> None:
 
 
 def test_latents_far_from_their_prototypes() -> None:
-    text = one_of(PrototypicalRegularizer(DIM, K), 20 * torch.randn(64, DIM), 210, "times as far")
+    text = one_of(PrototypicalRegularizer(DIM, K), 20 * torch.randn(64, DIM), 210, "squared distance")
     assert "AnchoredMMDLoss('energy')" in text
 
 

@@ -43,8 +43,10 @@ def latent_metrics(z: Tensor, head: nn.Module, labels: Tensor | None = None) -> 
     """
     prototypes = cast(Tensor, head.prototypes)
     check_matrix("z", z, prototypes.shape[1], axes="(N, D)")
+    if not bool(z.isfinite().all()):
+        raise ValueError("z: expected finite latents, got NaN or infinity. Drop those rows, or look for the overflow.")
     dtype = compute_dtype(torch.promote_types(z.dtype, prototypes.dtype))
-    assignments = head(z.to(prototypes.dtype)).argmax(1)
+    assignments = head(z).argmax(1)
     z, v = z.to(dtype), prototypes.to(dtype)
     counts = torch.bincount(assignments, minlength=len(v))
     usage = counts.to(dtype) / len(z)

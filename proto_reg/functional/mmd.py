@@ -142,6 +142,12 @@ def check_mmd_inputs(
             f"assignments: expected shape {expected} for {'indices' if hard else 'weights'}, got "
             f"{tuple(assignments.shape)}. Pass one {'index' if hard else 'row of K weights'} for each latent."
         )
+    if not hard and assignments.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest = assignments.detach().amin().item()
+        if not lowest >= 0:
+            raise ValueError(
+                f"assignments: expected weights >= 0, got a minimum of {lowest:.3g}. Pass codes, not scores."
+            )
     return z.to(dtype), anchors.to(dtype), assignments if hard else check_floating("assignments", assignments).to(dtype)
 
 
@@ -151,6 +157,8 @@ def check_mmd_options(kernel: str, scales: Sequence[float], target: str, statist
     check_choice("target", target, TARGETS)
     check_choice("statistic", statistic, STATISTICS)
     check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(scales, str) or not isinstance(scales, Sequence):
+        raise TypeError(f"scales: expected a sequence of numbers, got {type(scales).__name__}. Pass (1.0,) for one.")
     if len(scales) == 0:
         raise ValueError("scales: expected at least one bandwidth, got none. Leave the default, or pass (1.0,).")
     for scale in scales:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> T
     log-posterior of the mixture of N(v_k, I) up to a term that depends on z alone.
 
     Args:
-        z: (..., D); prototypes: (K, D).
+        z: (..., D); prototypes: (K, D). Of two dtypes the wider one is taken.
 
     Returns:
         (..., K)
@@ -27,11 +29,41 @@ def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> T
         ValueError: an unknown ``scores``.
     """
     check_choice("scores", scores, SCORES)
+    dtype = torch.promote_types(z.dtype, prototypes.dtype)
+    z, prototypes = z.to(dtype), prototypes.to(dtype)
     if scores == "cosine":
-        return F.linear(F.normalize(z, dim=-1), F.normalize(prototypes, dim=-1))
+        return F.linear(_unit(z)[0], _unit(prototypes)[0])
     if scores == "dot":
         return F.linear(z, prototypes)
     return F.linear(z, prototypes, -0.5 * prototypes.square().sum(-1))
+
+
+@torch.no_grad()
+def prototype_scores_pull_back(
+    by_scores: Tensor, z: Tensor, prototypes: Tensor, scores: str = "cosine"
+) -> tuple[Tensor, Tensor]:
+    """Gradients by ``z`` (N, D) and ``prototypes`` (K, D) of a loss whose gradient is ``by_scores`` (N, K)."""
+    if scores == "cosine":
+        (z, by_unit_z), (prototypes, by_unit_v) = _unit(z), _unit(prototypes)
+        return by_unit_z(by_scores @ prototypes), by_unit_v(by_scores.mT @ z)
+    by_prototypes = by_scores.mT @ z
+    if scores == "euclidean":
+        by_prototypes = by_prototypes - by_scores.sum(0)[:, None] * prototypes
+    return by_scores @ prototypes, by_prototypes
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Rows of ``x`` at length 1, and the pull-back of a gradient by them to x. A row of zeros stays, with slope 1."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    directed = norm > 1e-12
+    norm = torch.where(directed, norm, 1.0)
+    unit = x / norm
+
+    def pull_back(gradient: Tensor) -> Tensor:
+        along = (gradient * unit).sum(-1, keepdim=True) * unit
+        return (gradient - torch.where(directed, along, 0.0)) / norm
+
+    return unit, pull_back
 
 
 def prototype_cross_entropy(
@@ -61,10 +93,12 @@ def prototype_cross_entropy(
     check_number("temperature", temperature, above=0)
     check_mask("mask", mask, (scores.shape[0],))
     dtype = compute_dtype(scores.dtype)
-    rows = -(codes.detach().to(dtype) * (scores.to(dtype) / temperature).log_softmax(1)).sum(1)
-    if mask is None:
-        return rows.mean()
-    return torch.where(mask, rows, 0.0).sum() / mask.sum().clamp_min(1)
+    codes, scores = codes.detach().to(dtype), scores.to(dtype)
+    if mask is not None:
+        # Before the product: a NaN that is only masked after it would still reach the gradient.
+        codes, scores = (torch.where(mask[:, None], x, 0.0) for x in (codes, scores))
+    total = -(codes * (scores / temperature).log_softmax(1)).sum()
+    return total / (len(scores) if mask is None else mask.sum().clamp_min(1))
 
 
 @torch.no_grad()

@@ -65,9 +65,11 @@ def sinkhorn(
         tol: stop once every column is within this relative error of its marginal; tested on the tensor's device.
         marginals: (K,) share of the batch that each prototype gets, >= 0 and summing to 1; 1/K each by default.
         mask: (B,) bool, True = the row counts. Rows left out get codes but do not weigh in the balance.
-        nan_policy: what a NaN or +inf does. ``"propagate"``: it reaches every code, as in plain torch.
+        nan_policy: what a NaN, a +inf or a row of nothing but -inf does. ``"propagate"``: it reaches every code, as in
+            plain torch.
             ``"isolate"``: its row gets NaN codes, the others are as if it were absent. ``"raise"``: a ValueError; the
-            only choice that waits for the device. A column of -inf is no error: that prototype gets nothing.
+            only choice that waits for the device, and so not for torch.compile. A column of -inf is no error: that
+            prototype gets nothing.
         backend: ``"torch"``, or ``"auto"`` for the fastest that can run.
         return_potentials: also return g (K,), with which ``softmax(S / eps + g)`` assigns new latents.
 
@@ -86,7 +88,7 @@ def sinkhorn(
     check_choice("backend", backend, BACKENDS)
     check_mask("mask", mask, (scores.shape[0],))
     if marginals is not None and not isinstance(marginals, Tensor):
-        marginals = torch.tensor(marginals, dtype=torch.float64)
+        marginals = as_marginals(marginals)
     if marginals is not None:
         check_marginals(marginals, scores.shape[1], values=marginals.device.type == "cpu")
         marginals = marginals.to(scores.device)
@@ -96,6 +98,19 @@ def sinkhorn(
         scores.detach(), marginals, mask, epsilon, num_iters, tol, nan_policy == "isolate"
     )
     return (codes, potentials) if return_potentials else codes
+
+
+def as_marginals(marginals: Tensor | Sequence[float]) -> Tensor:
+    """A tensor of its own, float64 unless it was one already. Raises TypeError for what is no sequence of numbers."""
+    if isinstance(marginals, Tensor) and marginals.is_floating_point():
+        return marginals.detach().clone()
+    try:
+        return torch.tensor([float(share) for share in marginals], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"marginals: expected K numbers or a floating-point tensor (K,), got {type(marginals).__name__}. Pass a "
+            "list of shares."
+        ) from error
 
 
 def check_marginals(marginals: Tensor, num_prototypes: int | None, *, values: bool = True) -> None:
@@ -108,7 +123,7 @@ def check_marginals(marginals: Tensor, num_prototypes: int | None, *, values: bo
     if not values or torch.compiler.is_compiling():
         return
     total = marginals.double().sum().item()
-    if not bool((marginals >= 0).all()) or not abs(total - 1) <= 1e-3:
+    if not bool((marginals >= 0).all()) or not abs(total - 1) <= (1e-3 if marginals.dtype.itemsize >= 4 else 2e-2):
         raise ValueError(
             f"marginals: expected non-negative shares that sum to 1, got minimum {marginals.min().item():.6g} and sum "
             f"{total:.6g}. Divide them by their sum."
@@ -116,11 +131,11 @@ def check_marginals(marginals: Tensor, num_prototypes: int | None, *, values: bo
 
 
 def check_no_nan(name: str, value: Tensor) -> None:
-    """ValueError if ``value`` holds a NaN or +inf. Reads one number from the device."""
-    bad = (value.isnan() | (value == torch.inf)).any(1)
+    """ValueError if a row of ``value`` holds a NaN or +inf, or only -inf. Reads one number from the device."""
+    bad = (value.isnan() | (value == torch.inf)).any(1) | (value == -torch.inf).all(1)
     if bool(bad.any()):
         raise ValueError(
-            f"{name}: expected no NaN and no +inf, got {int(bad.sum())} rows that hold one (first: row "
-            f"{int(bad.int().argmax())}). Look for the overflow upstream, or use nan_policy='isolate' to go on without "
-            "those rows."
+            f"{name}: expected no NaN, no +inf and no row of only -inf, got {int(bad.sum())} rows that hold one "
+            f"(first: row {int(bad.int().argmax())}). Look for the overflow upstream, or use nan_policy='isolate' to "
+            "go on without those rows."
         )

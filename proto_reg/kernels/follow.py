@@ -18,7 +18,7 @@ def follow_reference(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Ten
         sums, counts: (K, D) and (K,), latents observed since the last move, zeroed in place.
         seen: (K, D), set in place to where the prototypes are now.
     """
-    moved = (prototypes != seen).any()
+    moved = (prototypes.to(seen.dtype) != seen).any()
     way = sums / counts.clamp_min(1)[:, None] - prototypes
     way = torch.where(moved & (counts > 0)[:, None], way, 0.0)
     prototypes.add_(way.to(prototypes.dtype), alpha=rate)

@@ -103,18 +103,18 @@ def weighted_mmd_reference(
         dim = z.shape[1]
         mass = weights.sum(0)
         p = weights / mass.clamp_min(torch.finfo(z.dtype).tiny)
-        concentration = p.square().sum(0)
-        alive = (mass > 0) & (concentration < 1 - 8 * torch.finfo(z.dtype).eps)
+        spread = (p * (1 - p)).sum(0)  # 1 - sum p^2, without the cancellation
+        alive = spread > 0
         share = mass / mass.sum().clamp_min(torch.finfo(z.dtype).tiny) if by_mass else torch.ones_like(mass)
         share = torch.where(alive, share, 0.0)
-        c = share / torch.where(alive, 1 - concentration, 1.0) if unbiased else share
+        c = share / torch.where(alive, spread, 1.0) if unbiased else share
 
         # Distances are translation invariant: a common shift keeps float32 exact far from the origin.
         centre = anchors.mean(0)
         x, v = z - centre, anchors - centre
         loss, grad_z = _dense_weighted(x, p * c.sqrt(), kernel, scales)
         k0 = closed_forms.diagonal(kernel)
-        loss = loss if unbiased else loss + k0 * (c * concentration).sum()
+        loss = loss if unbiased else loss + k0 * (c * (1 - spread)).sum()
 
         squared = (x.square().sum(1, keepdim=True) + v.square().sum(1) - 2 * x @ v.T).clamp_min_(0)
         a, slope = closed_forms.attraction(kernel, squared, dim, scales)

@@ -43,24 +43,29 @@ def sinkhorn_reference(
         mask = usable if mask is None else mask & usable
         x = torch.where(usable[:, None], x, 0.0)
 
-    # g absorbs column maxima; taking them off before the division by epsilon keeps float32 exact where it counts.
-    top = _masked(x, mask).amax(0)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    # Beyond the range of the dtype lie only differences that the softmax cannot tell from this one.
-    lowest = torch.finfo(x.dtype).min / 8
-    x = torch.where(x == -torch.inf, -torch.inf, ((x - top) / epsilon).clamp_min(lowest))
+    # Two-sided centring before the division by epsilon: g absorbs column maxima and each softmax row maxima, so that
+    # float32 keeps the differences that matter. Only the first column sums see the row maxima.
+    lowest = torch.finfo(x.dtype).min
+    column_top = _finite_or_zero(_masked(x, mask).amax(0))
+    x = torch.where(x == -torch.inf, -torch.inf, (x - column_top).clamp_min(lowest))
+    row_top = _finite_or_zero(x.amax(1, keepdim=True))
+    x = (x - row_top) / epsilon
 
     target = x.new_full((x.shape[1],), 1.0 / x.shape[1]) if marginals is None else marginals.to(x)
-    rows = x.new_tensor(float(x.shape[0])) if mask is None else mask.sum().clamp_min(1).to(x.dtype)
-    column_mass = _masked(x, mask).logsumexp(0)
+    target = target / target.sum()
+    rows = x.new_full((), float(x.shape[0])) if mask is None else mask.sum().clamp_min(1).to(x.dtype)
+    column_mass = _masked(x + row_top / epsilon, mask).logsumexp(0)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
     g = torch.where(column_mass == -torch.inf, -torch.inf, target.log() - column_mass)
     g = _iterate(x, g, rows * target, mask, num_iters - 1, tol)
+    if mask is not None:
+        g = torch.where(mask.any(), g, 0.0)
 
     codes = (x + g).softmax(1)
     if isolate:
         codes = torch.where(usable[:, None], codes, torch.nan)
-    return codes.to(scores.dtype), g - top / epsilon
+    potentials = torch.where(g == -torch.inf, -torch.inf, (g - column_top / epsilon).clamp_min(lowest))
+    return codes.to(scores.dtype), potentials
 
 
 def _iterate(x: Tensor, g: Tensor, target: Tensor, mask: Tensor | None, passes: int, tol: float | None) -> Tensor:
@@ -79,6 +84,11 @@ def _iterate(x: Tensor, g: Tensor, target: Tensor, mask: Tensor | None, passes: 
         # On a device the test stays there: once converged, the potentials no longer move.
         g = torch.where(converged, g, updated)
     return g
+
+
+def _finite_or_zero(top: Tensor) -> Tensor:
+    """Maxima, those over nothing but -inf replaced by 0, which shifts nothing."""
+    return torch.where(top == -torch.inf, 0.0, top)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
