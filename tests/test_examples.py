@@ -27,15 +27,15 @@ def rows_of(table: str) -> dict[str, list[str]]:
     return {line[:16].strip(): line[16:].split() for line in table.splitlines() if line.startswith(("auto", "with"))}
 
 
-def test_quickstart_and_sample_on_digits(tmp_path: Path) -> None:
-    table = run("quickstart.py", "--epochs", "30", cwd=tmp_path)
+def test_quickstart_reaches_what_it_promises_and_its_checkpoint_makes_images(tmp_path: Path) -> None:
+    table = run("quickstart.py", cwd=tmp_path)
     rows = rows_of(table)
     mse = {name: float(cells[0]) for name, cells in rows.items()}
     _, _, purity, _, control, radius, _ = (float(cell) for cell in rows["with prototypes"])
-    assert mse["with prototypes"] < 1.15 * mse["autoencoder"]
-    assert purity > 0.75
-    assert control > 0.75
-    assert 0.5 < radius < 1.5
+    assert mse["with prototypes"] < 1.1 * mse["autoencoder"]  # 1.05 over seeds; a single seed varies by as much
+    assert purity > 0.8
+    assert control > 0.85
+    assert 0.7 < radius < 1.3
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
     run("sample.py", "3", "7", "--num-samples", "4", cwd=tmp_path)
     assert (tmp_path / "samples.png").exists()
