@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
+MANY = 2048  # of more prototypes only so many are compared with each other
 SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
 
 
@@ -86,7 +87,7 @@ class LayerWatch:
                 prototype_loss / math.log(max(2, len(prototypes))),
                 tokens.amin(),
                 (tokens - prototypes[assignments]).square().mean(),
-                torch.pdist(prototypes.float()).amin() if several else prototypes.new_full((), torch.inf),
+                torch.pdist(prototypes[:MANY].float()).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
             ]
         ).float()
