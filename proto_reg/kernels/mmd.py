@@ -16,7 +16,7 @@ from . import closed_forms
 
 # Up to this many points one masked matrix is cheapest, and its shapes do not depend on the data. On a device the
 # limit is higher: the plan by clusters costs one host read there.
-DENSE_LIMIT = {"cpu": 1024}
+DENSE_LIMIT = {"cpu": 256}
 DENSE_LIMIT_DEVICE = 4096
 # Elements of a kernel matrix that are alive at once.
 SLAB = 1 << 20
