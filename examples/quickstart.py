@@ -1,6 +1,6 @@
 """A VAE as people have it, and the same VAE with prototypes: two lines added, one dropped.
 
-python examples/quickstart.py                     # scikit-learn's digits, about a minute on two cores
+python examples/quickstart.py                     # scikit-learn's digits, half a minute on a CPU core
 python examples/quickstart.py --data-dir DIR      # MNIST, Fashion-MNIST or CIFAR-10, as torchvision leaves them
 
 Prints a table, writes quickstart.png (each row: a decoded prototype and samples around it) and quickstart.pt, which
@@ -124,6 +124,9 @@ def main() -> None:
     args.latent_dim = args.latent_dim or (32 if small else 256)
     args.hidden = args.hidden or (256 if small else 512)
     args.batch_size, args.judge_epochs = (64, 60) if small else (256, 5)
+
+    if small:
+        torch.set_num_threads(1)  # batches this small gain nothing from a second thread, and a busy machine loses much
 
     print(f"{data.name}: {len(data.train)} training images, {len(data.test)} test images, K = {args.prototypes}")
     model, rows = run(data, args)

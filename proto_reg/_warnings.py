@@ -25,10 +25,11 @@ class LayerWatch:
     def __init__(self) -> None:
         self.said: set[str] = set()
         self.looks = 0
-        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._version: int | None = None  # of the prototypes at the last look: whoever writes to them raises it
+        self._pending: tuple[Tensor, bool, torch.cuda.Event | None] | None = None
 
     def __getstate__(self) -> dict:
-        return {"said": set(self.said), "looks": self.looks, "_pending": None}
+        return {"said": set(self.said), "looks": self.looks, "_version": None, "_pending": None}
 
     def say(self, key: str, message: str) -> None:
         """Warn with ``message`` unless this watch already spoke of ``key``."""
@@ -75,13 +76,15 @@ class LayerWatch:
         self._read()
         self.looks += 1
         if self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1:
-            self._measure(tokens.detach(), prototypes.detach(), assignments, prototype_loss.detach(), active_steps)
+            self._measure(tokens.detach(), prototypes, assignments, prototype_loss.detach(), active_steps)
 
     def _measure(
         self, tokens: Tensor, prototypes: Tensor, assignments: Tensor, prototype_loss: Tensor, active_steps: Tensor
     ) -> None:
         """Queue the figures to look at; on a GPU they arrive while it works on."""
+        learns, prototypes = prototypes.requires_grad, prototypes.detach()
         several = len(prototypes) > 1
+        untouched, self._version = learns and prototypes._version == self._version, prototypes._version
         figures = torch.stack(
             [
                 prototype_loss / math.log(max(2, len(prototypes))),
@@ -92,20 +95,29 @@ class LayerWatch:
             ]
         ).float()
         if figures.device.type != "cuda":
-            self._pending = figures.cpu(), None
+            self._pending = figures.cpu(), untouched, None
             self._read()
             return
         host = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending = host, event
+        self._pending = host, untouched, event
 
     def _read(self) -> None:
         """Judge the figures if they have arrived."""
-        if self._pending is None or (self._pending[1] is not None and not self._pending[1].query()):
+        if self._pending is None:
             return
-        loss, lowest, radius, separation, active_steps = self._pending[0].tolist()
+        figures, untouched, event = self._pending
+        if event is not None and not event.query():
+            return
         self._pending = None
+        loss, lowest, radius, separation, active_steps = figures.tolist()
+        if untouched and active_steps > FIRST_LOOK:
+            self.say(
+                "optimizer",
+                f"No optimizer has touched the prototypes in {FIRST_LOOK} training steps or more. Give it the "
+                "layer's parameters too, for example optimizer.add_param_group({'params': layer.parameters()}).",
+            )
         if active_steps >= SETTLED and loss > 0.98:
             self.say(
                 "loss",
@@ -130,7 +142,7 @@ class LayerWatch:
             self.say(
                 "separation",
                 f"Two prototypes are {separation:.2f} apart, inside each other's noise of standard deviation 1. Use "
-                "fewer prototypes, a larger init_std or more latent dimensions.",
+                "fewer prototypes, head=PrototypeHead(..., init_std=) with a larger one, or more latent dimensions.",
             )
 
 

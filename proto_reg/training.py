@@ -66,7 +66,7 @@ class PrototypicalTraining(nn.Module):
     with the layer in its balanced mode. Neither touches a ``.grad`` that others use.
 
     A module: its ``state_dict`` holds encoder, decoder, regularizer, the optimizers' state and the epoch, all loadable
-    with ``weights_only=True``.
+    with ``weights_only=True``. A sampled target draws on torch's random state: keep that too for a bit-exact resume.
 
     Args:
         encoder: returns latents in the regularizer's layout; decoder: takes them.

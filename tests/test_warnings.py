@@ -23,8 +23,10 @@ def spoken(act) -> list[str]:
 
 
 def walk(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-6)
     for _ in range(steps):
-        layer(z.requires_grad_())
+        layer(z.requires_grad_())[0].sum().backward()
+        optimizer.step()
 
 
 def test_nothing_is_said_where_nothing_is_wrong() -> None:
@@ -73,8 +75,18 @@ def test_latents_far_from_their_prototypes() -> None:
 
 
 def test_prototypes_inside_each_others_noise() -> None:
-    layer = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, init_std=0.1))
+    layer = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, init_std=0.1), follow_rate=0.0)
     assert "inside each other's noise" in one_of(layer, torch.randn(64, DIM), SETTLED + 1, "Two prototypes are")
+
+
+def test_prototypes_that_no_optimizer_knows() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    z = layer.head.sample(64).requires_grad_()
+    texts = spoken(lambda: [layer(z) for _ in range(250)])
+    assert len([text for text in texts if "No optimizer has touched the prototypes" in text]) == 1
+    frozen = PrototypicalRegularizer(DIM, K)
+    frozen.head.requires_grad_(False)
+    assert not any("No optimizer" in text for text in spoken(lambda: [frozen(z) for _ in range(250)]))
 
 
 def test_a_loss_stuck_at_its_maximum() -> None:

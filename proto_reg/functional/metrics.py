@@ -34,7 +34,8 @@ def latent_metrics(z: Tensor, head: nn.Module, labels: Tensor | None = None) -> 
         * ``effective_rank``: exp of the entropy of the residuals' covariance spectrum (Roy and Vetterli, 2007), at
           most D.
         * ``standardised_mmd`` (K,): unbiased MMD to N(v_k, I) over its standard deviation under that distribution;
-          NaN for fewer than two latents. ``mean_standardised_mmd``: its mean over the others.
+          NaN for fewer than two latents. ``mean_standardised_mmd``: its mean over the others. 0 give or take 1 under
+          N(v, I); any deviation grows with the number of latents, so compare at the same N.
         * with labels ``purity``, ``nmi`` and ``acc`` (best one-to-one matching of prototypes to classes).
 
     Raises:

@@ -140,7 +140,8 @@ def check_mmd_inputs(
     if tuple(assignments.shape) != expected:
         raise ValueError(
             f"assignments: expected shape {expected} for {'indices' if hard else 'weights'}, got "
-            f"{tuple(assignments.shape)}. Pass one {'index' if hard else 'row of K weights'} for each latent."
+            f"{tuple(assignments.shape)}. Pass one {'index' if hard else 'row of K weights'} for each latent"
+            f"{'' if hard else ', or convert indices with assignments.long()'}."
         )
     if not hard and assignments.device.type == "cpu" and not torch.compiler.is_compiling():
         lowest = assignments.detach().amin().item()
