@@ -123,7 +123,7 @@ def main() -> None:
     args.epochs = args.epochs or (100 if small else 10)
     args.latent_dim = args.latent_dim or (32 if small else 256)
     args.hidden = args.hidden or (256 if small else 512)
-    args.batch_size, args.judge_epochs = (64, 60) if small else (256, 5)
+    args.batch_size, args.judge_epochs = (48, 60) if small else (256, 5)
 
     if small:
         torch.set_num_threads(1)  # batches this small gain nothing from a second thread, and a busy machine loses much

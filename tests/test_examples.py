@@ -32,7 +32,7 @@ def test_quickstart_reaches_what_it_promises_and_its_checkpoint_makes_images(tmp
     rows = rows_of(table)
     mse = {name: float(cells[0]) for name, cells in rows.items()}
     _, _, purity, _, control, radius, _ = (float(cell) for cell in rows["with prototypes"])
-    assert mse["with prototypes"] < 1.1 * mse["autoencoder"]  # 1.05 over seeds; a single seed varies by as much
+    assert mse["with prototypes"] <= 1.05 * mse["autoencoder"]
     assert purity > 0.8
     assert control > 0.85
     assert 0.7 < radius < 1.3
