@@ -96,22 +96,10 @@ class PrototypicalRegularizer(nn.Module):
         total_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.head = check_instance(
-            "head", PrototypeHead(latent_dim, num_prototypes) if head is None else head, PrototypeHead
-        )
-        if (self.head.latent_dim, self.head.num_prototypes) != (latent_dim, num_prototypes):
-            raise ValueError(
-                f"head: expected latent_dim={latent_dim} and num_prototypes={num_prototypes}, got "
-                f"{self.head.latent_dim} and {self.head.num_prototypes}. Build both with the same sizes."
-            )
-        self.assigner = check_instance(
-            "assigner", SinkhornAssigner() if assigner is None else assigner, SinkhornAssigner
-        )
-        if self.assigner.marginals is not None:
-            check_marginals(self.assigner.marginals, num_prototypes)
-        self.mmd = check_instance("mmd", AnchoredMMDLoss() if mmd is None else mmd, AnchoredMMDLoss)
-        if soft and self.mmd.target == "sampled":
-            raise ValueError("soft: expected False with a sampled target, got True. Use target='analytic' in mmd.")
+        self.head = PrototypeHead(latent_dim, num_prototypes) if head is None else head
+        self.assigner = SinkhornAssigner() if assigner is None else assigner
+        self.mmd = AnchoredMMDLoss() if mmd is None else mmd
+        self._check_components(latent_dim, num_prototypes, soft)
         self.temperature = check_number("temperature", temperature, above=0)
         self.prototype_weight = check_number("prototype_weight", prototype_weight, at_least=0)
         self.mmd_weight = check_number("mmd_weight", mmd_weight, at_least=0)
@@ -133,6 +121,21 @@ class PrototypicalRegularizer(nn.Module):
             warmup_steps=warmup_steps,
             total_steps=total_steps,
         )
+
+    def _check_components(self, latent_dim: int, num_prototypes: int, soft: bool) -> None:
+        """TypeError or ValueError for components that are not ours or do not fit together."""
+        check_instance("head", self.head, PrototypeHead)
+        check_instance("assigner", self.assigner, SinkhornAssigner)
+        check_instance("mmd", self.mmd, AnchoredMMDLoss)
+        if (self.head.latent_dim, self.head.num_prototypes) != (latent_dim, num_prototypes):
+            raise ValueError(
+                f"head: expected latent_dim={latent_dim} and num_prototypes={num_prototypes}, got "
+                f"{self.head.latent_dim} and {self.head.num_prototypes}. Build both with the same sizes."
+            )
+        if self.assigner.marginals is not None:
+            check_marginals(self.assigner.marginals, num_prototypes)
+        if soft and self.mmd.target == "sampled":
+            raise ValueError("soft: expected False with a sampled target, got True. Use target='analytic' in mmd.")
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
