@@ -42,9 +42,7 @@ def evaluate(
     train_z = encode(data.train)
     clusters = KMeans(num_prototypes, n_init=1, random_state=0).fit(train_z[:10_000].numpy())
     found = torch.from_numpy(clusters.predict(z.numpy())).long()
-    table = torch.zeros(num_prototypes, int(data.test_labels.max()) + 1).index_put_(
-        (found, data.test_labels), torch.tensor(1.0), accumulate=True
-    )
+    table = contingency(found, data.test_labels, num_prototypes)
     row["kmeans_purity"] = (table.amax(1).sum() / table.sum()).item()
     if head is None:
         return row
@@ -67,10 +65,7 @@ def control(
     All K prototypes count; one without latents has no class and counts as wrong.
     """
     assigned = head(train_z).argmax(1)
-    classes = int(train_labels.max()) + 1
-    table = torch.zeros(head.num_prototypes, classes).index_put_(
-        (assigned, train_labels), torch.tensor(1.0), accumulate=True
-    )
+    table = contingency(assigned, train_labels, head.num_prototypes)
     majority = torch.where(table.sum(1) > 0, table.argmax(1), -1)
     generator = torch.Generator().manual_seed(0)
     right = [
@@ -79,6 +74,12 @@ def control(
     ]
     prototypes = judge(decode(head.prototypes)).argmax(1) == majority
     return {"control": torch.stack(right).mean().item(), "prototypes_right": prototypes.float().mean().item()}
+
+
+def contingency(clusters: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """How many of each class (columns) are in each cluster (rows)."""
+    counts = torch.zeros(num_clusters, int(labels.max()) + 1)
+    return counts.index_put_((clusters, labels), torch.tensor(1.0), accumulate=True)
 
 
 COLUMNS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,14 +37,10 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
     return float(value)
 
 
-T = TypeVar("T")
-
-
-def check_instance(name: str, value: object, kind: type[T]) -> T:
-    """Return ``value`` if it is a ``kind``."""
+def check_instance(name: str, value: object, kind: type) -> None:
+    """TypeError unless ``value`` is a ``kind``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}. Derive yours from it.")
-    return value
 
 
 def check_floating(name: str, value: Tensor) -> Tensor:

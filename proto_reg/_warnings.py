@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .functional.metrics import SEPARATION
+
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
 MANY = 2048  # of more prototypes only so many are compared with each other
 SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
@@ -138,7 +140,7 @@ class LayerWatch:
                 "where N(v, I) has 1: the Gaussian kernel has next to no gradient there. Use "
                 "AnchoredMMDLoss('energy'), or scale the latents down.",
             )
-        if active_steps >= SETTLED and separation < 2:
+        if active_steps >= SETTLED and separation < SEPARATION:
             self.say(
                 "separation",
                 f"Two prototypes are {separation:.2f} apart, inside each other's noise of standard deviation 1. Use "

@@ -62,14 +62,13 @@ class PrototypeFollower(nn.Module):
         """Move ``prototypes`` (K, D) in place if they are no longer where they were last seen."""
         if not self.rate or not prototypes.requires_grad:
             return
-        if not torch.compiler.is_compiling():
-            # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
-            if prototypes._version == self._seen_version:
-                return
-            torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
-            self._seen_version = prototypes._version
+        eager = not torch.compiler.is_compiling()
+        # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
+        if eager and prototypes._version == self._seen_version:
             return
         torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
+        if eager:
+            self._seen_version = prototypes._version
 
     @torch.no_grad()
     def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor) -> None:

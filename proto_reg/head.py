@@ -59,8 +59,8 @@ class PrototypeHead(nn.Module):
 
         In closed form here; a head that computes its scores or prototypes otherwise goes through ``torch.func.vjp``.
         """
-        plain = type(self).forward is PrototypeHead.forward and list(self._parameters) == ["prototypes"]
-        if plain and len(list(self.parameters())) == 1:
+        parameters = {name: p.detach() for name, p in self.named_parameters()}
+        if type(self).forward is PrototypeHead.forward and list(parameters) == ["prototypes"]:
             v = self.prototypes.detach().to(z.dtype)
 
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -72,7 +72,6 @@ class PrototypeHead(nn.Module):
         def call(parameters: dict[str, Tensor], z: Tensor) -> Tensor:
             return torch.func.functional_call(self, parameters, (z,))
 
-        parameters = {name: p.detach() for name, p in self.named_parameters()}
         scores, vjp = cast("tuple[Tensor, Callable]", torch.func.vjp(call, parameters, z))
 
         def pull_back_through(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
