@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_number, check_positive_int
-from .functional.sinkhorn import BACKENDS, NAN_POLICIES, as_marginals, check_marginals, sinkhorn
+from .functional.problem import NAN_POLICIES, as_marginals, check_marginals
+from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
+from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
 
 class SinkhornAssigner(nn.Module):
@@ -20,7 +23,7 @@ class SinkhornAssigner(nn.Module):
         tol: stop once every column is within this relative error of its marginal.
         marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
@@ -49,19 +52,49 @@ class SinkhornAssigner(nn.Module):
             check_marginals(marginals, None)
         self.register_buffer("marginals", marginals)
 
+    def _options(self) -> dict[str, Any]:
+        return {
+            "tol": self.tol,
+            "marginals": self.marginals,
+            "nan_policy": self.nan_policy,
+            "backend": self.backend,
+        }
+
     @torch.no_grad()
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Codes (B, K) for ``scores`` (B, K): rows sum to 1, no gradient. ``mask`` (B,) bool leaves rows out."""
-        return sinkhorn(
-            scores,
-            self.epsilon,
-            self.num_iters,
-            tol=self.tol,
-            marginals=self.marginals,
-            mask=mask,
-            nan_policy=self.nan_policy,
-            backend=self.backend,
+        """Codes like ``scores`` (B, K) or (G, B, K): rows sum to 1, no gradient. ``mask`` (B,) bool leaves rows out."""
+        return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, **self._options())
+
+    def cross_entropy(self, scores: Tensor, temperature: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of softmax(S / tau) against the codes, differentiable in ``scores`` (B, K), and the codes.
+
+        One call of the fused operator. A subclass that assigns by a ``forward`` of its own is asked for its codes.
+        """
+        if self._assigns_otherwise():
+            codes = self._own_codes(scores.detach(), mask)
+            return prototype_cross_entropy(scores, codes, temperature, mask=mask), codes
+        loss, codes = sinkhorn_cross_entropy(
+            scores, self.epsilon, self.num_iters, temperature, mask=mask, return_codes=True, **self._options()
         )
+        return loss, codes
+
+    def cross_entropy_and_gradient(
+        self, scores: Tensor, temperature: float, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`cross_entropy`, and between the two the gradient by ``scores`` in closed form; no graph."""
+        if self._assigns_otherwise():
+            codes = self._own_codes(scores, mask)
+            loss, gradient = prototype_cross_entropy_and_gradient(scores, codes, temperature, mask=mask)
+            return loss, gradient, codes
+        return sinkhorn_cross_entropy_and_gradient(
+            scores, self.epsilon, self.num_iters, temperature, mask=mask, **self._options()
+        )
+
+    def _assigns_otherwise(self) -> bool:
+        return type(self).forward is not SinkhornAssigner.forward
+
+    def _own_codes(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return self(scores) if mask is None else self(scores, mask)
 
     def extra_repr(self) -> str:
         given = "" if self.marginals is None else f", marginals=({len(self.marginals)},)"

@@ -12,8 +12,7 @@ from ._checks import check_choice, check_instance, check_number, check_positive_
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
 from .follower import PrototypeFollower
-from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
-from .functional.sinkhorn import check_marginals, check_no_nan
+from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
@@ -169,8 +168,8 @@ class PrototypicalRegularizer(nn.Module):
     def _losses(self, z: Tensor, keep: Tensor | None) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
         scores = self.head(z)
-        codes, assignments = self._assign(scores, keep)
-        prototype_loss = prototype_cross_entropy(scores, codes, self.temperature, mask=keep)
+        prototype_loss, codes = self.assigner.cross_entropy(scores, self.temperature, keep)
+        assignments = (codes if self.training else scores).argmax(1)
         index = self._subsample(len(z), keep)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
@@ -182,8 +181,8 @@ class PrototypicalRegularizer(nn.Module):
         with torch.no_grad():
             # Both losses and the scores know their gradients in closed form: no graph is built here.
             scores, pull_back = self.head.scores_and_pull_back(tokens)
-            codes, assignments = self._assign(scores, keep)
-            prototype_loss, by_scores = prototype_cross_entropy_and_gradient(scores, codes, self.temperature, mask=keep)
+            prototype_loss, by_scores, codes = self.assigner.cross_entropy_and_gradient(scores, self.temperature, keep)
+            assignments = codes.argmax(1)
             by_tokens, by_parameters = pull_back(by_scores)
 
             index = self._subsample(len(tokens), keep)
@@ -240,12 +239,6 @@ class PrototypicalRegularizer(nn.Module):
             # Whatever stands in a position that is left out, be it NaN, reaches nothing.
             tokens = torch.where(keep[:, None], tokens, 0.0)
         return tokens, keep
-
-    def _assign(self, scores: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes (N, K) and hard assignments (N,)."""
-        scores = scores.detach()
-        codes = self.assigner(scores) if keep is None else self.assigner(scores, keep)
-        return codes, (codes if self.training else scores).argmax(1)
 
     def _mmd_arguments(
         self, z: Tensor, codes: Tensor, assignments: Tensor, keep: Tensor | None, index: Tensor | None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import proto_reg
-from proto_reg.kernels import closed_forms
+from proto_reg.kernels import backends, build, closed_forms
 
 warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
 
@@ -18,6 +20,31 @@ warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cpu_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The compiled CPU library: built once a session, in a cache of its own, and found by whoever asks from then on."""
+    if reason := build.obstacle("cpu"):
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTO_REG_CACHE", str(tmp_path_factory.mktemp("kernels")))
+        path = build.build("cpu")
+        backends._reset()
+        yield path
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What computes float32 and half precision on the CPU during a test that asks for no backend itself."""
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_library")
+    else:
+        monkeypatch.setenv("PROTO_REG_BACKEND", "torch")
+    backends._reset()
+    yield request.param
+    monkeypatch.undo()
+    backends._reset()
 
 
 def naive_mmd(

@@ -119,7 +119,7 @@ def test_the_wheels_package_list_is_the_tree() -> None:
 
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     inside = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("*.py")}
-    assert set(listed) == inside | {"proto_reg.integrations"}
+    assert set(listed) == inside | {"proto_reg.integrations", "proto_reg.csrc"}
 
 
 def test_ops_are_registered_once_and_have_no_surprises() -> None:

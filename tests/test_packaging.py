@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from proto_reg.kernels import build
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,8 +24,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source distribution, and the wheel built from nothing but it."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("proto_reg", "integrations"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
@@ -32,7 +35,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def modules() -> set[str]:
     package = {f"proto_reg/{p.relative_to(ROOT / 'proto_reg')}" for p in (ROOT / "proto_reg").rglob("*.py")}
     adapters = {f"proto_reg/integrations/{p.name}" for p in (ROOT / "integrations").glob("*.py")}
-    return package | adapters | {"proto_reg/py.typed"}
+    sources = {f"proto_reg/csrc/{path.name}" for path in build.CSRC.iterdir() if path.suffix in build.SUFFIXES}
+    return package | adapters | sources | {"proto_reg/py.typed"}
 
 
 def test_wheel(dist: Path) -> None:
@@ -52,15 +56,69 @@ def test_source_distribution(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {"/".join(Path(name).parts[1:]) for name in archive.getnames()}
-    for path in (ROOT / "proto_reg").rglob("*.py"):
+    for path in [*(ROOT / "proto_reg").rglob("*.py"), *build.CSRC.iterdir()]:
         assert str(path.relative_to(ROOT)) in names
-    assert {"integrations/__init__.py", "proto_reg/py.typed", "LICENSE", "README.md", "pyproject.toml"} <= names
+    others = {"integrations/__init__.py", "proto_reg/py.typed", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert others <= names
 
 
 def test_torch_is_no_build_requirement() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     requires = next(line for line in text.splitlines() if line.startswith("requires ="))
     assert "torch" not in requires
+
+
+@pytest.fixture(scope="module")
+def tree(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked, with kernels that compile in a moment."""
+    if reason := build.obstacle("cpu"):
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("tree")
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    for name in build.SOURCES["cpu"]:
+        (root / "proto_reg" / "csrc" / name).write_text("")
+    return root
+
+
+def wheel_of(tree: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(out), str(tree)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_a_wheel_with_kernels_is_for_this_platform_and_any_python(tree: Path, tmp_path: Path) -> None:
+    result = wheel_of(tree, tmp_path, PROTO_REG_BUILD="cpu")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform_tag}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import proto_reg; from proto_reg.kernels import build; print(proto_reg.__file__, build.find('cpu'))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PROTO_REG_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    package, library = map(Path, found.stdout.split())
+    assert package.parents[1] == tmp_path / "site"
+    assert library.parent == package.parent / "kernels" / "lib"
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+    # The same tree without the variable: setuptools keeps its build folder, the wheel is pure all the same.
+    assert wheel_of(tree, tmp_path / "pure", PROTO_REG_BUILD="").returncode == 0
+    (pure,) = (tmp_path / "pure").glob("*-py3-none-any.whl")
+    with zipfile.ZipFile(pure) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+def test_kernels_asked_for_where_torch_is_missing(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
+    result = wheel_of(tree, tmp_path, PROTO_REG_BUILD="cpu", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "pip install --no-build-isolation" in result.stdout + result.stderr
+    wrong = wheel_of(tree, tmp_path, PROTO_REG_BUILD="gpu")
+    assert "PROTO_REG_BUILD: expected cpu, cuda or all, got 'gpu'" in wrong.stdout + wrong.stderr
 
 
 @pytest.mark.parametrize("form", ["wheel", "editable"])

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from proto_reg import SinkhornAssigner
 from proto_reg.functional import sinkhorn
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("num_iters", [1, 2, 3, 10])
 @pytest.mark.parametrize("shape", [(256, 30), (7, 30), (1, 5), (5, 1), (1, 1)])
@@ -156,13 +158,8 @@ def test_no_gradient_flows_through_codes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_opcheck_and_fullgraph(dtype: torch.dtype) -> None:
+def test_fullgraph(dtype: torch.dtype) -> None:
     scores = cosines(33, 7).to(dtype)
-    marginals = torch.full((7,), 1 / 7)
-    for requires_grad in (False, True):
-        for arguments in ((None, None, 0.05, 3, None, False), (marginals, torch.rand(33) > 0.2, 0.1, 9, 1e-3, True)):
-            given_scores = scores.clone().requires_grad_(requires_grad)
-            torch.library.opcheck(torch.ops.proto_reg.sinkhorn.default, (given_scores, *arguments))
     torch.testing.assert_close(torch.compile(sinkhorn, fullgraph=True)(scores), sinkhorn(scores))
 
 

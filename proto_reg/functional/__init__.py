@@ -5,6 +5,13 @@ from __future__ import annotations
 from .metrics import latent_metrics
 from .mmd import anchored_mmd
 from .prototypes import prototype_cross_entropy, prototype_scores
-from .sinkhorn import sinkhorn
+from .sinkhorn import sinkhorn, sinkhorn_cross_entropy
 
-__all__ = ["anchored_mmd", "latent_metrics", "prototype_cross_entropy", "prototype_scores", "sinkhorn"]
+__all__ = [
+    "anchored_mmd",
+    "latent_metrics",
+    "prototype_cross_entropy",
+    "prototype_scores",
+    "sinkhorn",
+    "sinkhorn_cross_entropy",
+]

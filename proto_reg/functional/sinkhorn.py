@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
-from .._checks import check_choice, check_mask, check_matrix, check_number, check_positive_int
+from .. import kernels
+from .._checks import check_number
+from .problem import operator_arguments
 
-NAN_POLICIES = ("propagate", "isolate", "raise")
-BACKENDS = ("auto", "torch")
+BACKENDS = kernels.backends.NAMES
+
+_sinkhorn = torch.ops.proto_reg.sinkhorn.default
+_sinkhorn_out = torch.ops.proto_reg.sinkhorn_out.default
+_sinkhorn_cross_entropy = torch.ops.proto_reg.sinkhorn_cross_entropy.default
 
 
 @overload
@@ -23,9 +27,14 @@ def sinkhorn(
     *,
     tol: float | None = ...,
     marginals: Tensor | Sequence[float] | None = ...,
+    prototype_mask: Tensor | None = ...,
     mask: Tensor | None = ...,
+    weights: Tensor | None = ...,
     nan_policy: str = ...,
+    hard: bool = ...,
+    differentiable: bool = ...,
     backend: str = ...,
+    out: Tensor | None = ...,
     return_potentials: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -36,9 +45,14 @@ def sinkhorn(
     *,
     tol: float | None = ...,
     marginals: Tensor | Sequence[float] | None = ...,
+    prototype_mask: Tensor | None = ...,
     mask: Tensor | None = ...,
+    weights: Tensor | None = ...,
     nan_policy: str = ...,
+    hard: bool = ...,
+    differentiable: bool = ...,
     backend: str = ...,
+    out: Tensor | None = ...,
     return_potentials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def sinkhorn(
@@ -48,9 +62,14 @@ def sinkhorn(
     *,
     tol: float | None = None,
     marginals: Tensor | Sequence[float] | None = None,
+    prototype_mask: Tensor | None = None,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
     nan_policy: str = "propagate",
+    hard: bool = False,
+    differentiable: bool = False,
     backend: str = "auto",
+    out: Tensor | None = None,
     return_potentials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Codes Q that maximise Tr(Q^T S) + eps h(Q) with balanced columns (paper, eq. 11 and 12), times B.
@@ -59,83 +78,142 @@ def sinkhorn(
     computed so that no finite score overflows or underflows. Arithmetic is float32, or float64 for float64 scores.
 
     Args:
-        scores: (B, K) similarities of B latents to K prototypes, any float dtype. K > B is legitimate.
+        scores: (B, K) similarities of B latents to K prototypes, any float dtype, or (G, B, K): G problems of their
+            own. K > B is legitimate.
         epsilon: entropic regularisation, > 0, in units of the scores: smaller means harder codes.
         num_iters: Sinkhorn iterations, >= 1; the most of them where ``tol`` is given.
         tol: stop once every column is within this relative error of its marginal; tested on the tensor's device.
-        marginals: (K,) share of the batch that each prototype gets, >= 0 and summing to 1; 1/K each by default.
-        mask: (B,) bool, True = the row counts. Rows left out get codes but do not weigh in the balance.
+        marginals: (K,) or (G, K) share of the batch that each prototype gets, >= 0 and summing to 1; 1/K by default.
+        prototype_mask: (K,) or (G, K) bool, True = the prototype takes part; the others get nothing.
+        mask: (B,) or (G, B) bool, True = the row counts. Rows left out get codes but do not weigh in the balance.
+        weights: (B,) or (G, B) >= 0: a row of weight 2 counts as two rows.
         nan_policy: what a NaN, a +inf or a row of nothing but -inf does. ``"propagate"``: it reaches every code, as in
             plain torch.
             ``"isolate"``: its row gets NaN codes, the others are as if it were absent. ``"raise"``: a ValueError; the
             only choice that waits for the device, and so not for torch.compile. A column of -inf is no error: that
             prototype gets nothing.
-        backend: ``"torch"``, or ``"auto"`` for the fastest that can run.
-        return_potentials: also return g (K,), with which ``softmax(S / eps + g)`` assigns new latents.
+        hard: 1 for the largest code of each row, 0 for the others.
+        differentiable: let gradients flow through the iterations, by plain torch; otherwise codes are constants.
+        backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
+            (``python -m proto_reg.kernels`` lists them).
+        out: contiguous tensor like ``scores`` that receives the codes and is returned.
+        return_potentials: also return g (K,) or (G, K), with which ``softmax(S / eps + g)`` assigns new latents.
 
     Returns:
-        Codes (B, K) in the dtype of ``scores``; every row sums to 1; no gradient flows through them.
+        Codes like ``scores``; every row sums to 1; no gradient flows through them unless ``differentiable``.
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
+        RuntimeError: a forced backend that is not built, with every reason.
     """
-    check_matrix("scores", scores, axes="(B, K)")
-    check_number("epsilon", epsilon, above=0)
-    check_positive_int("num_iters", num_iters)
-    if tol is not None:
-        check_number("tol", tol, above=0)
-    check_choice("nan_policy", nan_policy, NAN_POLICIES)
-    check_choice("backend", backend, BACKENDS)
-    check_mask("mask", mask, (scores.shape[0],))
-    if marginals is not None and not isinstance(marginals, Tensor):
-        marginals = as_marginals(marginals)
-    if marginals is not None:
-        check_marginals(marginals, scores.shape[1], values=marginals.device.type == "cpu")
-        marginals = marginals.to(scores.device)
-    if nan_policy == "raise":
-        check_no_nan("scores", scores)
-    codes, potentials = torch.ops.proto_reg.sinkhorn(
-        scores.detach(), marginals, mask, epsilon, num_iters, tol, nan_policy == "isolate"
+    arguments = operator_arguments(
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
     )
+    if differentiable:
+        if out is not None or hard:
+            raise ValueError(
+                "differentiable: expected False with out= or hard=True, got True. Gradients need codes of their own."
+            )
+        solve = kernels.sinkhorn.differentiable_sinkhorn
+    elif kernels.backends.choose(backend, scores) == "torch":
+        solve = kernels.sinkhorn.sinkhorn_reference
+        scores = scores.detach()
+    else:
+        solve = _sinkhorn
+    codes, potentials = solve(scores, *arguments) if out is None else _into(out, solve, scores, *arguments)
+    if hard:
+        largest = codes.argmax(-1, keepdim=True)
+        codes.zero_().scatter_(-1, largest, 1.0)
     return (codes, potentials) if return_potentials else codes
 
 
-def as_marginals(marginals: Tensor | Sequence[float]) -> Tensor:
-    """A tensor of its own, float64 unless it was one already. Raises TypeError for what is no sequence of numbers."""
-    if isinstance(marginals, Tensor) and marginals.is_floating_point():
-        return marginals.detach().clone()
-    try:
-        return torch.tensor([float(share) for share in marginals], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"marginals: expected K numbers or a floating-point tensor (K,), got {type(marginals).__name__}. Pass a "
-            "list of shares."
-        ) from error
+def sinkhorn_cross_entropy(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    num_iters: int = 3,
+    temperature: float = 0.1,
+    *,
+    tol: float | None = None,
+    marginals: Tensor | Sequence[float] | None = None,
+    prototype_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    nan_policy: str = "propagate",
+    backend: str = "auto",
+    return_codes: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``prototype_cross_entropy(scores, sinkhorn(scores), temperature)`` in one pass over the scores.
+
+    Loss and gradient come out of the last Sinkhorn iteration together: -(1/W) sum_i w_i sum_k q_ik log p_ik with
+    p = softmax(S / tau) (paper, eq. 10), and ``w_i (p - q) / (tau W)``, W the sum of the weights.
+
+    Args:
+        scores: (B, K), differentiable.
+        temperature: tau, > 0.
+        return_codes: also return the codes (B, K), which carry no gradient.
+        epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend: see :func:`sinkhorn`.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        TypeError, ValueError: a wrong rank, dtype, size or value, named.
+        RuntimeError: a forced backend that is not built, with every reason.
+    """
+    arguments = operator_arguments(
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
+    )
+    loss, _, codes = _cross_entropy(scores, arguments, temperature, backend, return_codes)
+    return (loss, codes) if return_codes else loss
 
 
-def check_marginals(marginals: Tensor, num_prototypes: int | None, *, values: bool = True) -> None:
-    """ValueError unless ``marginals`` is a (K,) distribution; ``values=False`` looks at the shape alone."""
-    if marginals.ndim != 1 or (num_prototypes is not None and len(marginals) != num_prototypes):
-        expected = "(K,)" if num_prototypes is None else f"({num_prototypes},), one share for each prototype"
+@torch.no_grad()
+def sinkhorn_cross_entropy_and_gradient(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    num_iters: int = 3,
+    temperature: float = 0.1,
+    *,
+    tol: float | None = None,
+    marginals: Tensor | Sequence[float] | None = None,
+    mask: Tensor | None = None,
+    nan_policy: str = "propagate",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`sinkhorn_cross_entropy`, its gradient by ``scores`` (B, K) and the codes (B, K): no graph is built."""
+    arguments = operator_arguments(scores, epsilon, num_iters, tol, marginals, None, mask, None, nan_policy)
+    return _cross_entropy(scores, arguments, temperature, backend, True)
+
+
+def _cross_entropy(
+    scores: Tensor, arguments: tuple, temperature: float, backend: str, with_codes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and codes by the fused operator, or by plain torch."""
+    if scores.ndim != 2:
+        raise ValueError(f"scores: expected (B, K), got {tuple(scores.shape)}. Take the groups one by one.")
+    temperature = check_number("temperature", temperature, above=0)
+    plain = kernels.backends.choose(backend, scores) == "torch"
+    solve: Callable[..., tuple[Tensor, ...]] = (
+        kernels.sinkhorn.PlainCrossEntropy.apply if plain else _sinkhorn_cross_entropy
+    )
+    loss, gradient, _, codes = solve(scores, *arguments, temperature, with_codes)
+    return loss, gradient, codes
+
+
+def _into(out: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:
+    """Codes written into ``out``, by whatever computes them."""
+    fits = isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (scores.shape, scores.dtype, scores.device)
+    if not fits or not out.is_contiguous() or out.requires_grad:
+        came = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
-            f"marginals: expected shape {expected}, got {tuple(marginals.shape)}. Pass one share for each."
+            f"out: expected a contiguous tensor like scores, {tuple(scores.shape)} {scores.dtype} on {scores.device}, "
+            f"without gradient, got {came}. Allocate it with torch.empty_like(scores)."
         )
-    if not values or torch.compiler.is_compiling():
-        return
-    total = marginals.double().sum().item()
-    if not bool((marginals >= 0).all()) or not abs(total - 1) <= (1e-3 if marginals.dtype.itemsize >= 4 else 2e-2):
+    if out.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr():
         raise ValueError(
-            f"marginals: expected non-negative shares that sum to 1, got minimum {marginals.min().item():.6g} and sum "
-            f"{total:.6g}. Divide them by their sum."
+            "out: expected memory of its own, got that of scores. Allocate it with torch.empty_like(scores)."
         )
-
-
-def check_no_nan(name: str, value: Tensor) -> None:
-    """ValueError if a row of ``value`` holds a NaN or +inf, or only -inf. Reads one number from the device."""
-    bad = (value.isnan() | (value == torch.inf)).any(1) | (value == -torch.inf).all(1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"{name}: expected no NaN, no +inf and no row of only -inf, got {int(bad.sum())} rows that hold one "
-            f"(first: row {int(bad.int().argmax())}). Look for the overflow upstream, or use nan_policy='isolate' to "
-            "go on without those rows."
-        )
+    if solve is _sinkhorn:
+        return out, _sinkhorn_out(scores, *options, out)
+    codes, potentials = solve(scores, *options)
+    return out.copy_(codes), potentials

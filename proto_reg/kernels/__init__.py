@@ -6,6 +6,6 @@ which is the implementation on every device until a compiled one is registered b
 
 from __future__ import annotations
 
-from . import follow, mmd, sinkhorn
+from . import backends, follow, mmd, sinkhorn
 
-__all__ = ["follow", "mmd", "sinkhorn"]
+__all__ = ["backends", "follow", "mmd", "sinkhorn"]

@@ -1,88 +1,262 @@
-"""``proto_reg::sinkhorn``: schema, plain-torch reference and registration."""
+"""``proto_reg::sinkhorn``, ``sinkhorn_out``, ``sinkhorn_cross_entropy``: schemas, references, registration."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import compute_dtype
 
+# exp(S / eps) and the scaling vectors stay within float32 while S / eps spans less than this.
+SAFE_RANGE = 50.0
+# Elements up to which one reference for all of them is accurate enough.
+SMALL = 1 << 16
+
 
 def sinkhorn_reference(
     scores: Tensor,
     marginals: Tensor | None,
-    mask: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    with_potentials: bool = True,
+) -> tuple[Tensor, Any]:
+    """Balanced codes and column potentials, safe for every finite score in every float dtype.
+
+    From f = 0, ``num_iters`` times ``g_k = log r_k - logsumexp_i(log w_i + S_ik / eps + f_i)`` and
+    ``f_i = -log W - logsumexp_k(S_ik / eps + g_k)``; the codes are ``W exp(S / eps + f + g)``, W the sum of weights.
+
+    Args:
+        scores: (B, K) or (G, B, K), any float dtype; G problems of their own.
+        marginals: (K,) or (G, K) target column masses r, or None for 1/K each.
+        weights: (B,) or (G, B) w >= 0: a row of weight 2 counts as two; one of weight 0 gets codes all the same.
+        epsilon: entropic regularisation, > 0, in units of the scores.
+        num_iters: iterations (at most, with ``tol``).
+        tol: stop once every column is within this relative error of its marginal.
+        isolate: treat rows that hold a NaN, a +inf or nothing but -inf as absent and give them NaN codes.
+        with_potentials: False where nobody wants them, which may leave None in their place.
+
+    Returns:
+        codes: like ``scores``, rows sum to 1.
+        potentials: (K,) or (G, K) g, so that ``softmax(S / eps + g)`` assigns new rows by the same balance.
+    """
+    x, weights, usable = _usable(scores, weights, isolate)
+    codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol, with_potentials)
+    if usable is not None:
+        codes = torch.where(usable[..., None], codes, torch.nan)
+    return codes.to(scores.dtype), potentials
+
+
+def sinkhorn_cross_entropy_reference(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    temperature: float,
+    with_codes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy of softmax(S / tau) against the codes of :func:`sinkhorn_reference` (paper, eq. 10), and its slope.
+
+    Returns:
+        loss: () ``-(1/W) sum_i w_i sum_k q_ik log p_ik``, p = softmax(S / tau).
+        gradient: (B, K) by the scores, codes held fixed: ``w_i (p - q) / (tau W)``.
+        potentials: (K,)
+        codes: (B, K), or (0, K) unless ``with_codes``.
+    """
+    x, weights, usable = _usable(scores, weights, isolate)
+    codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol)
+    log_p = ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
+    gradient = (log_p.exp() - codes) / temperature
+    # A prototype that gets nothing contributes nothing, even where its score is -inf.
+    loss = -(codes * log_p.clamp_min(torch.finfo(x.dtype).min)).sum(1)
+    if weights is None:
+        loss, gradient = loss.mean(), gradient / len(scores)
+    else:
+        share = (weights / torch.where(weights.sum() > 0, weights.sum(), 1.0)).to(x.dtype)
+        loss = torch.where(share > 0, share * loss, 0.0).sum()
+        gradient = torch.where(share[:, None] > 0, share[:, None] * gradient, 0.0)
+    if usable is not None:
+        codes = torch.where(usable[:, None], codes, torch.nan)
+    codes = codes.to(scores.dtype) if with_codes else scores.new_empty((0, scores.shape[1]))
+    return loss, gradient.to(scores.dtype), potentials, codes
+
+
+def differentiable_sinkhorn(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
     epsilon: float,
     num_iters: int,
     tol: float | None,
     isolate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Balanced codes and column potentials, safe for every finite score in every float dtype.
-
-    From f = 0, ``num_iters`` times ``g_k = log r_k - logsumexp_i(S_ik / eps + f_i)`` and
-    ``f_i = -log B - logsumexp_k(S_ik / eps + g_k)``; the codes are ``B exp(S / eps + f + g)``. With f eliminated each
-    iteration is one pass: P = softmax over k of ``S / eps + g``, then ``g_k -= log(sum_i P_ik / (B r_k))``. After the
-    first step column k of the plan sums to r_k, so ``sum_i P_ik >= r_k``: nothing underflows and nothing is clamped.
-
-    Args:
-        scores: (B, K), any float dtype.
-        marginals: (K,) target column masses r, or None for 1/K each.
-        mask: (B,) bool, True = the row counts in the balance; every row gets codes.
-        epsilon: entropic regularisation, > 0, in units of the scores.
-        num_iters: iterations (at most, with ``tol``).
-        tol: stop once every column is within this relative error of its marginal.
-        isolate: treat rows that hold a NaN, a +inf or nothing but -inf as absent and give them NaN codes.
-
-    Returns:
-        codes: (B, K) in the dtype of ``scores``, rows sum to 1.
-        potentials: (K,) g, so that ``softmax(S / eps + g)`` assigns new rows by the same balance.
-    """
-    x = scores.to(compute_dtype(scores.dtype))
-    if isolate:
-        usable = ~(x.isnan() | (x == torch.inf)).any(1) & (x > -torch.inf).any(1)
-        mask = usable if mask is None else mask & usable
-        x = torch.where(usable[:, None], x, 0.0)
-
-    # Two-sided centring before the division by epsilon: g absorbs column maxima and each softmax row maxima, so that
-    # float32 keeps the differences that matter. Only the first column sums see the row maxima.
-    lowest = torch.finfo(x.dtype).min
-    column_top = _finite_or_zero(_masked(x, mask).amax(0))
-    x = torch.where(x == -torch.inf, -torch.inf, (x - column_top).clamp_min(lowest))
-    row_top = _finite_or_zero(x.amax(1, keepdim=True))
-    x = (x - row_top) / epsilon
-
-    target = x.new_full((x.shape[1],), 1.0 / x.shape[1]) if marginals is None else marginals.to(x)
-    target = target / target.sum()
-    rows = x.new_full((), float(x.shape[0])) if mask is None else mask.sum().clamp_min(1).to(x.dtype)
-    column_mass = _masked(x + row_top / epsilon, mask).logsumexp(0)
-    # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
-    g = torch.where(column_mass == -torch.inf, -torch.inf, target.log() - column_mass)
-    g = _iterate(x, g, rows * target, mask, num_iters - 1, tol)
-    if mask is not None:
-        g = torch.where(mask.any(), g, 0.0)
-
-    codes = (x + g).softmax(1)
-    if isolate:
-        codes = torch.where(usable[:, None], codes, torch.nan)
-    potentials = torch.where(g == -torch.inf, -torch.inf, (g - column_top / epsilon).clamp_min(lowest))
+    """:func:`sinkhorn_reference` with a graph: autograd goes back through every iteration."""
+    x, weights, usable = _usable(scores, weights, isolate)
+    codes, potentials = _balance_logits(x, _normalised(marginals, x), weights, epsilon, num_iters, tol)
+    if usable is not None:
+        codes = torch.where(usable[..., None], codes, torch.nan)
     return codes.to(scores.dtype), potentials
 
 
-def _iterate(x: Tensor, g: Tensor, target: Tensor, mask: Tensor | None, passes: int, tol: float | None) -> Tensor:
-    """``passes`` further iterations of the column potentials g (K,) towards the column sums ``target`` (K,)."""
+def _usable(scores: Tensor, weights: Tensor | None, isolate: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores in the dtype of the computation, weights without the rows to isolate, and which rows remain."""
+    x = scores.to(compute_dtype(scores.dtype))
+    if not isolate:
+        return x, weights, None
+    usable = ~(x.isnan() | (x == torch.inf)).any(-1) & (x > -torch.inf).any(-1)
+    weights = usable.to(torch.float32) if weights is None else torch.where(usable, weights, 0.0)
+    return torch.where(usable[..., None], x, 0.0), weights, usable
+
+
+def _solve(
+    x: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    with_potentials: bool = True,
+) -> tuple[Tensor, Any]:
+    """Codes and potentials in the dtype of ``x``, by the fastest way that is safe for these scores."""
+    marginals = _normalised(marginals, x)
+    if x.ndim == 2 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Reading two numbers costs nothing here; elsewhere control flow must not wait for the device.
+        low, high = x.aminmax()
+        if float(high) - float(low) < SAFE_RANGE * epsilon and (weights is None or bool(weights.any())):
+            return _scale(x, high, marginals, weights, epsilon, num_iters, tol, with_potentials)
+    return _balance_logits(x, marginals, weights, epsilon, num_iters, tol)
+
+
+def _normalised(marginals: Tensor | None, x: Tensor) -> Tensor | None:
+    """Marginals in the dtype of ``x``, summing to 1."""
+    if marginals is None:
+        return None
+    marginals = marginals.to(x)
+    return marginals / marginals.sum(-1, keepdim=True)
+
+
+def _scale(
+    x: Tensor,
+    high: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    with_potentials: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """E = exp(S / eps) once; then only its scaling vectors change: a matrix-vector product each."""
+    # A reference for each row costs three operations and keeps exponents small where many rows make errors add up.
+    reference = high if x.numel() < SMALL else x.amax(1, keepdim=True)
+    e = (x - reference).mul_(1 / epsilon).exp_()
+    u = None if reference is high else (reference - high).mul_(1 / epsilon).exp_().squeeze(1)
+    if weights is not None:
+        weights = weights.to(e)
+        u = weights if u is None else u.mul_(weights)
+    total = float(len(x)) if weights is None else float(weights.sum())
+    share = 1 / x.shape[1] if marginals is None else marginals
+    # What uniform marginals and the sum of weights give all columns alike is left out of v, and counted here; many
+    # iterations would let it grow out of range.
+    alike = total / x.shape[1] if marginals is None else total
+    rescale = num_iters > 4 or not 1e-3 < alike < 1e3
+    left_out = -math.log(x.shape[1]) if marginals is None else 0.0
+    sums = e.sum(0) if u is None else _column_sums(e, u)
+    v = sums.reciprocal_() if marginals is None else marginals / sums
+    for _ in range(num_iters - 1):
+        u = torch.mv(e, v).reciprocal_()
+        sums = _column_sums(e, u if weights is None else u.mul_(weights))
+        if tol is not None and bool(((v * sums / (total * share) - 1).abs().nan_to_num_(0.0) <= tol).all()):
+            break
+        v = sums.reciprocal_() if marginals is None else marginals / sums
+        if rescale:
+            v.mul_(alike)
+        else:
+            left_out += math.log(alike)
+    if x.numel() < SMALL:
+        u = torch.mv(e, v).reciprocal_()
+        codes = e.mul_(v).mul_(u.unsqueeze(1))
+    else:  # sum() adds in pairs, which shows where rows are long
+        codes = e.mul_(v).div_(e.sum(1, keepdim=True))
+    if not with_potentials:
+        return codes, None
+    return codes, v.log_().add_(left_out - float(high) / epsilon)
+
+
+def _column_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
+    """``u @ e``, in stretches of ``rows``: a matrix-vector product adds up a column one by one."""
+    if len(e) <= rows:
+        return torch.mv(e.t(), u)
+    parts = [torch.mv(part.t(), weights) for part, weights in zip(e.split(rows), u.split(rows), strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _balance_logits(
+    x: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, num_iters: int, tol: float | None
+) -> tuple[Tensor, Tensor]:
+    """For scores of any size, with no control flow that depends on them: one softmax over the rows per iteration.
+
+    With f eliminated each iteration is ``P = softmax_k(S / eps + g)``, ``g_k -= log(sum_i w_i P_ik / (W r_k))``. After
+    the first step column k of the plan sums to W r_k, so nothing underflows and nothing is clamped.
+    """
+    counted = None if weights is None else weights > 0
+    x, shift, column_top = _centre(x, counted, epsilon)
+    target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
+    log_weights = 0.0 if weights is None else weights.log().to(x.dtype)[..., None]
+    total = float(x.shape[-2]) if weights is None else weights.sum(-1, keepdim=True).to(x.dtype)
+    mass = _masked(x + shift + log_weights, counted).logsumexp(-2)
+    # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
+    g = torch.where(mass == -torch.inf, -torch.inf, target.log() - mass)
+    g = _iterate(x, g, total * target, weights, num_iters - 1, tol)
+    if counted is not None:
+        g = torch.where(counted.any(-1, keepdim=True), g, 0.0)
+    codes = (x + g[..., None, :]).softmax(-1)
+    largest = torch.finfo(x.dtype).max
+    potentials = torch.where(g == -torch.inf, -torch.inf, (g - column_top / epsilon).clamp(-largest, largest))
+    return codes, potentials
+
+
+def _centre(x: Tensor, counted: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """S / eps less its row and column maxima, subtracted before the division so that float32 keeps what matters.
+
+    Returns the centred scores, the (..., B, 1) shift that was taken off their rows, in units of S / eps, and the column
+    maxima (..., K).
+    """
+    lowest = torch.finfo(x.dtype).min
+    column_top = _finite_or_zero(_masked(x, counted).amax(-2)).detach()  # a shift has no slope
+    columns = column_top[..., None, :]
+    less = x - columns
+    # What the subtraction rounded away (Knuth's two-sum): scores of hundreds lose 1e-4 of S / eps by it.
+    back = less - x
+    lost = (x - (less - back)) - (columns + back)
+    less = torch.where(x == -torch.inf, -torch.inf, less.clamp_min(lowest))
+    row_top = _finite_or_zero(less.amax(-1, keepdim=True)).detach()
+    centred = (less - row_top) + torch.where(lost.isfinite(), lost, 0.0)
+    return centred / epsilon, row_top / epsilon, column_top
+
+
+def _iterate(x: Tensor, g: Tensor, target: Tensor, weights: Tensor | None, passes: int, tol: float | None) -> Tensor:
+    """``passes`` further iterations of the column potentials g (..., K) towards the column sums ``target``."""
     for _ in range(passes):
-        p = (x + g).softmax(1)
-        column = p.sum(0) if mask is None else torch.where(mask[:, None], p, 0.0).sum(0)
+        p = (x + g[..., None, :]).softmax(-1)
+        if weights is not None:
+            p = torch.where(weights[..., None] > 0, p * weights[..., None].to(p), 0.0)
+        column = p.sum(-2)
         updated = torch.where(column == 0, -torch.inf, g - (column / target).log())
         if tol is None:
             g = updated
             continue
-        error = torch.where(target > 0, (column / target - 1).abs(), 0.0).amax()
-        converged = error <= tol
-        if x.device.type == "cpu" and bool(converged):
-            break
-        # On a device the test stays there: once converged, the potentials no longer move.
-        g = torch.where(converged, g, updated)
+        error = torch.where(target > 0, (column / target - 1).abs(), 0.0).amax(-1, keepdim=True)
+        # The test stays on the device: once converged, the potentials no longer move.
+        g = torch.where(error <= tol, g, updated)
     return g
 
 
@@ -91,39 +265,75 @@ def _finite_or_zero(top: Tensor) -> Tensor:
     return torch.where(top == -torch.inf, 0.0, top)
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask[:, None], x, -torch.inf)
+def _masked(x: Tensor, counted: Tensor | None) -> Tensor:
+    return x if counted is None else torch.where(counted[..., None], x, -torch.inf)
 
 
-torch.library.define(
-    "proto_reg::sinkhorn",
-    "(Tensor scores, Tensor? marginals, Tensor? mask, float epsilon, int num_iters, float? tol, bool isolate)"
-    " -> (Tensor codes, Tensor potentials)",
-)
-torch.library.impl("proto_reg::sinkhorn", "CompositeExplicitAutograd")(sinkhorn_reference)
+def sinkhorn_out_reference(scores: Tensor, *options_and_codes) -> Tensor:
+    """:func:`sinkhorn_reference` into the tensor that is given last; returns the potentials."""
+    *options, codes = options_and_codes
+    computed, potentials = sinkhorn_reference(scores, *options)
+    codes.copy_(computed)
+    return potentials
+
+
+_OPTIONS = "Tensor? marginals, Tensor? weights, float epsilon, int num_iters, float? tol, bool isolate"
+_DEFINITIONS: dict[str, tuple[str, Callable[..., object]]] = {
+    "sinkhorn": (f"(Tensor scores, {_OPTIONS}) -> (Tensor codes, Tensor potentials)", sinkhorn_reference),
+    "sinkhorn_out": (f"(Tensor scores, {_OPTIONS}, Tensor(a!) codes) -> Tensor potentials", sinkhorn_out_reference),
+    "sinkhorn_cross_entropy": (
+        f"(Tensor scores, {_OPTIONS}, float temperature, bool with_codes)"
+        " -> (Tensor loss, Tensor gradient, Tensor potentials, Tensor codes)",
+        sinkhorn_cross_entropy_reference,
+    ),
+}
+for _name, (_schema, _reference) in _DEFINITIONS.items():
+    torch.library.define(f"proto_reg::{_name}", _schema)
+    torch.library.impl(f"proto_reg::{_name}", "CompositeExplicitAutograd")(torch.no_grad()(_reference))
 
 
 @torch.library.register_fake("proto_reg::sinkhorn")
-def _fake(
-    scores: Tensor,
-    marginals: Tensor | None,
-    mask: Tensor | None,
-    epsilon: float,
-    num_iters: int,
-    tol: float | None,
-    isolate: bool,
-) -> tuple[Tensor, Tensor]:
-    codes = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    return codes, scores.new_empty((scores.shape[1],), dtype=compute_dtype(scores.dtype))
+def _fake(scores: Tensor, *options) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format), _fake_potentials(scores)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(*output)
+@torch.library.register_fake("proto_reg::sinkhorn_out")
+def _fake_potentials(scores: Tensor, *options) -> Tensor:
+    shape = (*scores.shape[:-2], scores.shape[-1])
+    return scores.new_empty(shape, dtype=compute_dtype(scores.dtype))
 
 
-def _backward(ctx, *gradients):
-    return (None,) * 7
+@torch.library.register_fake("proto_reg::sinkhorn_cross_entropy")
+def _fake_cross_entropy(scores: Tensor, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradient, potentials = _fake(scores)
+    codes = torch.empty_like(gradient) if options[-1] else scores.new_empty((0, scores.shape[1]))
+    return potentials.new_empty(()), gradient, potentials, codes
 
 
-# Codes are targets, not predictions (SwAV): said here, so that autograd never has to guess.
-torch.library.register_autograd("proto_reg::sinkhorn", _backward, setup_context=_setup_context)
+# Codes are targets, not predictions (SwAV). Falling through autograd's key says so at no cost.
+for _name in ("sinkhorn", "sinkhorn_out"):
+    torch.library.impl(f"proto_reg::{_name}", "Autograd")(torch.library.fallthrough_kernel)
+
+
+def _save_gradient(ctx, inputs, output) -> None:
+    _, gradient, potentials, codes = output
+    ctx.save_for_backward(gradient)
+    ctx.mark_non_differentiable(gradient, potentials, codes)
+    ctx.set_materialize_grads(False)
+
+
+def _scaled_gradient(ctx, by_loss: Tensor | None, *others) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    by_scores = None if by_loss is None else (gradient * by_loss).to(gradient.dtype)
+    return by_scores, *([None] * 8)
+
+
+torch.library.register_autograd("proto_reg::sinkhorn_cross_entropy", _scaled_gradient, setup_context=_save_gradient)
+
+
+class PlainCrossEntropy(torch.autograd.Function):
+    """:func:`sinkhorn_cross_entropy_reference` with the operator's autograd, whatever library is loaded."""
+
+    forward = staticmethod(sinkhorn_cross_entropy_reference)
+    setup_context = staticmethod(_save_gradient)
+    backward = staticmethod(_scaled_gradient)

@@ -1,0 +1,171 @@
+// Arguments of the ops, as PyTorch hands them over, turned into a SinkhornProblem. Stable ABI only, so that one library
+// serves every later PyTorch and Python; shared by the CPU and the CUDA binding.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "sinkhorn.h"
+
+namespace proto_reg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType scalar_type(Dtype dtype) {
+  return dtype == Dtype::f32 ? ScalarType::Float : dtype == Dtype::f16 ? ScalarType::Half : ScalarType::BFloat16;
+}
+
+inline Dtype problem_dtype(const Tensor& scores) {
+  switch (scores.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    default: STD_TORCH_CHECK(false, "scores: compiled kernels take float32, float16 and bfloat16; use backend='torch'");
+  }
+}
+
+// Contiguous, on the device of `like`. The shim is several times cheaper than a call through the dispatcher.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  std::array<int64_t, 3> sizes{}, strides{};
+  const int64_t rank = static_cast<int64_t>(shape.size());
+  std::copy(shape.begin(), shape.end(), sizes.begin());
+  for (int64_t axis = rank - 1, stride = 1; axis >= 0; stride *= sizes[axis--]) strides[axis] = stride;
+  AtenTensorHandle handle;
+  const int32_t code = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Half ? aoti_torch_dtype_float16()
+                                                   : aoti_torch_dtype_bfloat16();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      rank, sizes.data(), strides.data(), code, like.is_cuda() ? aoti_torch_device_type_cuda()
+                                                               : aoti_torch_device_type_cpu(),
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
+}
+
+// What sinkhorn, sinkhorn_out and sinkhorn_cross_entropy have in common. Owns the contiguous inputs while kernels run.
+struct Call {
+  Tensor scores;
+  std::optional<Tensor> marginals, weights;
+  SinkhornProblem problem{};
+
+  Call(const Tensor& scores_, const std::optional<Tensor>& marginals_, const std::optional<Tensor>& weights_,
+       double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate)
+      : scores(as_contiguous(scores_)), marginals(as_contiguous(marginals_)), weights(as_contiguous(weights_)) {
+    const int64_t rank = scores.dim();
+    STD_TORCH_CHECK(rank == 2 || rank == 3, "scores: expected (B, K) or (G, B, K)");
+    problem.dtype = problem_dtype(scores);
+    problem.scores = scores.const_data_ptr();
+    problem.groups = rank == 3 ? scores.size(0) : 1;
+    problem.rows = scores.size(rank - 2);
+    problem.columns = scores.size(rank - 1);
+    STD_TORCH_CHECK(problem.groups > 0 && problem.rows > 0 && problem.columns > 0, "scores: expected a non-empty tensor");
+    if (marginals) set_marginals();
+    if (weights) set_weights();
+    problem.epsilon = epsilon;
+    problem.num_iters = num_iters;
+    problem.tol = tol.value_or(-1.0);
+    problem.isolate = isolate;
+  }
+
+  Tensor potentials() {
+    Tensor result = scores.dim() == 3 ? empty(scores, {problem.groups, problem.columns}, ScalarType::Float)
+                                      : empty(scores, {problem.columns}, ScalarType::Float);
+    problem.potentials = static_cast<float*>(result.mutable_data_ptr());
+    return result;
+  }
+
+  // A matrix of the shape and dtype of the scores.
+  Tensor like_scores() const {
+    const ScalarType dtype = scalar_type(problem.dtype);
+    return scores.dim() == 3 ? empty(scores, {problem.groups, problem.rows, problem.columns}, dtype)
+                             : empty(scores, {problem.rows, problem.columns}, dtype);
+  }
+
+ private:
+  void set_marginals() {
+    const bool shared = marginals->dim() == 1;
+    STD_TORCH_CHECK(
+        marginals->scalar_type() == ScalarType::Float &&
+            marginals->numel() == (shared ? 1 : problem.groups) * problem.columns,
+        "marginals: expected float32 (K,) or (G, K)");
+    problem.marginals = static_cast<const float*>(marginals->const_data_ptr());
+    problem.marginals_stride = shared ? 0 : problem.columns;
+  }
+
+  void set_weights() {
+    STD_TORCH_CHECK(
+        weights->scalar_type() == ScalarType::Float && weights->numel() == problem.groups * problem.rows,
+        "weights: expected float32 (B,) or (G, B)");
+    problem.weights = static_cast<const float*>(weights->const_data_ptr());
+  }
+};
+
+// The three ops, for a `Device` with a static run(problem, scores).
+template <class Device>
+struct Ops {
+  static std::tuple<Tensor, Tensor> sinkhorn(
+      const Tensor& scores, const std::optional<Tensor>& marginals, const std::optional<Tensor>& weights,
+      double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate) {
+    Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
+    Tensor codes = call.like_scores();
+    Tensor potentials = call.potentials();
+    call.problem.codes = codes.mutable_data_ptr();
+    Device::run(call.problem, call.scores);
+    return {codes, potentials};
+  }
+
+  static Tensor sinkhorn_out(
+      const Tensor& scores, const std::optional<Tensor>& marginals, const std::optional<Tensor>& weights,
+      double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, Tensor codes) {
+    Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
+    STD_TORCH_CHECK(
+        codes.is_contiguous() && codes.numel() == call.scores.numel() && codes.scalar_type() == scores.scalar_type(),
+        "codes: expected a contiguous tensor of the shape and dtype of scores");
+    Tensor potentials = call.potentials();
+    call.problem.codes = codes.mutable_data_ptr();
+    Device::run(call.problem, call.scores);
+    return potentials;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_cross_entropy(
+      const Tensor& scores, const std::optional<Tensor>& marginals, const std::optional<Tensor>& weights,
+      double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, double temperature,
+      bool with_codes) {
+    Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
+    STD_TORCH_CHECK(scores.dim() == 2, "scores: expected (B, K)");
+    Tensor loss = empty(scores, {}, ScalarType::Float);
+    Tensor gradient = call.like_scores();
+    Tensor potentials = call.potentials();
+    Tensor codes = with_codes ? call.like_scores() : empty(scores, {0, call.problem.columns}, scores.scalar_type());
+    call.problem.temperature = temperature;
+    call.problem.loss = static_cast<float*>(loss.mutable_data_ptr());
+    call.problem.gradient = gradient.mutable_data_ptr();
+    call.problem.codes = with_codes ? codes.mutable_data_ptr() : nullptr;
+    Device::run(call.problem, call.scores);
+    return {loss, gradient, potentials, codes};
+  }
+};
+
+}  // namespace proto_reg
+
+// Registers the three ops of Ops<DEVICE> under a dispatch key; schema and everything else live in Python.
+#define PROTO_REG_IMPL(KEY, DEVICE)                                                                     \
+  STABLE_TORCH_LIBRARY_IMPL(proto_reg, KEY, library) {                                                  \
+    library.impl("sinkhorn", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn));                             \
+    library.impl("sinkhorn_out", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn_out));                     \
+    library.impl("sinkhorn_cross_entropy", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn_cross_entropy)); \
+  }

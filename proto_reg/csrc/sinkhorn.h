@@ -1,0 +1,34 @@
+// One Sinkhorn problem, as every kernel receives it: plain pointers, no torch. The contract is that of
+// proto_reg/kernels/sinkhorn.py, whose plain-torch functions judge each kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace proto_reg {
+
+enum class Dtype : int32_t { f32, f16, bf16 };
+
+struct SinkhornProblem {
+  // In. Matrices are contiguous, (groups, rows, columns), in `dtype`; everything else is float32.
+  const void* scores;
+  const float* marginals;    // (columns,), or (groups, columns) with a stride of `columns`; null: 1 / columns each
+  int64_t marginals_stride;  // 0 or columns
+  const float* weights;      // (groups, rows) >= 0; null: 1 each
+  int64_t groups, rows, columns;
+  Dtype dtype;
+  double epsilon;
+  int64_t num_iters;
+  double tol;    // < 0: always num_iters iterations
+  bool isolate;  // rows with a NaN, a +inf or nothing but -inf: weight 0, NaN codes
+
+  // Out.
+  void* codes;        // like scores; null: not wanted
+  float* potentials;  // (groups, columns)
+
+  // Cross-entropy of softmax(scores / temperature) against the codes; wanted where `loss` is not null.
+  double temperature;
+  float* loss;     // (groups,)
+  void* gradient;  // like scores
+};
+
+}  // namespace proto_reg

@@ -1,0 +1,153 @@
+// Everything that is compiled once per instruction set. Included by sinkhorn_cpu.cpp inside a namespace and target of
+// its own; hence no include guard.
+
+#include "sinkhorn_cpu_vector.h"
+
+// One of the problem's independent matrices. Half precision is converted row by row: inside, all is float32.
+struct Group {
+  const void* scores;
+  Dtype dtype;
+  const float* marginals;  // null: uniform
+  const float* weights;    // null: 1
+  int64_t rows, columns;
+  double marginals_total, epsilon, temperature, total_weight, gradient_scale;
+  bool isolate;
+  void* codes;     // null: not wanted
+  void* gradient;  // null: not wanted
+
+  float weight(int64_t i) const { return weights ? weights[i] : 1.f; }
+  double marginal(int64_t k) const { return marginals ? marginals[k] / marginals_total : 1.0 / columns; }
+
+  // Row i of the scores; of another dtype than float32, converted into `buffer`.
+  const float* row(int64_t i, float* buffer) const {
+    if (dtype == Dtype::f32) return static_cast<const float*>(scores) + i * columns;
+    widen(dtype, static_cast<const uint16_t*>(scores) + i * columns, columns, buffer);
+    return buffer;
+  }
+
+  // Where row i of an output is to be written: in place, or into `buffer` for `finish` to convert. null stays null.
+  float* output(void* matrix, int64_t i, float* buffer) const {
+    if (!matrix) return nullptr;
+    return dtype == Dtype::f32 ? static_cast<float*>(matrix) + i * columns : buffer;
+  }
+  void finish(const float* row, void* matrix, int64_t i) const {
+    if (row && dtype != Dtype::f32) narrow(dtype, row, columns, static_cast<uint16_t*>(matrix) + i * columns);
+  }
+};
+
+#include "sinkhorn_cpu_rows.h"
+#include "sinkhorn_cpu_small.h"
+#include "sinkhorn_cpu_linear.h"
+#include "sinkhorn_cpu_log.h"
+
+// One group from scores to codes, gradient and loss.
+struct Solver {
+  const SinkhornProblem& problem;
+  const Chunks chunks;
+  const ParallelFor parallel_for;
+  Group group;
+  float* potentials;
+  double* losses;  // (chunks,), each a sum over the chunk's rows
+
+  template <class Body>
+  void each_chunk(const Body& body) const {
+    const auto task = [](void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); };
+    if (chunks.count == 1) body(0);
+    else parallel_for(chunks.count, task, const_cast<Body*>(&body));
+  }
+
+  // The fast paths; false, with nothing of worth written, where they are not safe.
+  bool run_small() const {
+    const bool wide = group.dtype == Dtype::f32;
+    const int64_t count = group.rows * group.columns;
+    Workspace workspace(count, wide ? 0 : count, group.rows + LANES, group.rows + LANES, chunks.padded, chunks.padded,
+                        chunks.padded);
+    float *e = workspace[0], *converted = workspace[1];
+    if (!wide) widen(group.dtype, group.scores, count, converted);
+    // Half precision: codes come out over E, the gradient over the converted scores.
+    Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[2], workspace[3],
+                workspace[4], workspace[5], workspace[6], group.output(group.codes, 0, e),
+                group.output(group.gradient, 0, converted)};
+    if (!small.exponentials()) return false;
+    for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration)
+      if (!small.balance(problem.tol)) break;
+    small.write_potentials(potentials);
+    losses[0] = small.write();
+    if (!wide && group.codes) narrow(group.dtype, e, count, group.codes);
+    if (!wide && group.gradient) narrow(group.dtype, converted, count, group.gradient);
+    return true;
+  }
+
+  bool run_linear() const {
+    // E takes the place of a float32 output, so that it costs no memory of its own.
+    const bool wide = group.dtype == Dtype::f32;
+    Workspace workspace(wide ? 0 : group.rows * group.columns, chunks.padded, chunks.count * chunks.padded,
+                        3 * chunks.count * chunks.padded);
+    std::vector<Extrema> extrema(chunks.count);
+    float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : workspace[0];
+    const Linear linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses};
+    const float from = linear.origin();
+    each_chunk([&](int64_t chunk) { linear.exponentials(chunk, from); });
+    if (!linear.safe()) return false;
+    linear.update(true, -1);
+    for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
+      each_chunk([&](int64_t chunk) { linear.balance(chunk); });
+      if (!linear.update(false, problem.tol)) break;
+    }
+    linear.write_potentials(potentials, from);
+    each_chunk([&](int64_t chunk) { linear.write(chunk); });
+    return true;
+  }
+
+  void run_logarithmic() {
+    std::vector<double> doubles((1 + 2 * chunks.count) * group.columns);
+    std::vector<float> floats(chunks.count * (group.columns + 3 * chunks.padded));
+    const Logarithmic method{group, chunks, doubles.data(), doubles.data() + group.columns, floats.data(), losses,
+                             doubles.data() + (1 + chunks.count) * group.columns,
+                             floats.data() + chunks.count * group.columns};
+    set_total_weight([&](int64_t i) { return method.counts(i, 0); });
+    if (group.total_weight > 0) {
+      each_chunk([&](int64_t chunk) { method.column_tops(chunk); });
+      method.join_tops();
+      each_chunk([&](int64_t chunk) { method.first_sums(chunk); });
+      method.first_update();
+      for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
+        each_chunk([&](int64_t chunk) { method.balance(chunk); });
+        if (!method.update(problem.tol)) break;
+      }
+    }
+    method.write_potentials(potentials);
+    each_chunk([&](int64_t chunk) { method.write(chunk); });
+  }
+
+  template <class Counts>
+  void set_total_weight(const Counts& counts) {
+    group.total_weight = 0;
+    for (int64_t i = 0; i < group.rows; ++i) group.total_weight += counts(i) ? group.weight(i) : 0.f;
+    group.gradient_scale = group.total_weight > 0 ? 1 / (problem.temperature * group.total_weight) : 0;
+  }
+
+  // Row sums to the mean.
+  float loss() const {
+    const double total = std::accumulate(losses, losses + chunks.count, 0.0);
+    return static_cast<float>(group.total_weight > 0 ? total / group.total_weight : 0);
+  }
+};
+
+inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& chunks, ParallelFor parallel_for) {
+  const int64_t size = problem.dtype == Dtype::f32 ? 4 : 2, offset = index * problem.rows * problem.columns * size;
+  const auto at = [&](const void* base) { return base ? static_cast<const char*>(base) + offset : nullptr; };
+  const float* marginals = problem.marginals ? problem.marginals + index * problem.marginals_stride : nullptr;
+  const float* weights = problem.weights ? problem.weights + index * problem.rows : nullptr;
+  const double total = marginals ? std::accumulate(marginals, marginals + problem.columns, 0.0) : 1;
+  Group group{at(problem.scores), problem.dtype, marginals, weights, problem.rows, problem.columns, total,
+              problem.epsilon, problem.temperature, 0, 0, problem.isolate, const_cast<char*>(at(problem.codes)),
+              problem.loss ? const_cast<char*>(at(problem.gradient)) : nullptr};
+  std::vector<double> losses(chunks.count);
+  Solver solver{problem, chunks, parallel_for, group, problem.potentials + index * problem.columns, losses.data()};
+  solver.set_total_weight([](int64_t) { return true; });
+  const bool small = chunks.count == 1 && problem.columns <= Small::MOST_COLUMNS;
+  const bool done = solver.group.total_weight > 0 && (small ? solver.run_small() : solver.run_linear());
+  if (!done) solver.run_logarithmic();
+  if (problem.loss) problem.loss[index] = solver.loss();
+}

@@ -1,0 +1,119 @@
+// What the fast paths for small and for large problems do alike, row by row. Included once per instruction set.
+
+constexpr double RANGE = 50;  // natural logarithms: u, v and their products stay within float32's 87
+
+// Lowest and highest of `count` scores. A NaN may be lost there, but never in `finite`.
+struct Extrema {
+  float lowest = INFINITY, highest = -INFINITY;
+  bool finite = true;
+
+  void add(const float* s, int64_t count) {
+    V low[2] = {V{} + INFINITY, V{} + INFINITY}, high[2] = {V{} - INFINITY, V{} - INFINITY};
+    I bits[2] = {};
+    for_each_vector(count, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+      const V x = part.get(s + k);
+      low[slot] = minimum(low[slot], x);
+      high[slot] = maximum(high[slot], x);
+      const I magnitude = (I)x & 0x7fffffff;
+      bits[slot] = bits[slot] < magnitude ? magnitude : bits[slot];
+    });
+    lowest = std::min(lowest, minimum(minimum(low[0], low[1])));
+    highest = std::max(highest, maximum(maximum(high[0], high[1])));
+    const I odd = (bits[0] >= 0x7f800000) | (bits[1] >= 0x7f800000);
+    for (int lane = 0; lane < LANES; ++lane) finite &= odd[lane] == 0;
+  }
+
+  void add(const Extrema& other) {
+    lowest = std::min(lowest, other.lowest);
+    highest = std::max(highest, other.highest);
+    finite &= other.finite;
+  }
+
+  bool safe(double epsilon) const { return finite && (static_cast<double>(highest) - lowest) / epsilon < RANGE; }
+};
+
+// v_k = W r_k / c_k (first: W = 1); false, leaving v, where tol >= 0 and every column was within it before.
+inline bool update_scaling(const Group& group, const float* c, bool first, double tol, float* v) {
+  const double total = first ? 1 : group.total_weight;
+  if (tol >= 0 && !first) {
+    double worst = 0;
+    for (int64_t k = 0; k < group.columns; ++k)
+      if (group.marginal(k) > 0) worst = std::max(worst, std::abs(v[k] * c[k] / (total * group.marginal(k)) - 1));
+    if (worst <= tol) return false;
+  }
+  if (group.marginals)
+    for (int64_t k = 0; k < group.columns; ++k) v[k] = static_cast<float>(total * group.marginal(k)) / c[k];
+  else
+    for (int64_t k = 0; k < group.columns; ++k) v[k] = static_cast<float>(total / group.columns) / c[k];
+  return true;
+}
+
+// g = log v, counted from the `origin` of the scores in units of S / eps.
+inline void write_logarithms(const float* v, int64_t columns, double origin, float* potentials) {
+  const double largest = std::numeric_limits<float>::max();
+  const float shift = static_cast<float>(std::clamp(origin, -largest, largest));
+  for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    const V x = part.get(v + k);
+    V g = logarithm(x);
+    if (minimum(x) < std::numeric_limits<float>::min())  // a marginal of 0, or nearly
+      for (int lane = 0; lane < LANES; ++lane) g[lane] = std::log(x[lane]);
+    part.put(potentials + k, g - shift);
+  });
+}
+
+// The vectors of a row of any length, for the functions below; Small has one for short rows.
+struct AnyRow {
+  int64_t columns;
+  template <class Body>
+  INLINE void operator()(const Body& body) const {
+    for_each_vector(columns, body);
+  }
+};
+
+// A row of E that codes or gradient may overwrite: the last vector, part of which the one before it overwrites, is read
+// beforehand.
+struct Row {
+  const float* e;
+  V last;
+  INLINE Row(const float* e_, int64_t columns) : e(e_), last(columns < LANES ? V{} : load(e_ + columns - LANES)) {}
+  INLINE V get(Full, int64_t k) const { return load(e + k); }
+  INLINE V get(Last, int64_t) const { return last; }
+  INLINE V get(Short part, int64_t k) const { return part.get(e + k); }
+};
+
+// Codes q = u E_i diag(v) of the row of E at `e`.
+template <class Each>
+INLINE void write_codes(const float* e, const float* v, float u, float* codes, const Each& each) {
+  const Row row(e, each.columns);
+  each([&](auto part, int64_t k, auto) ALWAYS_INLINE { part.put(codes + k, row.get(part, k) * part.get(v + k) * u); });
+}
+
+// A row's loss is log z - q . (S - row maximum) / tau: both terms, so that many rows share a vector's logarithms.
+struct RowLoss {
+  float z, product;
+};
+
+// Gradient, and codes unless null, of the row with scores s, weight w / (tau W). p: scratch for exp((S - maximum) / tau).
+template <class Each>
+INLINE RowLoss cross_entropy(const float* s, const float* e, const float* v, float u, float w, double temperature,
+                             float* p, float* gradient, float* codes, const Each& each) {
+  const float scale = static_cast<float>(M_LOG2E / temperature);
+  V high[2] = {V{} - INFINITY, V{} - INFINITY}, normaliser[2] = {}, product[2] = {};
+  each([&](auto part, int64_t k, auto slot) ALWAYS_INLINE { high[slot % 2] = maximum(high[slot % 2], part.get(s + k)); });
+  const float top = maximum(maximum(high[0], high[1]));
+  const Row row(e, each.columns);
+  each([&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+    const V x = part.get(s + k) - top;
+    const V pk = exp2_in_range(maximum(x * scale, V{} - 126.f));
+    part.put(p + k, pk);
+    normaliser[slot % 2] += part.once(pk);
+    product[slot % 2] += part.once(row.get(part, k) * part.get(v + k) * x);
+  });
+  const float z = sum(normaliser[0] + normaliser[1]), wz = w / z, wu = w * u;
+  each([&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    const V q = row.get(part, k) * part.get(v + k);
+    part.put(gradient + k, part.get(p + k) * wz - q * wu);
+    if (codes) part.put(codes + k, q * u);
+  });
+  return {z, sum(product[0] + product[1]) * u / static_cast<float>(temperature)};
+}

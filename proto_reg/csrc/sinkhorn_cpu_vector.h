@@ -1,0 +1,179 @@
+// Eight lanes of float32, in the compiler's vector extension: the same source for every instruction set. Included once
+// per instruction set by sinkhorn_cpu_isa.h, inside its namespace and target; hence no include guard.
+
+using V = float __attribute__((vector_size(32)));
+using I = int32_t __attribute__((vector_size(32)));
+using U = uint32_t __attribute__((vector_size(32)));
+using H = uint16_t __attribute__((vector_size(16)));
+constexpr int64_t LANES = 8;
+
+INLINE V load(const float* from) {
+  V x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+INLINE void store(float* to, V x) { __builtin_memcpy(to, &x, sizeof x); }
+
+INLINE V maximum(V a, V b) { return a < b ? b : a; }  // a NaN in b is lost: whoever needs it looks at the sums
+INLINE V minimum(V a, V b) { return b < a ? b : a; }
+
+INLINE float sum(V x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+INLINE float maximum(V x) {
+  float top = x[0];
+  for (int lane = 1; lane < LANES; ++lane) top = top < x[lane] ? x[lane] : top;
+  return top;
+}
+
+INLINE float minimum(V x) { return -maximum(-x); }
+
+// 2^x for x in [-126, 126], to 1.6e-7 of itself; NaN stays NaN. F and N: float and int32_t, or eight of each.
+template <class F, class N>
+INLINE F exp2_in_range(F x) {
+  const F shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are x, rounded to an integer
+  const F f = x - (shifted - 12582912.0f);
+  F p = f * 0.001326472731307149f + 0.009671512991189957f;  // minimax on [-1/2, 1/2] among those with 2^0 = 1
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+  N bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;
+  F power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+INLINE V exp2_in_range(V x) { return exp2_in_range<V, I>(x); }
+
+// Natural logarithm of normal numbers, to 1e-7.
+INLINE V logarithm(V x) {
+  const I exponent = ((I)x - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2)]
+  const V m = (V)((I)x - (exponent << 23));
+  const V s = (m - 1) / (m + 1), q = s * s;
+  const V series = (((q * (2.f / 9) + 2.f / 7) * q + 2.f / 5) * q + 2.f / 3) * q + 2;  // of 2 atanh(s) / s
+  return __builtin_convertvector(exponent, V) * 0.6931471805599453f + s * series;
+}
+
+// Half precision to float32 and back, 16 bits to a lane.
+INLINE V from_bf16(U half) { return (V)(half << 16); }
+
+INLINE U to_bf16(V x) {
+  const U bits = (U)x;
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return ((U)(x == x) & rounded) | ((U)(x != x) & 0x7fc0);
+}
+
+INLINE V from_f16(U half) {
+  const U magnitude = (half & 0x7fff) << 13;
+  // A multiplication by 2^112 moves the exponent's bias and turns subnormals into normals.
+  U bits = (U)((V)magnitude * 0x1p112f);
+  bits |= (U)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return (V)(bits | (half & 0x8000) << 16);
+}
+
+INLINE U to_f16(V x) {
+  const U sign = (U)x & 0x80000000u;
+  const U bits = (U)x ^ sign;
+  const U normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+  const U subnormal = (U)((V)bits + 0.5f) - 0x3f000000u;
+  const U overflow = bits > 0x7f800000u ? bits * 0 + 0x7e00 : bits * 0 + 0x7c00;
+  U result = bits < (113u << 23) ? subnormal : normal;
+  result = bits >= (143u << 23) ? overflow : result;
+  return result | sign >> 16;
+}
+
+// Converts `count` values of a half precision at `from` to float32.
+inline void widen(Dtype dtype, const void* from, int64_t count, float* to) {
+  const uint16_t* halves = static_cast<const uint16_t*>(from);
+  for (int64_t k = 0; k < count; k += LANES) {
+    const int64_t present = std::min(LANES, count - k);
+    H half{};
+    __builtin_memcpy(&half, halves + k, sizeof(uint16_t) * present);
+    const U bits = __builtin_convertvector(half, U);
+    const V x = dtype == Dtype::bf16 ? from_bf16(bits) : from_f16(bits);
+    __builtin_memcpy(to + k, &x, sizeof(float) * present);
+  }
+}
+
+inline void narrow(Dtype dtype, const float* from, int64_t count, void* to) {
+  uint16_t* halves = static_cast<uint16_t*>(to);
+  for (int64_t k = 0; k < count; k += LANES) {
+    const int64_t present = std::min(LANES, count - k);
+    V x{};
+    __builtin_memcpy(&x, from + k, sizeof(float) * present);
+    const H half = __builtin_convertvector(dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x), H);
+    __builtin_memcpy(halves + k, &half, sizeof(uint16_t) * present);
+  }
+}
+
+// The vectors of a row: whole ones, and where the columns are no multiple of eight a last one that ends with the row and
+// so repeats columns of the one before it. Rows of less than eight columns are a single short one.
+struct Full {
+  INLINE V get(const float* from) const { return load(from); }
+  INLINE void put(float* to, V x) const { store(to, x); }
+  INLINE V once(V x) const { return x; }
+};
+
+struct Last : Full {
+  int32_t repeated;
+  explicit INLINE Last(int64_t columns) : repeated(static_cast<int32_t>(-columns & (LANES - 1))) {}
+  // x, and 0 in the lanes that another vector holds already: what enters a sum.
+  INLINE V once(V x) const {
+    const I lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return lane >= repeated ? x : V{};
+  }
+};
+
+struct Short {
+  int64_t count;
+  INLINE V get(const float* from) const {
+    V x = V{} + *from;  // a value that is there: nothing else changes maxima
+    __builtin_memcpy(&x, from, sizeof(float) * count);
+    return x;
+  }
+  INLINE void put(float* to, V x) const { __builtin_memcpy(to, &x, sizeof(float) * count); }
+  INLINE V once(V x) const {
+    const I lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return lane < (int32_t)count ? x : V{};
+  }
+};
+
+// body(part, column, slot) for every vector of a row; slot, the constant 0 or 1, changes from one vector to the next, so
+// that sums over a row can run side by side.
+template <class Body>
+INLINE void for_each_vector(int64_t columns, const Body& body) {
+  constexpr std::integral_constant<int, 0> first;
+  if (columns < LANES) return body(Short{columns}, 0, first);
+  int64_t k = 0;
+  for (; k + 2 * LANES <= columns; k += 2 * LANES) {
+    body(Full{}, k, first);
+    body(Full{}, k + LANES, std::integral_constant<int, 1>{});
+  }
+  if (k + LANES <= columns) body(Full{}, k, first);
+  if (columns % LANES) body(Last(columns), columns - LANES, first);
+}
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+
+// The sums of eight vectors, as one vector.
+INLINE V sums(const V (&x)[8]) {
+  V pair[4], four[2];
+  for (int i = 0; i < 4; ++i) {
+    const V &a = x[2 * i], &b = x[2 * i + 1];
+    pair[i] = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const V &a = pair[2 * i], &b = pair[2 * i + 1];
+    four[i] = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  const V &a = four[0], &b = four[1];
+  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#undef SHUFFLE

@@ -1,0 +1,158 @@
+"""What the Sinkhorn functions are given, checked and put into the operators' form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_floating, check_mask, check_number, check_positive_int
+
+NAN_POLICIES = ("propagate", "isolate", "raise")
+
+
+def operator_arguments(
+    scores: Tensor,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    marginals: Tensor | Sequence[float] | None,
+    prototype_mask: Tensor | None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    nan_policy: str,
+) -> tuple[Tensor | None, Tensor | None, float, int, float | None, bool]:
+    """Marginals, weights, epsilon, num_iters, tol and isolate, as ``proto_reg::sinkhorn`` takes them.
+
+    Every call comes through here: what is in order passes within a microsecond.
+
+    Raises:
+        TypeError, ValueError: an argument that is not in order, named.
+    """
+    _check_scores(scores)
+    if not (type(epsilon) is float and 0.0 < epsilon < math.inf):
+        epsilon = check_number("epsilon", epsilon, above=0)
+    if not (type(num_iters) is int and num_iters > 0):
+        check_positive_int("num_iters", num_iters)
+    if tol is not None:
+        tol = check_number("tol", tol, above=0)
+    if nan_policy != "propagate":
+        check_choice("nan_policy", nan_policy, NAN_POLICIES)
+        if nan_policy == "raise":
+            check_no_nan("scores", scores)
+    target = _target(scores, marginals, prototype_mask)
+    weights = _row_weights(scores, mask, weights)
+    return target, weights, epsilon, num_iters, tol, nan_policy == "isolate"
+
+
+def _check_scores(scores: Tensor) -> None:
+    if not (isinstance(scores, Tensor) and scores.is_floating_point()):
+        check_floating("scores", scores)
+    shape = scores.shape
+    if len(shape) != 2 and len(shape) != 3:
+        raise ValueError(
+            f"scores: expected shape (B, K) or (G, B, K), got {tuple(shape)}. Flatten every position to a row of its "
+            "own, for example with einops.rearrange."
+        )
+    if 0 in shape:
+        raise ValueError(f"scores: expected a non-empty tensor, got {tuple(shape)}. Skip empty batches.")
+
+
+def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototype_mask: Tensor | None) -> Tensor | None:
+    """Column masses (K,) or (G, K) in float32, or float64 for float64 scores, from marginals and mask together."""
+    if marginals is None and prototype_mask is None:
+        return None
+    *groups, _, columns = scores.shape
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    target = None
+    if marginals is not None:
+        target = marginals if isinstance(marginals, Tensor) else as_marginals(marginals)
+        check_marginals(target, columns, groups=groups, values=target.device.type == "cpu")
+        target = target.to(scores.device, dtype)
+    if prototype_mask is None:
+        return target
+    shape = (columns,) if prototype_mask.ndim == 1 or not groups else (*groups, columns)
+    check_mask("prototype_mask", prototype_mask, shape)
+    allowed = prototype_mask.to(scores.device, dtype)
+    target = allowed if target is None else target * allowed
+    total = target.sum(-1, keepdim=True)
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((total > 0).all()):
+        raise ValueError(
+            "prototype_mask: expected at least one prototype with a marginal above 0, got none. Leave one."
+        )
+    return target / total
+
+
+def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """Weights (B,) or (G, B) in float32, 0 where the mask is False."""
+    if mask is None and weights is None:
+        return None
+    shape = tuple(scores.shape[:-1])
+    counted = None if mask is None else check_mask("mask", mask, shape)
+    if counted is not None:
+        counted = counted.to(scores.device, torch.float32)
+    if weights is None:
+        return counted
+    check_floating("weights", weights)
+    if tuple(weights.shape) != shape:
+        raise ValueError(f"weights: expected shape {shape}, one for each row, got {tuple(weights.shape)}. Pass (B,).")
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (float(bound) for bound in weights.detach().aminmax())
+        if not (low >= 0 and math.isfinite(high)):
+            raise ValueError(
+                f"weights: expected finite numbers >= 0, got some between {low:.6g} and {high:.6g}. Use 0 to leave a "
+                "row out."
+            )
+    weights = weights.detach().to(scores.device, torch.float32)
+    return weights if counted is None else weights * counted
+
+
+def as_marginals(marginals: Tensor | Sequence[float]) -> Tensor:
+    """A tensor of its own, float64 unless it was one already. Raises TypeError for what is no sequence of numbers."""
+    if isinstance(marginals, Tensor) and marginals.is_floating_point():
+        return marginals.detach().clone()
+    try:
+        return torch.tensor([float(share) for share in marginals], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"marginals: expected K numbers or a floating-point tensor (K,), got {type(marginals).__name__}. Pass a "
+            "list of shares."
+        ) from error
+
+
+def check_marginals(
+    marginals: Tensor, num_prototypes: int | None, *, groups: Sequence[int] = (), values: bool = True
+) -> None:
+    """ValueError unless ``marginals`` is a (K,) distribution, or one for each of ``groups``.
+
+    ``values=False`` looks at the shape alone.
+    """
+    shape = tuple(marginals.shape)
+    known = shape[-1] if num_prototypes is None and shape else num_prototypes
+    if shape not in ((known,), (*groups, known)):
+        expected = "(K,)" if num_prototypes is None else f"({num_prototypes},), one share for each prototype"
+        raise ValueError(
+            f"marginals: expected shape {expected}, got {tuple(marginals.shape)}. Pass one share for each."
+        )
+    if not values or torch.compiler.is_compiling():
+        return
+    totals = marginals.double().sum(-1)
+    total = totals.flatten()[(totals - 1).abs().argmax()].item()
+    if not bool((marginals >= 0).all()) or not abs(total - 1) <= (1e-3 if marginals.dtype.itemsize >= 4 else 2e-2):
+        raise ValueError(
+            f"marginals: expected non-negative shares that sum to 1, got minimum {marginals.min().item():.6g} and sum "
+            f"{total:.6g}. Divide them by their sum."
+        )
+
+
+def check_no_nan(name: str, value: Tensor) -> None:
+    """ValueError if a row of ``value`` holds a NaN or +inf, or only -inf. Reads one number from the device."""
+    bad = ((value.isnan() | (value == torch.inf)).any(-1) | (value == -torch.inf).all(-1)).flatten()
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name}: expected no NaN, no +inf and no row of only -inf, got {int(bad.sum())} rows that hold one "
+            f"(first: row {int(bad.int().argmax())}). Look for the overflow upstream, or use nan_policy='isolate' to "
+            "go on without those rows."
+        )

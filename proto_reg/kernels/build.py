@@ -1,0 +1,342 @@
+"""Compiles the libraries of ``proto_reg/csrc``: on request only, once per machine, torch and compiler.
+
+A library's file name says what it is, so that finding one asks no compiler and one rename publishes it whole:
+
+    <backend>-<architectures>-torch<version>-<identity>-<recipe>-<digest>.so
+
+*identity* hashes the sources, torch's version and the platform: what has to agree for a library to be loaded. *recipe*
+hashes the compiler's version and flags too: what has to agree for it not to be compiled anew. *digest* is that of the
+file itself: a damaged file is never loaded. ``setup.py`` runs this file on its own, hence no relative imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+BACKENDS = ("cpu", "cuda")
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+PREBUILT = Path(__file__).resolve().parent / "lib"  # filled by PROTO_REG_BUILD=... pip install
+SOURCES = {"cpu": ("cpu_ops.cpp", "sinkhorn_cpu.cpp"), "cuda": ("cuda_ops.cpp", "sinkhorn_cuda.cu")}
+SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped
+TIMEOUT = 1800.0  # seconds for one command; a process that waits for another's build waits as long
+MINIMUM_TORCH = (2, 11)  # whose stable ABI the bindings use
+DEFAULT_ARCHS = (80, 90, 120)
+
+# The stable ABI of torch 2.11; infinities and NaN keep their meaning, so never -ffast-math.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+# A symbol that is missing shows when the library is linked or loaded, not when it is called.
+LINK_FLAGS = ("-z", "now", "-z", "defs")
+
+
+class BuildError(RuntimeError):
+    """A library could not be compiled; the message says why and what to do."""
+
+
+def build(backend: str, *, directory: Path | None = None) -> Path:
+    """Compile the library of ``backend`` into ``directory`` (the cache), unless it is there already; return its path.
+
+    Any number of processes may call this at once: one compiles, the others wait for it. A process that dies leaves
+    nothing that blocks the next, and no process ever sees part of a library.
+
+    Raises:
+        BuildError: no compiler, no place to write, an error of the compiler, or one that never ends.
+    """
+    reason = obstacle(backend)
+    if reason is not None:
+        raise BuildError(f"The {backend} library cannot be built here: {reason}")
+    directory = cache_directory() if directory is None else Path(directory)
+    command, archs = _command(backend)
+    versions = [_version(compiler) for compiler in (command[0], _host_compiler()) if compiler]
+    recipe = _hash(_identity(backend), *versions, *command)
+    stem = f"{backend}-{'.'.join(archs) or platform.machine()}-torch{_torch_version()}-{_identity(backend)}-{recipe}"
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            stack.enter_context(_locked(directory / f"{backend}.lock"))
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"tmp-{backend}-", dir=directory)))
+        except OSError as error:
+            raise BuildError(
+                f"The {backend} library has no place: {directory} cannot be written ({error}). Set PROTO_REG_CACHE to "
+                "a directory that can."
+            ) from error
+        for path in directory.glob(f"{stem}-*.so"):
+            if intact(path):
+                return path
+            path.unlink(missing_ok=True)
+        _remove_abandoned(directory, backend, scratch)
+        output = scratch / "library.so"
+        _run([*command, "-o", str(output)], f"compile the {backend} library", "Fix what it names, or set CXX.")
+        _try_to_load(output)
+        path = directory / f"{stem}-{_digest(output)}.so"
+        output.replace(path)
+    return path
+
+
+def find(backend: str, capability: tuple[int, int] | None = None) -> Path | None:
+    """The library of ``backend`` for these sources and this torch: inside the package, else in the cache, else None.
+
+    Compiles nothing and runs no process. ``capability`` is that of the GPU which a CUDA library has to serve.
+    """
+    return next((path for path, reason in candidates(backend, capability) if reason is None), None)
+
+
+def candidates(backend: str, capability: tuple[int, int] | None = None) -> list[tuple[Path, str | None]]:
+    """Every library of ``backend`` there is, the preferred one first, each with the reason against it or None."""
+    found = []
+    for directory in (PREBUILT, cache_directory()):
+        with contextlib.suppress(OSError):
+            paths = sorted(directory.glob(f"{backend}-*-*-*-*-*.so"), key=lambda p: p.stat().st_mtime, reverse=True)
+            found += [(path, _objection(path, backend, capability)) for path in paths]
+    return found
+
+
+def obstacle(backend: str) -> str | None:
+    """Why the library of ``backend`` cannot be built here, with the cure; None if nothing is known to be in the way."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}. Pick one.")
+    missing = [name for name in SOURCES[backend] if not (CSRC / name).is_file()]
+    if missing:
+        return f"{', '.join(missing)} missing in {CSRC}. Reinstall proto_reg."
+    if sys.platform != "linux":
+        return f"compiled kernels need Linux, this is {sys.platform}. Use backend='torch'."
+    try:
+        version = tuple(int(part) for part in _torch_version().split(".")[:2])
+    except ImportError:
+        return "torch is not installed here. In an isolated build it never is: pip install --no-build-isolation ."
+    if version < MINIMUM_TORCH:
+        return f"torch {'.'.join(map(str, MINIMUM_TORCH))} or later is needed, this is {_torch_version()}. Upgrade it."
+    if _host_compiler() is None:
+        chosen = os.environ.get("CXX")
+        came = f"CXX={chosen!r} is no command" if chosen else "none of g++, clang++, c++ is on PATH"
+        return f"no C++ compiler: {came}. Install g++, or name a compiler with CXX."
+    if backend == "cuda" and _nvcc() is None:
+        return "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda. Install the CUDA toolkit, or set CUDA_HOME."
+    return None
+
+
+def cache_directory() -> Path:
+    """Where built libraries are kept: PROTO_REG_CACHE, else XDG_CACHE_HOME/proto_reg, else ~/.cache/proto_reg."""
+    chosen, shared = os.environ.get("PROTO_REG_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = os.path.expanduser(chosen or f"{shared}/proto_reg")  # noqa: PTH111 (pathlib's raises without a home)
+    # Without a home there is no place to read or write: builds ask for PROTO_REG_CACHE.
+    return Path(os.devnull) / "proto_reg" if path.startswith("~") else Path(path).absolute()
+
+
+def intact(path: Path) -> bool:
+    """Whether the file still is what was built: loading a truncated library would end the process."""
+    try:
+        return path.stem.rpartition("-")[2] == _digest(path)
+    except OSError:
+        return False
+
+
+def _objection(path: Path, backend: str, capability: tuple[int, int] | None) -> str | None:
+    archs, torch_version, identity = path.stem.split("-")[1:4]
+    if torch_version != f"torch{_torch_version()}":
+        return f"built for {torch_version.replace('torch', 'torch ')}, this is torch {_torch_version()}."
+    if identity != _identity(backend):
+        return "built from other sources or for another platform."
+    if capability is not None and not _serves(archs.split("."), capability):
+        return f"built for the architectures {archs}, this GPU's is {capability[0]}{capability[1]}."
+    return None if intact(path) else "damaged: its content is not what was built."
+
+
+def _serves(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Machine code runs on the same major version from its minor on, PTX on every later architecture."""
+    wanted = capability[0] * 10 + capability[1]
+    for arch in archs:
+        number = int(re.sub(r"\D", "", arch))
+        if arch.endswith("a"):
+            if number == wanted:
+                return True
+        elif number <= wanted and (arch.endswith("ptx") or number // 10 == capability[0]):
+            return True
+    return False
+
+
+def _command(backend: str) -> tuple[list[str], list[str]]:
+    """The compiler's command without its output, and the architectures it compiles for."""
+    from torch.utils import cpp_extension  # costs more than the rest of the package: never at import
+
+    sources = [str(CSRC / name) for name in SOURCES[backend]]
+    includes = [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths())]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    host, link = ",".join(HOST_FLAGS), ",".join(LINK_FLAGS)
+    compiler = _host_compiler() or ""
+    if backend == "cpu":
+        return [compiler, "-shared", *FLAGS, *HOST_FLAGS, f"-Wl,{link}", *includes, *sources, *libraries], []
+    import torch
+
+    nvcc = _nvcc() or ""
+    archs = _architectures(nvcc)
+    codes = []
+    for arch in archs:
+        number, ptx = arch.removesuffix("ptx"), arch.endswith("ptx")
+        codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        codes += [f"-gencode=arch=compute_{number},code=compute_{number}"] if ptx else []
+    if torch.version.cuda is not None:  # without it a CUDA library still loads and registers: tests use that
+        libraries += ["-Xlinker", "--no-as-needed", "-ltorch_cuda"]
+    options = ["-ccbin", compiler, f"-Xcompiler={host}", f"-Xlinker={link}", "-cudart=static", *codes]
+    return [nvcc, "-shared", *FLAGS, *options, *includes, *sources, *libraries], archs
+
+
+def _architectures(nvcc: str) -> list[str]:
+    """PROTO_REG_CUDA_ARCHS, else those of the GPUs in sight, else a list for the GPUs people have."""
+    if chosen := os.environ.get("PROTO_REG_CUDA_ARCHS"):
+        archs = [arch.replace(".", "").lower() for arch in re.split(r"[;,\s]+", chosen.strip())]
+        archs = [re.sub(r"\+?ptx$", "ptx", arch) for arch in archs]
+        if not all(re.fullmatch(r"\d{2,3}a?(ptx)?", arch) for arch in archs):
+            raise BuildError(f"PROTO_REG_CUDA_ARCHS: expected a list such as '80;90' or '90+PTX', got {chosen!r}.")
+        return sorted(set(archs))
+    import torch
+
+    listed = _output([nvcc, "--list-gpu-code"], "ask nvcc for its architectures")
+    known = {int(number) for number in re.findall(r"sm_(\d+)\b", listed)}
+    seen = {
+        major * 10 + minor
+        for index in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(index)]
+    }
+    if seen and seen <= known:
+        return [str(number) for number in sorted(seen)]
+    fat = [number for number in DEFAULT_ARCHS if number in known] or sorted(known)[-1:]
+    return [*map(str, fat[:-1]), f"{fat[-1]}ptx"]
+
+
+def _host_compiler() -> str | None:
+    if chosen := os.environ.get("CXX"):
+        return shutil.which(chosen)
+    return next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    places = [str(Path(home) / "bin" / "nvcc")] if home else []
+    return next(filter(None, map(shutil.which, (*places, "nvcc", "/usr/local/cuda/bin/nvcc"))), None)
+
+
+def _torch_version() -> str:
+    import torch
+
+    return re.sub(r"[^\w.+]", "_", torch.__version__)
+
+
+def _identity(backend: str) -> str:
+    (other,) = set(BACKENDS) - {backend}  # files that bear its name are no concern of this one
+    files = sorted(path for path in CSRC.iterdir() if path.suffix in SUFFIXES and other not in path.name)
+    content = [part for path in files for part in (path.name, path.read_bytes())]
+    return _hash(backend, _torch_version(), sys.platform, platform.machine(), *content)
+
+
+def _hash(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:12]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _version(compiler: str) -> str:
+    return _output([compiler, "--version"], "ask the compiler for its version")
+
+
+def _try_to_load(library: Path) -> None:
+    """Load it in another process first: a registration that fails ends the process it happens in."""
+    code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
+    path = os.pathsep.join(filter(None, sys.path))
+    cure = "Please report this with the versions that python -m proto_reg.kernels prints."
+    _run(
+        [sys.executable or "python3", "-c", code, str(library)],
+        "load the new library",
+        cure,
+        {**os.environ, "PYTHONPATH": path},
+    )
+
+
+def _output(command: list[str], purpose: str) -> str:
+    return _run(command, purpose, "Check that it runs by itself.")
+
+
+def _run(command: list[str], purpose: str, cure: str, environment: dict[str, str] | None = None) -> str:
+    """Its output; BuildError with what matters of it if it fails or takes longer than TIMEOUT."""
+    try:
+        # A session of its own, so that the compiler's own children can be ended with it.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+    except OSError as error:
+        raise BuildError(f"Could not {purpose}: {shlex.join(command)}: {error}. {cure}") from error
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise BuildError(f"Could not {purpose}: stopped after {TIMEOUT:g} s. {shlex.join(command)}\n{cure}") from error
+    text = output.decode(errors="replace")
+    if process.returncode != 0:
+        lines = text.splitlines()
+        errors = [line for line in lines if "error" in line.lower()][:10]
+        shown = "\n".join([*errors, *(line for line in lines[-10:] if line not in errors)])
+        raise BuildError(
+            f"Could not {purpose}: exit status {process.returncode}. {cure}\n{shlex.join(command)}\n{shown}"
+        )
+    return text
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock, which the system takes back from a process that dies.
+
+    Where a file system has none, builders do not wait for each other: work is done twice, the result is the same.
+    """
+    with path.open("a") as file:
+        deadline = time.monotonic() + TIMEOUT
+        while fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BuildError(
+                        f"Another process has held {path} for {TIMEOUT:g} s. End it, or set PROTO_REG_CACHE to "
+                        "another directory."
+                    ) from None
+                time.sleep(0.05)
+            except OSError:
+                break
+            else:
+                break
+        yield
+
+
+def _remove_abandoned(directory: Path, backend: str, own: Path) -> None:
+    """Delete what builders that were killed left behind; one that lives could not have outlasted TIMEOUT."""
+    for path in directory.glob(f"tmp-{backend}-*"):
+        with contextlib.suppress(OSError):
+            if path != own and time.time() - path.stat().st_mtime > 3 * TIMEOUT:
+                shutil.rmtree(path)

@@ -1,0 +1,72 @@
+"""Puts compiled kernels into the wheel where PROTO_REG_BUILD=cpu|cuda|all asks for them; all else is in pyproject.toml.
+
+Needs the torch that the library will run with: PROTO_REG_BUILD=cpu pip install --no-build-isolation .
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # which --no-build-isolation leaves unchecked
+    raise SystemExit(
+        f"setuptools 77 or later is needed, this is {setuptools.__version__}. Run pip install -U setuptools."
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_builder():
+    """``proto_reg/kernels/build.py`` on its own: the package imports torch, an isolated build has none."""
+    spec = importlib.util.spec_from_file_location("proto_reg_build", ROOT / "proto_reg" / "kernels" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wanted() -> tuple[str, ...]:
+    """The backends that PROTO_REG_BUILD names."""
+    choice = os.environ.get("PROTO_REG_BUILD", "")
+    choices = {"": (), "cpu": ("cpu",), "cuda": ("cuda",), "all": ("cpu", "cuda")}
+    if choice not in choices:
+        raise SystemExit(f"PROTO_REG_BUILD: expected cpu, cuda or all, got {choice!r}. Pick one, or unset it.")
+    return choices[choice]
+
+
+class BuildPackage(build_py):
+    """Adds the libraries to the package."""
+
+    def run(self) -> None:
+        super().run()
+        home = ROOT if self.editable_mode else Path(self.build_lib)
+        target = home / "proto_reg" / "kernels" / "lib"
+        shutil.rmtree(target, ignore_errors=True)  # setuptools keeps its build folder: no library of an earlier build
+        for backend in wanted():
+            with tempfile.TemporaryDirectory() as scratch:
+                library = load_builder().build(backend, directory=Path(scratch))
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy(library, target)
+
+
+class BuildWheel(bdist_wheel):
+    """The libraries use the stable ABI: any Python 3, this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()
+        return ("py3", "none", tag[2]) if wanted() else tag
+
+
+class Package(setuptools.Distribution):
+    """A package for one platform if it holds a library."""
+
+    def has_ext_modules(self) -> bool:
+        return bool(wanted())
+
+
+setuptools.setup(distclass=Package, cmdclass={"build_py": BuildPackage, "bdist_wheel": BuildWheel})

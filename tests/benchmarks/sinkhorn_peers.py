@@ -1,0 +1,136 @@
+"""Balanced assignment as others compute it: functions of scores (B, K) that return codes (B, K).
+
+What is not installed is not missed: ``peers`` names it and says how to get it. Nothing here is copied from a peer; what
+no package offers is written out from its formula.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from proto_reg.kernels.bench import EPSILON, NUM_ITERS, swav
+
+Method = Callable[[Tensor], object]
+
+
+def peers(scores: Tensor) -> tuple[dict[str, Method], dict[str, str]]:
+    """Methods by name, ready to be called with ``scores``, and the peers that are missing with the reason."""
+    found: dict[str, Method] = {"DINOv2": dinov2, "plain torch logsumexp": log_domain}
+    missing = {}
+    for name, (load, cure) in LOADERS.items():
+        try:
+            found[name] = load(scores)
+        except ImportError as error:
+            missing[name] = f"not installed ({error}): {cure}"
+    return found, missing
+
+
+def dinov2(scores: Tensor) -> Tensor:
+    """DINOv2's teacher codes: SwAV's algorithm in float32 whatever comes in."""
+    return swav(scores.float())
+
+
+@torch.no_grad()
+def log_domain(scores: Tensor) -> Tensor:
+    """Alternating logsumexp over rows and columns, as anyone would write it who wants to be safe."""
+    x = scores / EPSILON
+    for _ in range(NUM_ITERS):
+        x = x - x.logsumexp(0, keepdim=True) - math.log(x.shape[1])
+        x = x - x.logsumexp(1, keepdim=True) - math.log(x.shape[0])
+    return (x + math.log(x.shape[0])).exp()
+
+
+def compiled_swav(scores: Tensor) -> Method:
+    """torch.compile of SwAV's algorithm, compiled for these scores."""
+    torch.compiler.reset()
+    method = torch.compile(swav, dynamic=False)
+    method(scores)
+    return method
+
+
+def _pot(scores: Tensor) -> Method:
+    ot = importlib.import_module("ot")
+
+    def method(scores: Tensor) -> Tensor:
+        rows, columns = scores.shape
+        a, b = scores.new_full((rows,), 1 / rows), scores.new_full((columns,), 1 / columns)
+        options = {"numItermax": NUM_ITERS, "stopThr": 0, "warn": False}
+        return ot.bregman.sinkhorn_log(a, b, -scores, EPSILON, **options) * rows
+
+    return method
+
+
+def _lightly(scores: Tensor) -> Method:
+    sinkhorn = _lightly_module("swav_loss").sinkhorn
+    return lambda scores: sinkhorn(scores, NUM_ITERS, EPSILON)
+
+
+def _lightly_capi(scores: Tensor) -> Method:
+    sinkhorn = _lightly_module("capi_loss").sinkhorn_knopp
+    return lambda scores: sinkhorn((scores / EPSILON)[:, None], NUM_ITERS)[:, 0]
+
+
+def _lightly_module(name: str):
+    """One file of lightly: the package itself imports torchvision, its Sinkhorn imports torch alone."""
+    package = importlib.util.find_spec("lightly")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'lightly'")
+    path = Path(package.submodule_search_locations[0]) / "loss" / f"{name}.py"
+    if not path.exists():
+        raise ImportError(f"this version has no {path.name}")
+    spec = importlib.util.spec_from_file_location(f"lightly_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _geomloss(scores: Tensor) -> Method:
+    """Symmetric updates with annealing: another iterate, whose rows do not sum to 1 before it has converged."""
+    ot = importlib.import_module("geomloss.ot")
+
+    def method(scores: Tensor) -> Tensor:
+        grad = torch.is_grad_enabled()
+        try:
+            return ot.solve(-scores, reg=EPSILON, max_iter=NUM_ITERS).plan * len(scores)
+        finally:
+            torch.set_grad_enabled(grad)  # it leaves autograd off after an error
+
+    return method
+
+
+def _ott(scores: Tensor) -> Method:
+    """OTT-jax in its log domain, compiled; scores and codes change hands without a copy."""
+    # Read when jax starts: as many threads as PyTorch has here.
+    one = torch.get_num_threads() == 1
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false" if one else "")
+    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
+    jax = importlib.import_module("jax")
+    geometry = importlib.import_module("ott.geometry.geometry")
+    problem = importlib.import_module("ott.problems.linear.linear_problem")
+    linear = importlib.import_module("ott.solvers.linear.sinkhorn")
+    counts = {"min_iterations": NUM_ITERS, "max_iterations": NUM_ITERS, "inner_iterations": NUM_ITERS}
+    solver = linear.Sinkhorn(lse_mode=True, threshold=-1.0, **counts)
+
+    def codes(x):
+        cost = geometry.Geometry(cost_matrix=-x, epsilon=EPSILON)
+        return solver(problem.LinearProblem(cost)).matrix * x.shape[0]
+
+    compiled = jax.jit(codes)
+    return lambda scores: compiled(jax.dlpack.from_dlpack(scores)).block_until_ready()
+
+
+# How to load a peer, given scores like those to come, and how to install it.
+LOADERS: dict[str, tuple[Callable[[Tensor], Method], str]] = {
+    "lightly": (_lightly, "pip install --no-deps lightly"),
+    "lightly CAPI": (_lightly_capi, "pip install --no-deps lightly"),
+    "POT sinkhorn_log": (_pot, "pip install POT"),
+    "OTT-jax lse": (_ott, "pip install ott-jax"),
+    "geomloss": (_geomloss, "pip install geomloss"),
+}

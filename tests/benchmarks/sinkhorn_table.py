@@ -1,0 +1,252 @@
+"""Every backend and every peer on this machine: ``python tests/benchmarks/sinkhorn_table.py``.
+
+    pip install -e ".[bench]" && pip install --no-deps lightly
+    python tests/benchmarks/sinkhorn_table.py --threads 1 --robustness --markdown table.md --plot table.png
+
+Same scores, one process, interleaved rounds, medians. Nothing is timed before it agrees with float64 at the same
+iterate; a copy is ``Tensor.copy_`` into a tensor that is there already. The short form, without peers, is installed:
+``python -m proto_reg.kernels bench``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import sinkhorn_peers
+import torch
+from sinkhorn_robustness import robustness
+from torch import Tensor
+
+import proto_reg
+from proto_reg.kernels import bench
+from proto_reg.kernels.bench import COPY, SWAV, Contender, Result
+
+SHAPES = ((256, 10), (256, 30), (256, 50), (4096, 300), (2048, 3000), (8192, 3000), (1024, 65536))
+EAGER = "eager autograd"
+Results = dict[tuple[int, int], list[Result]]
+
+
+def codes_results(scores: Tensor, arguments: argparse.Namespace) -> tuple[list[Result], dict[str, str]]:
+    """Scores to codes: ours, the floors, the peers; and who is missing."""
+    error = partial(bench.largest_error, expected=bench.reference(scores))
+    found, missing = sinkhorn_peers.peers(scores) if not arguments.no_peers else ({}, {})
+    if arguments.compile:
+        found["torch.compile of SwAV's"] = sinkhorn_peers.compiled_swav(scores)
+    entered = bench.contenders(scores) + [Contender(name, partial(call, scores)) for name, call in found.items()]
+    results = bench.compete(entered, error, scores.device, seconds=arguments.seconds, limit=arguments.limit)
+    return results, missing
+
+
+def loss_results(scores: Tensor, arguments: argparse.Namespace) -> list[Result]:
+    """Scores to loss and gradient: ours in one pass, eager autograd over SwAV's algorithm."""
+    scores = scores.clone().requires_grad_()
+    entered = [Contender(EAGER, partial(_differentiate, _eager_loss, scores))]
+    public = getattr(proto_reg.functional, "sinkhorn_cross_entropy", None)
+    if public is None:
+        return []
+    options = {"epsilon": bench.EPSILON, "num_iters": bench.NUM_ITERS, "temperature": bench.TEMPERATURE}
+    for name in bench.usable_backends(scores.device):
+        call = partial(_differentiate, partial(public, backend=name, **options), scores)
+        entered.append(Contender(f"proto_reg {name}", call, bench.BOUND))
+    error = _loss_error(scores.detach())
+    return bench.compete(entered, error, scores.device, seconds=arguments.seconds, limit=arguments.limit)
+
+
+def _differentiate(function: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
+    loss = function(scores)
+    return loss.detach(), *torch.autograd.grad(loss, scores)
+
+
+def _eager_loss(scores: Tensor) -> Tensor:
+    codes = bench.swav(scores.detach())
+    return -(codes * (scores / bench.TEMPERATURE).log_softmax(1)).sum(1).mean()
+
+
+def _loss_error(scores: Tensor) -> Callable[[object], float]:
+    """Of the loss, relative, and of p - q, which is the gradient times tau B: the larger one."""
+    codes, log_p = bench.reference(scores), (scores.double() / bench.TEMPERATURE).log_softmax(1)
+    expected = -(codes * log_p).sum(1).mean().item()
+    difference = log_p.exp_().sub_(codes)
+
+    def error(output: object) -> float:
+        loss, gradient = output
+        of_gradient = bench.largest_error(gradient.double() * (bench.TEMPERATURE * len(scores)), difference)
+        # A NaN in either has to win: max() would keep the first of them only.
+        return math.nan if math.isnan(loss) else max(of_gradient, abs(loss.item() / expected - 1))
+
+    return error
+
+
+def targets(name: str, rows: int, columns: int, *, of_loss: bool) -> list[tuple[float, str]]:
+    """(largest ratio, base) promised for a contender on one CPU thread."""
+    elements = rows * columns
+    if of_loss:
+        return [(0.15 if rows <= 256 else 0.25, EAGER)] if name.startswith("proto_reg cpu") else []
+    if name == "proto_reg torch":
+        return [(0.75, SWAV)]
+    if not name.startswith("proto_reg cpu"):
+        return []
+    promised = [(0.10 if elements <= 256 * 50 else 0.20 if elements <= 4096 * 300 else 0.25, SWAV)]
+    # A copy into a tensor that is there is a floor for codes written into one.
+    return [*promised, (3.5, COPY)] if name.endswith("out=") else promised
+
+
+def judged(
+    results: list[Result], size: tuple[int, int], arguments: argparse.Namespace, *, of_loss: bool = False
+) -> list[list[str]]:
+    """The rows of ``bench.result_rows`` with a last cell: targets met or missed."""
+    rows = bench.result_rows(results, EAGER if of_loss else SWAV)
+    for result, row in zip(results, rows, strict=True):
+        verdicts = []
+        promised = targets(result.name, *size, of_loss=of_loss) if arguments.threads == 1 else []
+        for bound, base in promised if arguments.device == "cpu" else []:
+            met = bench.ratio(results, result.name, base) <= bound
+            unit = " copies" if base == COPY else ""
+            verdicts.append(f"<= {bound:.2f}{unit} {'met' if met else 'MISSED'}")
+        row.append(", ".join(verdicts))
+    return rows
+
+
+def summary(results: Results, base: str) -> str:
+    """Time over that of ``base``: a row a contender, a column a shape."""
+    names = list(dict.fromkeys(result.name for column in results.values() for result in column))
+    rows = []
+    for name in names:
+        cells = []
+        for column in results.values():
+            notes = {result.name: result.note for result in column}
+            note = notes.get(name, "")
+            cells.append(note.split(":")[0] if note else bench.number(bench.ratio(column, name, base)))
+        rows.append([name, *cells])
+    return bench.table([f"x {base}", *("{} x {}".format(*size) for size in results)], rows)
+
+
+def plot(results: Results, path: Path, title: str) -> None:
+    """Ratio to SwAV's algorithm by shape, one line a contender, named at its right end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    shapes = list(results)
+    timed = (result.name for column in results.values() for result in column if not result.note)
+    names = [name for name in dict.fromkeys(timed) if name != bench.CLONE]
+    ours = itertools.cycle(["#c1121f", "#f4845f", "#780000", "#e09f3e", "#9d0208"])
+    theirs = itertools.cycle(["#3d5a80", "#5fa8d3", "#5c7c5c", "#8d6a9f", "#2a9d8f", "#7f7f7f", "#a98467", "#4c4c9d"])
+    ends = {}
+    for name in names:
+        values = [bench.ratio(column, name, SWAV) for column in results.values()]
+        is_ours = name.startswith("proto_reg")
+        style = {"linewidth": 2.4 if is_ours else 1.2, "marker": "o"}
+        if name in (SWAV, COPY):
+            style |= {"color": "black" if name == SWAV else "#999999", "marker": "", "linestyle": "--"}
+        else:
+            style["color"] = next(ours if is_ours else theirs)
+        axes.plot(range(len(shapes)), values, markersize=5 if is_ours else 3, zorder=3 if is_ours else 2, **style)
+        ends[name] = ([value for value in values if not math.isnan(value)][-1], style["color"])
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(shapes)), ["{}\nx {}".format(*size) for size in shapes])
+    axes.set_xlim(-0.2, len(shapes) - 0.8)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.grid(axis="y", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("time / time of SwAV's algorithm")
+    axes.set_xlabel(title, fontsize=7, color="#666666")
+    axes.set_title(f"Scores to codes, {bench.NUM_ITERS} Sinkhorn iterations, float32: lower is faster", loc="left")
+    _name_lines(axes, ends)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _name_lines(axes, ends: dict[str, tuple[float, str]]) -> None:
+    """Names beside the right end of the lines, moved apart where they would overlap."""
+    names = sorted(ends, key=lambda name: ends[name][0])
+    heights = [math.log10(ends[name][0]) for name in names]
+    low, high = (math.log10(limit) for limit in axes.get_ylim())
+    gap = (high - low) / 21
+    for _ in range(200):
+        for i in range(len(heights) - 1):
+            overlap = max(0.0, gap - (heights[i + 1] - heights[i]))
+            heights[i], heights[i + 1] = heights[i] - overlap / 2, heights[i + 1] + overlap / 2
+    for name, height in zip(names, heights, strict=True):
+        weight = "bold" if name.startswith("proto_reg") else "normal"
+        right = axes.get_xlim()[1] + 0.06
+        axes.text(right, 10**height, name, color=ends[name][1], fontsize=8, weight=weight, va="center", clip_on=False)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    description, _, details = __doc__.partition("\n\n")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=layout)
+    bench.add_arguments(parser, SHAPES, threads=1, seconds=8.0)
+    parser.add_argument("--limit", type=float, default=20.0, help="skip calls of more seconds than this (default: 20)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of SwAV's algorithm too: minutes")
+    parser.add_argument("--no-peers", action="store_true", help="ours, SwAV's algorithm and a copy only")
+    parser.add_argument("--robustness", action="store_true", help="a table of what each makes of hard scores too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios to SwAV's algorithm")
+    return parser.parse_args(argv)
+
+
+def robustness_table(device: torch.device) -> str:
+    """As markdown: ours, SwAV's algorithm and the peers on hard scores (256 x 30)."""
+    scores = bench.cosine_scores(256, 30, device)
+    found, _ = sinkhorn_peers.peers(scores)
+    methods = {f"proto_reg {name}": partial(_ours, name) for name in bench.usable_backends(device)}
+    if "nan_policy" in inspect.signature(proto_reg.functional.sinkhorn).parameters:
+        methods["proto_reg, nan_policy='isolate'"] = partial(_ours, "auto", nan_policy="isolate")
+    return bench.table(*robustness({**methods, SWAV: bench.swav, **found}, device))
+
+
+def _ours(backend: str, scores: Tensor, **options: str) -> Tensor:
+    return proto_reg.functional.sinkhorn(scores, bench.EPSILON, bench.NUM_ITERS, backend=backend, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables; 1 if a backend of ours was refused, else 0."""
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    heading = bench.begin(arguments)
+    print(heading, flush=True)
+    codes, losses, sections, missing = Results(), Results(), [], {}
+    header = ["", "ms", "x SwAV", "x copy", "error", "target"]
+    for size in arguments.shapes:
+        scores = bench.cosine_scores(*size, device)
+        needed = 16 * 8 * scores.numel()
+        if device.type == "cpu" and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            print(f"{size}: skipped, may need {needed / 2**30:.0f} GiB")
+            continue
+        codes[size], missing = codes_results(scores, arguments)
+        text = "### {} x {}\n\n".format(*size) + bench.table(header, judged(codes[size], size, arguments))
+        if loss := loss_results(scores, arguments):
+            losses[size] = loss
+            rows = [row[:3] + row[4:] for row in judged(loss, size, arguments, of_loss=True)]
+            text += "\n\nScores to loss and gradient:\n\n"
+            text += bench.table(["", "ms", "x eager", "error", "target"], rows)
+        sections.append(text)
+        print(f"\n{text}", flush=True)
+    closing = [summary(codes, SWAV), *([f"Scores to loss and gradient:\n\n{summary(losses, EAGER)}"] if losses else [])]
+    if arguments.robustness:
+        closing.append(f"ok: finite, rows sum to 1, error below 1e-3 (half: 5e-3)\n\n{robustness_table(device)}")
+    closing += [f"{name}: {why}" for name, why in missing.items()]
+    print("", *closing, sep="\n\n")
+    if arguments.markdown:
+        arguments.markdown.write_text("\n\n".join([heading, *closing, *sections]) + "\n")
+    if arguments.plot:
+        plot(codes, arguments.plot, bench.environment(device).split(", load")[0])
+    every = [result for table in (codes, losses) for results in table.values() for result in results]
+    return int(any(result.note and result.name.startswith("proto_reg") for result in every))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Sinkhorn beside SwAV's algorithm: ``pytest tests/benchmarks -k sinkhorn --benchmark-enable``.
+
+The whole comparison, peers included, is ``python tests/benchmarks/sinkhorn_table.py``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from proto_reg.functional import sinkhorn
+from proto_reg.kernels import bench
+
+SMALL = [(256, 10), (256, 30), (256, 50), (4096, 300)]
+LARGE = [(2048, 3000), (8192, 3000)]
+METHODS = ["SwAV", *bench.usable_backends(torch.device("cpu"))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids="{0[0]}x{0[1]}".format)
+def test_codes(benchmark, shape: tuple[int, int], method: str) -> None:
+    if shape in LARGE and not benchmark.enabled:
+        pytest.skip("seconds: with --benchmark-enable")
+    scores = bench.cosine_scores(*shape)
+    call = partial(bench.swav, scores) if method == "SwAV" else partial(sinkhorn, scores, backend=method)
+    assert bench.largest_error(call(), bench.reference(scores)) <= bench.BOUND
+    benchmark.group = f"{shape[0]} x {shape[1]}"
+    benchmark(call)
