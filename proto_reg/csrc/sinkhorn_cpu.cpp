@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #define ALWAYS_INLINE __attribute__((always_inline))
@@ -21,7 +23,7 @@ namespace {
 struct Chunks {
   int64_t rows, size, count, padded;  // padded: columns, up to whole vectors
 
-  Chunks(int64_t rows_, int64_t columns) : rows(rows_), padded((columns + 7) / 8 * 8) {
+  Chunks(int64_t rows_, int64_t columns) : rows(rows_), padded((columns + 15) / 16 * 16) {
     constexpr int64_t SMALL = 1 << 15, FEWEST = 32, MOST = 256;
     size = rows * columns <= SMALL && rows <= MOST ? rows : std::clamp((rows + 255) / 256 * 4, FEWEST, MOST);
     count = (rows + size - 1) / size;
@@ -59,37 +61,57 @@ class Workspace {
   std::array<int64_t, 8> offsets_{};
 };
 
-// Vectors of eight floats never cross a function that is not inlined.
+// Vectors never cross a function that is not inlined.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
 namespace baseline {
+#define MACHINE_LANES 4
 #include "sinkhorn_cpu_isa.h"
+#undef MACHINE_LANES
 }  // namespace baseline
 
+// The same source again for what only some machines have.
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+BEGIN_TARGET("avx2,fma")
 namespace avx2 {
+#define MACHINE_LANES 8
 #include "sinkhorn_cpu_isa.h"
+#undef MACHINE_LANES
 }  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
+
+BEGIN_TARGET("avx512f,avx512vl,avx512dq,fma")
+namespace avx512 {
+#define MACHINE_LANES 16
+#include "sinkhorn_cpu_isa.h"
+#undef MACHINE_LANES
+}  // namespace avx512
+END_TARGET
 #endif
 
 using Solve = void (*)(const SinkhornProblem&, int64_t, const Chunks&, ParallelFor);
 
+// The fastest that runs here; PROTO_REG_CPU_ISA=baseline or avx2 asks for less.
 Solve fastest() {
+  const char* given = std::getenv("PROTO_REG_CPU_ISA");
+  const std::string most = given ? given : "avx512";
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::solve;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && most == "avx512") return avx512::solve;
+  if (has_avx2 && most != "baseline") return avx2::solve;
 #endif
   return baseline::solve;
 }

@@ -1,7 +1,10 @@
 // Everything that is compiled once per instruction set. Included by sinkhorn_cpu.cpp inside a namespace and target of
 // its own; hence no include guard.
 
+namespace lanes8 {
+#define LANES int64_t{8}
 #include "sinkhorn_cpu_vector.h"
+}  // namespace lanes8
 
 // One of the problem's independent matrices. Half precision is converted row by row: inside, all is float32.
 struct Group {
@@ -21,7 +24,7 @@ struct Group {
   // Row i of the scores; of another dtype than float32, converted into `buffer`.
   const float* row(int64_t i, float* buffer) const {
     if (dtype == Dtype::f32) return static_cast<const float*>(scores) + i * columns;
-    widen(dtype, static_cast<const uint16_t*>(scores) + i * columns, columns, buffer);
+    lanes8::widen(dtype, static_cast<const uint16_t*>(scores) + i * columns, columns, buffer);
     return buffer;
   }
 
@@ -31,14 +34,30 @@ struct Group {
     return dtype == Dtype::f32 ? static_cast<float*>(matrix) + i * columns : buffer;
   }
   void finish(const float* row, void* matrix, int64_t i) const {
-    if (row && dtype != Dtype::f32) narrow(dtype, row, columns, static_cast<uint16_t*>(matrix) + i * columns);
+    if (row && dtype != Dtype::f32) lanes8::narrow(dtype, row, columns, static_cast<uint16_t*>(matrix) + i * columns);
   }
 };
 
+namespace lanes8 {
 #include "sinkhorn_cpu_rows.h"
 #include "sinkhorn_cpu_small.h"
 #include "sinkhorn_cpu_linear.h"
 #include "sinkhorn_cpu_log.h"
+#undef LANES
+}  // namespace lanes8
+
+// Vectors of the machine's own width, where that is another one: sixteen lanes pay on long rows, four lanes everywhere.
+#if MACHINE_LANES == 8
+namespace machine = lanes8;
+#else
+namespace machine {
+#define LANES int64_t{MACHINE_LANES}
+#include "sinkhorn_cpu_vector.h"
+#include "sinkhorn_cpu_rows.h"
+#include "sinkhorn_cpu_linear.h"
+#undef LANES
+}  // namespace machine
+#endif
 
 // One group from scores to codes, gradient and loss.
 struct Solver {
@@ -60,12 +79,12 @@ struct Solver {
   bool run_small() const {
     const bool wide = group.dtype == Dtype::f32;
     const int64_t count = group.rows * group.columns;
-    Workspace workspace(count, wide ? 0 : count, group.rows + LANES, group.rows + LANES, chunks.padded, chunks.padded,
+    Workspace workspace(count, wide ? 0 : count, group.rows + 8, group.rows + 8, chunks.padded, chunks.padded,
                         chunks.padded);
     float *e = workspace[0], *converted = workspace[1];
-    if (!wide) widen(group.dtype, group.scores, count, converted);
+    if (!wide) lanes8::widen(group.dtype, group.scores, count, converted);
     // Half precision: codes come out over E, the gradient over the converted scores.
-    Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[2], workspace[3],
+    lanes8::Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[2], workspace[3],
                 workspace[4], workspace[5], workspace[6], group.output(group.codes, 0, e),
                 group.output(group.gradient, 0, converted)};
     if (!small.exponentials()) return false;
@@ -73,19 +92,20 @@ struct Solver {
       if (!small.balance(problem.tol)) break;
     small.write_potentials(potentials);
     losses[0] = small.write();
-    if (!wide && group.codes) narrow(group.dtype, e, count, group.codes);
-    if (!wide && group.gradient) narrow(group.dtype, converted, count, group.gradient);
+    if (!wide && group.codes) lanes8::narrow(group.dtype, e, count, group.codes);
+    if (!wide && group.gradient) lanes8::narrow(group.dtype, converted, count, group.gradient);
     return true;
   }
 
+  template <class Method>
   bool run_linear() const {
     // E takes the place of a float32 output, so that it costs no memory of its own.
     const bool wide = group.dtype == Dtype::f32;
     Workspace workspace(wide ? 0 : group.rows * group.columns, chunks.padded, chunks.count * chunks.padded,
                         3 * chunks.count * chunks.padded);
-    std::vector<Extrema> extrema(chunks.count);
+    std::vector<typename Method::Range> extrema(chunks.count);
     float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : workspace[0];
-    const Linear linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses};
+    const Method linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses};
     const float from = linear.origin();
     each_chunk([&](int64_t chunk) { linear.exponentials(chunk, from); });
     if (!linear.safe()) return false;
@@ -102,7 +122,7 @@ struct Solver {
   void run_logarithmic() {
     std::vector<double> doubles((1 + 2 * chunks.count) * group.columns);
     std::vector<float> floats(chunks.count * (group.columns + 3 * chunks.padded));
-    const Logarithmic method{group, chunks, doubles.data(), doubles.data() + group.columns, floats.data(), losses,
+    const lanes8::Logarithmic method{group, chunks, doubles.data(), doubles.data() + group.columns, floats.data(), losses,
                              doubles.data() + (1 + chunks.count) * group.columns,
                              floats.data() + chunks.count * group.columns};
     set_total_weight([&](int64_t i) { return method.counts(i, 0); });
@@ -146,8 +166,11 @@ inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& c
   std::vector<double> losses(chunks.count);
   Solver solver{problem, chunks, parallel_for, group, problem.potentials + index * problem.columns, losses.data()};
   solver.set_total_weight([](int64_t) { return true; });
-  const bool small = chunks.count == 1 && problem.columns <= Small::MOST_COLUMNS;
-  const bool done = solver.group.total_weight > 0 && (small ? solver.run_small() : solver.run_linear());
+  const bool small = MACHINE_LANES >= 8 && chunks.count == 1 && problem.columns <= lanes8::Small::MOST_COLUMNS;
+  bool done = solver.group.total_weight > 0;
+  if (done && small) done = solver.run_small();
+  else if (done && (MACHINE_LANES < 8 || problem.columns >= 64)) done = solver.run_linear<machine::Linear>();
+  else if (done) done = solver.run_linear<lanes8::Linear>();
   if (!done) solver.run_logarithmic();
   if (problem.loss) problem.loss[index] = solver.loss();
 }

@@ -3,6 +3,8 @@
 // Included once per instruction set by sinkhorn_cpu_isa.h.
 
 struct Linear {
+  using Range = Extrema;
+
   const Group& group;
   const Chunks& chunks;
   float* e;          // (rows, columns); float32 codes, or gradient, may lie over it
@@ -49,7 +51,7 @@ struct Linear {
   bool safe() const {
     Extrema all;
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) all.add(extrema[chunk]);
-    return all.safe(group.epsilon);
+    return all.safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
   }
 
   // Row sums of E diag(v), R rows from i on.

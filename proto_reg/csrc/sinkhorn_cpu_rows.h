@@ -2,35 +2,35 @@
 
 constexpr double RANGE = 50;  // natural logarithms: u, v and their products stay within float32's 87
 
-// Lowest and highest of `count` scores. A NaN may be lost there, but never in `finite`.
+// Lowest and highest of the scores seen. A NaN may be lost here: it shows in the first column sums.
 struct Extrema {
   float lowest = INFINITY, highest = -INFINITY;
-  bool finite = true;
 
-  void add(const float* s, int64_t count) {
+  INLINE void add(const float* s, int64_t count) {
     V low[2] = {V{} + INFINITY, V{} + INFINITY}, high[2] = {V{} - INFINITY, V{} - INFINITY};
-    I bits[2] = {};
     for_each_vector(count, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
       const V x = part.get(s + k);
       low[slot] = minimum(low[slot], x);
       high[slot] = maximum(high[slot], x);
-      const I magnitude = (I)x & 0x7fffffff;
-      bits[slot] = bits[slot] < magnitude ? magnitude : bits[slot];
     });
-    lowest = std::min(lowest, minimum(minimum(low[0], low[1])));
-    highest = std::max(highest, maximum(maximum(high[0], high[1])));
-    const I odd = (bits[0] >= 0x7f800000) | (bits[1] >= 0x7f800000);
-    for (int lane = 0; lane < LANES; ++lane) finite &= odd[lane] == 0;
+    add({minimum(minimum(low[0], low[1])), maximum(maximum(high[0], high[1]))});
   }
 
-  void add(const Extrema& other) {
+  INLINE void add(const Extrema& other) {
     lowest = std::min(lowest, other.lowest);
     highest = std::max(highest, other.highest);
-    finite &= other.finite;
   }
 
-  bool safe(double epsilon) const { return finite && (static_cast<double>(highest) - lowest) / epsilon < RANGE; }
+  // NaN and infinities fail, too.
+  bool safe(double epsilon) const { return (static_cast<double>(highest) - lowest) / epsilon < RANGE; }
 };
+
+// Whether no NaN reached these column sums, which are >= 0.
+inline bool all_finite(const float* sums, int64_t count) {
+  float total = 0;
+  for (int64_t k = 0; k < count; ++k) total += sums[k];
+  return total < INFINITY;
+}
 
 // v_k = W r_k / c_k (first: W = 1); false, leaving v, where tol >= 0 and every column was within it before.
 inline bool update_scaling(const Group& group, const float* c, bool first, double tol, float* v) {

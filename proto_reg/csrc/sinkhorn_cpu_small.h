@@ -1,6 +1,28 @@
 // The fast path for a matrix that stays in the first-level cache: one reference for all of it, eight rows at a time, the
 // column sums in registers. Included once per instruction set.
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+
+// The sums of eight vectors, as one vector.
+INLINE V sums(const V (&x)[8]) {
+  V pair[4], four[2];
+  for (int i = 0; i < 4; ++i) {
+    const V &a = x[2 * i], &b = x[2 * i + 1];
+    pair[i] = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const V &a = pair[2 * i], &b = pair[2 * i + 1];
+    four[i] = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  const V &a = four[0], &b = four[1];
+  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#undef SHUFFLE
+
 struct Small {
   static constexpr int64_t MOST_COLUMNS = 8 * LANES;
 
@@ -27,7 +49,7 @@ struct Small {
     });
     for (int64_t i = 0; i < group.rows; ++i) u[i] = group.weight(i);
     column_sums();
-    return update_scaling(group, c, true, -1, v);
+    return all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
   }
 
   // One iteration; false, leaving v, where all columns were within tol.

@@ -1,11 +1,10 @@
-// Eight lanes of float32, in the compiler's vector extension: the same source for every instruction set. Included once
-// per instruction set by sinkhorn_cpu_isa.h, inside its namespace and target; hence no include guard.
+// LANES lanes of float32 (8 or 16), in the compiler's vector extension: the same source for every instruction set.
+// Included by sinkhorn_cpu_isa.h, inside a namespace and a target; hence no include guard.
 
-using V = float __attribute__((vector_size(32)));
-using I = int32_t __attribute__((vector_size(32)));
-using U = uint32_t __attribute__((vector_size(32)));
-using H = uint16_t __attribute__((vector_size(16)));
-constexpr int64_t LANES = 8;
+using V = float __attribute__((vector_size(4 * LANES)));
+using I = int32_t __attribute__((vector_size(4 * LANES)));
+using U = uint32_t __attribute__((vector_size(4 * LANES)));
+using H = uint16_t __attribute__((vector_size(2 * LANES)));
 
 INLINE V load(const float* from) {
   V x;
@@ -18,17 +17,29 @@ INLINE void store(float* to, V x) { __builtin_memcpy(to, &x, sizeof x); }
 INLINE V maximum(V a, V b) { return a < b ? b : a; }  // a NaN in b is lost: whoever needs it looks at the sums
 INLINE V minimum(V a, V b) { return b < a ? b : a; }
 
-INLINE float sum(V x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+// Lanes are joined half by half.
+INLINE float sum(V x) {
+  for (int64_t width = LANES / 2; width > 0; width /= 2)
+    for (int64_t lane = 0; lane < width; ++lane) x[lane] += x[lane + width];
+  return x[0];
+}
 
 INLINE float maximum(V x) {
-  float top = x[0];
-  for (int lane = 1; lane < LANES; ++lane) top = top < x[lane] ? x[lane] : top;
-  return top;
+  for (int64_t width = LANES / 2; width > 0; width /= 2)
+    for (int64_t lane = 0; lane < width; ++lane) x[lane] = x[lane] < x[lane + width] ? x[lane + width] : x[lane];
+  return x[0];
+}
+
+// 0, 1, 2, ...
+INLINE I lane_numbers() {
+  I lane{};
+  for (int32_t k = 0; k < LANES; ++k) lane[k] = k;
+  return lane;
 }
 
 INLINE float minimum(V x) { return -maximum(-x); }
 
-// 2^x for x in [-126, 126], to 1.6e-7 of itself; NaN stays NaN. F and N: float and int32_t, or eight of each.
+// 2^x for x in [-126, 126], to 1.6e-7 of itself; NaN stays NaN. F and N: float and int32_t, or LANES of each.
 template <class F, class N>
 INLINE F exp2_in_range(F x) {
   const F shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are x, rounded to an integer
@@ -109,8 +120,8 @@ inline void narrow(Dtype dtype, const float* from, int64_t count, void* to) {
   }
 }
 
-// The vectors of a row: whole ones, and where the columns are no multiple of eight a last one that ends with the row and
-// so repeats columns of the one before it. Rows of less than eight columns are a single short one.
+// The vectors of a row: whole ones, and where the columns are no multiple of LANES a last one that ends with the row and
+// so repeats columns of the one before it. Rows of less than LANES columns are a single short one.
 struct Full {
   INLINE V get(const float* from) const { return load(from); }
   INLINE void put(float* to, V x) const { store(to, x); }
@@ -122,8 +133,7 @@ struct Last : Full {
   explicit INLINE Last(int64_t columns) : repeated(static_cast<int32_t>(-columns & (LANES - 1))) {}
   // x, and 0 in the lanes that another vector holds already: what enters a sum.
   INLINE V once(V x) const {
-    const I lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    return lane >= repeated ? x : V{};
+    return lane_numbers() >= repeated ? x : V{};
   }
 };
 
@@ -136,8 +146,7 @@ struct Short {
   }
   INLINE void put(float* to, V x) const { __builtin_memcpy(to, &x, sizeof(float) * count); }
   INLINE V once(V x) const {
-    const I lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    return lane < (int32_t)count ? x : V{};
+    return lane_numbers() < (int32_t)count ? x : V{};
   }
 };
 
@@ -155,25 +164,3 @@ INLINE void for_each_vector(int64_t columns, const Body& body) {
   if (k + LANES <= columns) body(Full{}, k, first);
   if (columns % LANES) body(Last(columns), columns - LANES, first);
 }
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
-#endif
-
-// The sums of eight vectors, as one vector.
-INLINE V sums(const V (&x)[8]) {
-  V pair[4], four[2];
-  for (int i = 0; i < 4; ++i) {
-    const V &a = x[2 * i], &b = x[2 * i + 1];
-    pair[i] = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 2; ++i) {
-    const V &a = pair[2 * i], &b = pair[2 * i + 1];
-    four[i] = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  const V &a = four[0], &b = four[1];
-  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-}
-#undef SHUFFLE

@@ -1,0 +1,143 @@
+"""The compiled CPU kernel itself: every instruction set, any number of threads, memory, odd shapes."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cosines, log_sinkhorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proto_reg.functional import sinkhorn, sinkhorn_cross_entropy
+
+ISAS = ("baseline", "avx2", "avx512")  # a machine that lacks one takes the next below
+
+pytestmark = pytest.mark.usefixtures("cpu_library")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 600),
+    columns=st.integers(1, 150),
+    scale=st.sampled_from([0.1, 1.0, 30.0, 1e4]),
+    num_iters=st.integers(1, 12),
+    seed=st.integers(0, 999),
+    weighted=st.booleans(),
+    marginal=st.booleans(),
+)
+def test_any_shape_against_float64(rows, columns, scale, num_iters, seed, weighted, marginal) -> None:
+    torch.manual_seed(seed)
+    scores = scale * cosines(rows, columns)
+    weights = torch.randint(1, 4, (rows,)) if weighted else torch.ones(rows, dtype=torch.int64)
+    marginals = torch.rand(columns).softmax(0) if marginal else None
+    repeated = scores.repeat_interleave(weights, 0)
+    truth = log_sinkhorn(repeated, 0.05, num_iters, marginals)[weights.cumsum(0) - 1]
+    options = {"weights": weights.float() if weighted else None, "marginals": marginals}
+    codes = sinkhorn(scores, 0.05, num_iters, backend="cpu", **options)
+    assert (codes.double() - truth).abs().max() < 1e-6
+    loss = sinkhorn_cross_entropy(scores, 0.05, num_iters, backend="cpu", **options)
+    terms = -(truth * (scores.double() / 0.1).log_softmax(1)).sum(1)
+    expected = (terms * weights).sum() / weights.sum()
+    assert abs(loss - expected) <= 1e-6 * max(1.0, abs(float(expected)), scale)
+
+
+@pytest.mark.parametrize("shape", [(256, 30), (1500, 200), (5000, 17), (64, 5000)])
+@pytest.mark.parametrize("scale", [1, 40])
+def test_the_same_bits_for_any_number_of_threads(shape: tuple[int, int], scale: float) -> None:
+    scores = scale * cosines(*shape)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            leaf = scores.clone().requires_grad_()
+            loss, codes = sinkhorn_cross_entropy(leaf, backend="cpu", return_codes=True)
+            loss.backward()
+            potentials = sinkhorn(scores, backend="cpu", return_potentials=True)[1]
+            results.append((loss.detach(), codes, leaf.grad, potentials))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number_is_read_and_written_as_torch_does(dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype)
+    finite = values[values.isfinite()]
+    scores = torch.stack([finite, torch.zeros_like(finite)], 1)
+    wide = scores.float()
+    for num_iters in (1, 3):
+        codes = sinkhorn(scores, 1.0, num_iters, backend="cpu")
+        assert torch.equal(codes, sinkhorn(wide, 1.0, num_iters, backend="cpu").to(dtype))
+
+
+def test_nan_and_infinity_in_half_precision() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        scores = cosines(20, 9).to(dtype)
+        scores[3, 4] = math.nan
+        assert sinkhorn(scores, backend="cpu").isnan().all()
+        isolated = sinkhorn(scores, backend="cpu", nan_policy="isolate")
+        assert isolated[3].isnan().all()
+        assert isolated[:3].isfinite().all()
+
+
+def test_outputs_and_nothing_else_are_written() -> None:
+    for rows, columns in ((7, 3), (256, 30), (256, 33), (1000, 65), (33, 1100)):
+        scores = cosines(rows, columns)
+        around = torch.full((rows * columns + 64,), 123.0)
+        out = around[32 : 32 + rows * columns].view(rows, columns)
+        before = scores.clone()
+        sinkhorn(scores, backend="cpu", out=out)
+        assert (around[:32] == 123).all()
+        assert (around[-32:] == 123).all()
+        assert torch.equal(scores, before)
+        assert (out.sum(1) - 1).abs().max() < 1e-5
+
+
+def test_nothing_is_left_from_the_call_before() -> None:
+    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    try:
+        for rows, columns in ((256, 30), (9, 3), (700, 70), (256, 30)):
+            for scale in (1, 50):
+                scores = scale * cosines(rows, columns)
+                error = (sinkhorn(scores, backend="cpu").double() - log_sinkhorn(scores, 0.05, 3)).abs().max()
+                assert error < 1e-6
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+BY_ISA = """
+import sys, torch
+from proto_reg.functional import sinkhorn, sinkhorn_cross_entropy
+torch.manual_seed(0)
+results = []
+for rows, columns in ((1, 1), (5, 3), (256, 10), (256, 30), (100, 64), (300, 65), (700, 7), (2000, 131)):
+    for scale in (1, 100):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            scores = (scale * torch.randn(rows, columns).tanh()).to(dtype).requires_grad_()
+            loss, codes = sinkhorn_cross_entropy(scores, backend="cpu", return_codes=True)
+            loss.backward()
+            results += [loss.detach(), codes, scores.grad * rows]
+torch.save(results, sys.argv[1])
+"""
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    found = []
+    for isa in ISAS:
+        target = tmp_path / f"{isa}.pt"
+        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
+        found.append(torch.load(target))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            step = 10 * torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0
+            assert (a.double() - b.double()).abs().max() <= 1e-5 + step
