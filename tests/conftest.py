@@ -22,16 +22,18 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def cpu_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The compiled CPU library: built once a session, in a cache of its own, and found by whoever asks from then on."""
-    if reason := build.obstacle("cpu"):
-        pytest.skip(reason)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTO_REG_CACHE", str(tmp_path_factory.mktemp("kernels")))
-        path = build.build("cpu")
-        backends._reset()
-        yield path
+@pytest.fixture(scope="session", autouse=True)
+def built() -> Path | None:
+    """The compiled CPU library, in the user's cache: what ``backend="auto"`` means in every test, where it builds."""
+    return None if build.obstacle("cpu") else build.build("cpu")
+
+
+@pytest.fixture
+def cpu_library(built: Path | None) -> Path:
+    """The compiled CPU library, for tests that make no sense without it."""
+    if built is None:
+        pytest.skip(build.obstacle("cpu"))
+    return built
 
 
 @pytest.fixture(params=["torch", "cpu"])

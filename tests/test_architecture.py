@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ ROOMS = [
     "layout",
     "kernels",
     "functional",
+    "bench",
     "head",
     "assigner",
     "mmd",
@@ -53,7 +56,11 @@ def imported_rooms(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+# Programs stand outside: ``python -m`` may start whatever there is.
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__main__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_arrows_run_one_way(path: Path) -> None:
     here = ROOMS.index(room(path))
     for other in imported_rooms(path):
@@ -107,8 +114,10 @@ heavy = {"matplotlib", "sklearn", "scipy", "pandas", "lightning", "transformers"
 assert not heavy, heavy
 print(took)
 """
-    run = [sys.executable, "-c", code]
-    best = min(float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    # As installed: with its bytecode.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    run = partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    best = min(float(run(env=environment).stdout) for _ in range(3))
     assert best < 0.05, f"{best * 1000:.0f} ms"
 
 

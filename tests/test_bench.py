@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import log_sinkhorn, swav_sinkhorn
 
-from proto_reg.kernels import bench
-from proto_reg.kernels.bench import Contender
+from proto_reg import bench
+from proto_reg.bench import Contender
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(__file__).parent / "benchmarks"

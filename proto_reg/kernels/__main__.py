@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["bench"]:  # has options of its own
-        from . import bench
+        from .. import bench
 
         return bench.main(argv[1:]) or 0
     parser = argparse.ArgumentParser(prog="python -m proto_reg.kernels", description="Compiled kernels.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from proto_reg.kernels.bench import EPSILON, NUM_ITERS, swav
+from proto_reg.bench import EPSILON, NUM_ITERS, swav
 
 Method = Callable[[Tensor], object]
 

@@ -26,8 +26,8 @@ from sinkhorn_robustness import robustness
 from torch import Tensor
 
 import proto_reg
-from proto_reg.kernels import bench
-from proto_reg.kernels.bench import COPY, SWAV, Contender, Result
+from proto_reg import bench
+from proto_reg.bench import COPY, SWAV, Contender, Result
 
 SHAPES = ((256, 10), (256, 30), (256, 50), (4096, 300), (2048, 3000), (8192, 3000), (1024, 65536))
 EAGER = "eager autograd"

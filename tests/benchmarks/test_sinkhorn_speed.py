@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch
 
+from proto_reg import bench
 from proto_reg.functional import sinkhorn
-from proto_reg.kernels import bench
 
 SMALL = [(256, 10), (256, 30), (256, 50), (4096, 300)]
 LARGE = [(2048, 3000), (8192, 3000)]

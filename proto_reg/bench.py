@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
-import inspect
 import math
 import os
 import platform
@@ -26,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from . import backends
+from .functional import sinkhorn
+from .kernels import backends
 
 EPSILON, NUM_ITERS, TEMPERATURE = 0.05, 3, 0.1
 SHAPES = ((256, 30), (4096, 300), (2048, 3000))
@@ -104,17 +103,15 @@ def usable_backends(device: torch.device) -> list[str]:
 
 def contenders(scores: Tensor) -> list[Contender]:
     """A copy, SwAV's algorithm and every backend of ours that can run on these scores (B, K)."""
-    # The one look upwards from this room: a program at its edge times the call that users make.
-    public = importlib.import_module("..functional", __package__).sinkhorn
     large = scores.nbytes >= LARGE
     found = [Contender(COPY, partial(torch.empty_like(scores).copy_, scores), None)]
     if large:
         found.append(Contender(CLONE, scores.clone, None))
     found.append(Contender(SWAV, partial(swav, scores)))
     for name in usable_backends(scores.device):
-        call = partial(public, scores, EPSILON, NUM_ITERS, backend=name)
+        call = partial(sinkhorn, scores, EPSILON, NUM_ITERS, backend=name)
         found.append(Contender(f"proto_reg {name}", call, BOUND))
-        if large and name != "torch" and "out" in inspect.signature(public).parameters:
+        if large and name != "torch":
             call = partial(call, out=torch.empty_like(scores))
             found.append(Contender(f"proto_reg {name}, out=", call, BOUND))
     return found
