@@ -116,9 +116,17 @@ def test_errors_name_argument_expectation_and_cure() -> None:
         (lambda: SinkhornAssigner(num_iters=2.5), TypeError, "num_iters: expected an int"),
         (lambda: SinkhornAssigner(marginals=[0.5, 0.6]), ValueError, "sum 1.1. Divide them by their sum"),
         (lambda: SinkhornAssigner(marginals=[1.5, -0.5]), ValueError, "marginals: expected non-negative"),
-        (lambda: SinkhornAssigner(backend="cuda"), ValueError, "backend: expected one of 'auto', 'torch'"),
+        (
+            lambda: SinkhornAssigner(backend="tpu"),
+            ValueError,
+            "backend: expected one of 'auto', 'torch', 'cpu', 'cuda'",
+        ),
         (lambda: SinkhornAssigner(nan_policy="ignore"), ValueError, "nan_policy: expected one of"),
-        (lambda: SinkhornAssigner()(torch.randn(3)), ValueError, "scores: expected shape (B, K), got (3,)"),
+        (
+            lambda: SinkhornAssigner()(torch.randn(3)),
+            ValueError,
+            "scores: expected shape (B, K) or (G, B, K), got (3,)",
+        ),
         (lambda: SinkhornAssigner()(torch.randn(0, 3)), ValueError, "Skip empty batches"),
         (lambda: SinkhornAssigner()(torch.ones(2, 3).long()), TypeError, "scores: expected a floating-point"),
         (

@@ -167,7 +167,8 @@ inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& c
   Solver solver{problem, chunks, parallel_for, group, problem.potentials + index * problem.columns, losses.data()};
   solver.set_total_weight([](int64_t) { return true; });
   const bool small = MACHINE_LANES >= 8 && chunks.count == 1 && problem.columns <= lanes8::Small::MOST_COLUMNS;
-  bool done = solver.group.total_weight > 0;
+  // A single column has codes of exactly 1 and no gradient at all: divided by themselves, which scaling does not do.
+  bool done = solver.group.total_weight > 0 && problem.columns > 1;
   if (done && small) done = solver.run_small();
   else if (done && (MACHINE_LANES < 8 || problem.columns >= 64)) done = solver.run_linear<machine::Linear>();
   else if (done) done = solver.run_linear<lanes8::Linear>();
