@@ -17,24 +17,32 @@ INLINE void store(float* to, V x) { __builtin_memcpy(to, &x, sizeof x); }
 INLINE V maximum(V a, V b) { return a < b ? b : a; }  // a NaN in b is lost: whoever needs it looks at the sums
 INLINE V minimum(V a, V b) { return b < a ? b : a; }
 
-// Lanes are joined half by half.
-INLINE float sum(V x) {
-  for (int64_t width = LANES / 2; width > 0; width /= 2)
-    for (int64_t lane = 0; lane < width; ++lane) x[lane] += x[lane + width];
-  return x[0];
-}
-
-INLINE float maximum(V x) {
-  for (int64_t width = LANES / 2; width > 0; width /= 2)
-    for (int64_t lane = 0; lane < width; ++lane) x[lane] = x[lane] < x[lane + width] ? x[lane + width] : x[lane];
-  return x[0];
-}
-
 // 0, 1, 2, ...
 INLINE I lane_numbers() {
   I lane{};
   for (int32_t k = 0; k < LANES; ++k) lane[k] = k;
   return lane;
+}
+
+// Lane k holds what lane k ^ distance held.
+INLINE V swapped(V x, int32_t distance) {
+#if defined(__clang__)
+  V y;
+  for (int32_t k = 0; k < LANES; ++k) y[k] = x[k ^ distance];
+  return y;
+#else
+  return __builtin_shuffle(x, lane_numbers() ^ distance);
+#endif
+}
+
+INLINE float sum(V x) {
+  for (int32_t distance = LANES / 2; distance > 0; distance /= 2) x += swapped(x, distance);
+  return x[0];
+}
+
+INLINE float maximum(V x) {
+  for (int32_t distance = LANES / 2; distance > 0; distance /= 2) x = maximum(x, swapped(x, distance));
+  return x[0];
 }
 
 INLINE float minimum(V x) { return -maximum(-x); }

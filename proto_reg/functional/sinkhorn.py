@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -16,7 +16,6 @@ BACKENDS = kernels.backends.NAMES
 
 _sinkhorn = torch.ops.proto_reg.sinkhorn.default
 _sinkhorn_out = torch.ops.proto_reg.sinkhorn_out.default
-_sinkhorn_cross_entropy = torch.ops.proto_reg.sinkhorn_cross_entropy.default
 
 
 @overload
@@ -193,10 +192,8 @@ def _cross_entropy(
         raise ValueError(f"scores: expected (B, K), got {tuple(scores.shape)}. Take the groups one by one.")
     temperature = check_number("temperature", temperature, above=0)
     plain = kernels.backends.choose(backend, scores) == "torch"
-    solve: Callable[..., tuple[Tensor, ...]] = (
-        kernels.sinkhorn.PlainCrossEntropy.apply if plain else _sinkhorn_cross_entropy
-    )
-    loss, gradient, _, codes = solve(scores, *arguments, temperature, with_codes)
+    solve = kernels.sinkhorn.CrossEntropy.apply
+    loss, gradient, _, codes = solve(plain, scores, *arguments, temperature, with_codes)
     return loss, gradient, codes
 
 

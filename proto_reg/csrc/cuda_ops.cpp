@@ -1,0 +1,33 @@
+// Registers the CUDA kernels behind the ops that proto_reg/kernels/sinkhorn.py defines.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "binding.h"
+#include "sinkhorn_cuda.h"
+
+// Of libtorch_cuda; weak, so that the library also loads beside a PyTorch without CUDA, where nothing calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace proto_reg {
+
+struct Cuda {
+  static void run(const SinkhornProblem& problem, const Tensor& scores) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "proto_reg: this PyTorch is built without CUDA");
+    const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
+    SinkhornPlan plan;
+    check(plan_sinkhorn_cuda(problem, &plan));
+    // Freed on return and safe all the same: the allocator reuses it in the order of the stream.
+    std::optional<Tensor> workspace;
+    if (plan.workspace_floats > 0) workspace = empty(scores, {plan.workspace_floats}, ScalarType::Float);
+    float* const memory = workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(scores.get_device_index(), &stream));
+    check(launch_sinkhorn_cuda(problem, plan, memory, stream));
+  }
+
+ private:
+  static void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "proto_reg: CUDA: ", error); }
+};
+
+}  // namespace proto_reg
+
+PROTO_REG_IMPL(CUDA, proto_reg::Cuda)

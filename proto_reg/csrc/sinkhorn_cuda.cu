@@ -1,0 +1,293 @@
+// Launches: which kernels, in which order, with every call checked.
+#include "sinkhorn_cuda.h"
+
+#include <cmath>
+#include <cstdint>
+#include <mutex>
+
+#include "sinkhorn_cuda_passes.cuh"
+#include "sinkhorn_cuda_resident.cuh"
+
+namespace proto_reg {
+namespace {
+
+const char* message(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // reported here, so that nobody else finds it
+  return cudaGetErrorString(error);
+}
+
+cudaError_t query_limits(int device, DeviceLimits* limits) {
+  const auto get = [&](cudaDeviceAttr attribute, int64_t* value) {
+    int number = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&number, attribute, device);
+    *value = number;
+    return error;
+  };
+  int64_t major = 0, minor = 0, cooperative = 0, cluster = 0;
+  cudaError_t error = get(cudaDevAttrMultiProcessorCount, &limits->multiprocessors);
+  if (!error) error = get(cudaDevAttrMaxThreadsPerBlock, &limits->threads_per_block);
+  if (!error) error = get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits->shared_per_block);
+  if (!error) error = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits->shared_per_multiprocessor);
+  if (!error) error = get(cudaDevAttrComputeCapabilityMajor, &major);
+  if (!error) error = get(cudaDevAttrComputeCapabilityMinor, &minor);
+  if (!error) error = get(cudaDevAttrCooperativeLaunch, &cooperative);
+  if (!error) error = get(cudaDevAttrClusterLaunch, &cluster);
+  limits->capability = 10 * major + minor;
+  limits->cooperative = cooperative != 0;
+  limits->clusters = cluster != 0 && major >= 9;
+  return error;
+}
+
+// The current device's limits, asked for once.
+cudaError_t current_limits(DeviceLimits* limits) {
+  constexpr int kDevices = 64;
+  static std::mutex mutex;
+  static DeviceLimits known[kDevices];
+  static bool asked[kDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error) return error;
+  if (device >= kDevices) return query_limits(device, limits);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!asked[device]) {
+    error = query_limits(device, &known[device]);
+    if (error) return error;
+    asked[device] = true;
+  }
+  *limits = known[device];
+  return cudaSuccess;
+}
+
+struct Launch {
+  dim3 grid;
+  int64_t threads, shared_bytes, cluster;
+  bool cooperative;
+  cudaStream_t stream;
+};
+
+// A launch's configuration; it points into itself, so it stays where it is.
+struct Configuration {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2]{};
+
+  explicit Configuration(const Launch& launch) {
+    config.gridDim = launch.grid;
+    config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+    config.stream = launch.stream;
+    config.attrs = attributes;
+    if (launch.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+    }
+    if (launch.cooperative) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+};
+
+// Blocks ask for more than 48 KB of shared memory explicitly.
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t enqueue(void (*kernel)(Parameters...), const Launch& launch, Arguments... arguments) {
+  const cudaError_t error = allow_shared(kernel, launch.shared_bytes);
+  if (error) return error;
+  const Configuration configuration(launch);
+  return cudaLaunchKernelEx(&configuration.config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+Launch plain(int64_t blocks, int64_t threads, int64_t shared_bytes, cudaStream_t stream) {
+  return {dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, 1, false, stream};
+}
+
+Launch planned(const SinkhornPlan& plan, int64_t blocks, cudaStream_t stream) {
+  Launch launch = plain(blocks, plan.threads, plan.shared_bytes, stream);
+  launch.cluster = plan.cluster;
+  launch.cooperative = plan.regime == Regime::grid;
+  return launch;
+}
+
+template <class T>
+void (*resident_kernel(Regime regime))(SinkhornArgs) {
+  return regime == Regime::block     ? sinkhorn_resident<T, Regime::block>
+         : regime == Regime::cluster ? sinkhorn_resident<T, Regime::cluster>
+                                     : sinkhorn_resident<T, Regime::grid>;
+}
+
+// Whether the device can hold all blocks that wait for each other at one time.
+cudaError_t fits(void (*kernel)(SinkhornArgs), const SinkhornPlan& plan, const DeviceLimits& limits, bool* answer) {
+  cudaError_t error = allow_shared(kernel, plan.shared_bytes);
+  int count = 0;
+  const size_t bytes = static_cast<size_t>(plan.shared_bytes);
+  if (!error) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(plan.threads), bytes);
+  }
+  *answer = count * limits.multiprocessors >= plan.blocks;
+  return error;
+}
+
+template <class... Parameters>
+cudaError_t fits_cluster(void (*kernel)(Parameters...), const SinkhornPlan& plan, bool* answer) {
+  cudaError_t error = allow_shared(kernel, plan.shared_bytes);
+  int count = 0;
+  const Configuration configuration(planned(plan, plan.cluster, nullptr));
+  if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.config);
+  *answer = count > 0;
+  return error;
+}
+
+template <class T>
+cudaError_t fits(const SinkhornPlan& plan, const DeviceLimits& limits, bool* answer) {
+  *answer = true;
+  if (plan.regime == Regime::grid) return fits(sinkhorn_resident<T, Regime::grid>, plan, limits, answer);
+  if (plan.regime == Regime::cluster) return fits_cluster(sinkhorn_resident<T, Regime::cluster>, plan, answer);
+  return plan.cluster > 1 ? fits_cluster(stream_pass<T, true>, plan, answer) : cudaSuccess;
+}
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// What kernels want to know, ready for them.
+SinkhornArgs arguments(const SinkhornProblem& p, const SinkhornPlan& plan, float* workspace) {
+  constexpr double kLog2E = 1.4426950408889634, kLargest = 1e38;
+  SinkhornArgs a{p, plan, 0, 0, 0, false, workspace};
+  a.scale = static_cast<float>(std::fmin(8 * kLog2E / p.epsilon, kLargest));
+  a.limit = static_cast<float>(std::fmin(16777216.0 / a.scale, kLargest));
+  if (p.loss) a.entropy_scale = static_cast<float>(std::fmin(8 * kLog2E / p.temperature, kLargest));
+  const int64_t bytes = 4 * element_bytes(p.dtype);
+  a.vectors = p.columns % 4 == 0 && aligned(p.scores, bytes) && aligned(p.codes, bytes) && aligned(p.gradient, bytes);
+  return a;
+}
+
+// Launches of the streamed regime.
+struct Sweeps {
+  const SinkhornPlan& plan;
+  const cudaStream_t stream;
+
+  Launch rows() const {
+    const int64_t floats = sweep_floats(plan.sweep_rows, plan.sweep_threads, plan.sweep_segments);
+    return plain(plan.sweep_blocks, plan.sweep_threads, 4 * floats, stream);
+  }
+
+  Launch columns() const {
+    const int64_t quads = plan.stride / 4;
+    Launch launch = plain(ceil_div(quads, sweep_quads(quads)), plan.sweep_threads, 16 * plan.sweep_threads, stream);
+    launch.grid.y = static_cast<unsigned>(plan.slabs);
+    return launch;
+  }
+
+  Launch gather() const {  // 32 columns a block, two floats a thread
+    return plain(ceil_div(plan.stride, 32), plan.sweep_threads, 8 * plan.sweep_threads, stream);
+  }
+
+  Launch one_block() const { return plain(1, plan.sweep_threads, 128, stream); }
+
+  Launch pass() const { return planned(plan, plan.blocks, stream); }
+};
+
+template <class T>
+cudaError_t enqueue_iteration(const SinkhornArgs& a, const Sweeps& sweeps, bool start) {
+  cudaError_t error;
+  if (a.plan.fused) {
+    error = enqueue(a.plan.cluster > 1 ? stream_pass<T, true> : stream_pass<T, false>, sweeps.pass(), a, start);
+  } else {
+    error = enqueue(stream_sum_rows<T>, sweeps.rows(), a, start);
+    if (!error) error = enqueue(stream_sum_columns<T>, sweeps.columns(), a);
+  }
+  const int64_t partials = a.plan.fused ? a.plan.blocks / a.plan.cluster : a.plan.slabs;
+  if (!error) error = enqueue(stream_gather, sweeps.gather(), a, partials);
+  if (!error && a.problem.tol >= 0) error = enqueue(stream_tolerance, sweeps.one_block(), a);
+  return error;
+}
+
+template <class T>
+cudaError_t enqueue_streamed(const SinkhornArgs& a, cudaStream_t stream) {
+  const Sweeps sweeps{a.plan, stream};
+  cudaError_t error = cudaSuccess;
+  if (a.problem.isolate) error = enqueue(stream_weights<T>, sweeps.rows(), a);
+  if (!error) error = enqueue(stream_total, sweeps.one_block(), a);
+  if (!error) error = enqueue(stream_start_columns<T>, sweeps.columns(), a);
+  if (!error) error = enqueue(stream_first_potentials, sweeps.gather(), a);
+  for (int64_t iteration = 1; iteration < a.problem.num_iters && !error; ++iteration) {
+    error = enqueue_iteration<T>(a, sweeps, iteration == 1);
+  }
+  if (!error && a.problem.num_iters == 1) error = enqueue(stream_sum_rows<T>, sweeps.rows(), a, true);
+  if (!error) error = enqueue(stream_write<T>, sweeps.rows(), a);
+  return error ? error : enqueue(stream_finish, sweeps.one_block(), a);
+}
+
+// The problem of one group alone.
+SinkhornProblem one_group(SinkhornProblem p, int64_t group) {
+  const int64_t bytes = group * p.rows * p.columns * element_bytes(p.dtype);
+  p.scores = static_cast<const char*>(p.scores) + bytes;
+  if (p.codes) p.codes = static_cast<char*>(p.codes) + bytes;
+  if (p.gradient) p.gradient = static_cast<char*>(p.gradient) + bytes;
+  if (p.marginals) p.marginals += group * p.marginals_stride;
+  if (p.weights) p.weights += group * p.rows;
+  if (p.loss) p.loss += group;
+  p.potentials += group * p.columns;
+  p.groups = 1;
+  return p;
+}
+
+template <class T>
+cudaError_t enqueue_all(const SinkhornArgs& a, cudaStream_t stream) {
+  const Regime regime = a.plan.regime;
+  if (regime == Regime::block || regime == Regime::cluster) {
+    return enqueue(resident_kernel<T>(regime), planned(a.plan, a.plan.blocks * a.problem.groups, stream), a);
+  }
+  for (int64_t group = 0; group < a.problem.groups; ++group) {
+    SinkhornArgs one = a;
+    one.problem = one_group(a.problem, group);
+    const cudaError_t error = regime == Regime::streamed
+                                  ? enqueue_streamed<T>(one, stream)
+                                  : enqueue(resident_kernel<T>(regime), planned(a.plan, a.plan.blocks, stream), one);
+    if (error) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* plan) {
+  DeviceLimits limits{};
+  cudaError_t error = current_limits(&limits);
+  if (error) return message(error);
+  for (bool fit = false; !fit;) {
+    *plan = plan_sinkhorn(problem, limits);
+    error = problem.dtype == Dtype::f32   ? fits<float>(*plan, limits, &fit)
+            : problem.dtype == Dtype::f16 ? fits<__half>(*plan, limits, &fit)
+                                          : fits<__nv_bfloat16>(*plan, limits, &fit);
+    if (error) return message(error);
+    // Less ambitious until the device agrees; without clusters and cooperative launches nothing waits for anything.
+    if (plan->cluster > 1) {
+      limits.clusters = false;
+    } else {
+      limits.cooperative = false;
+    }
+  }
+  return nullptr;
+}
+
+const char* launch_sinkhorn_cuda(const SinkhornProblem& problem, const SinkhornPlan& plan, float* workspace,
+                                 void* stream) {
+  const SinkhornArgs a = arguments(problem, plan, workspace);
+  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  return message(problem.dtype == Dtype::f32   ? enqueue_all<float>(a, queue)
+                 : problem.dtype == Dtype::f16 ? enqueue_all<__half>(a, queue)
+                                               : enqueue_all<__nv_bfloat16>(a, queue));
+}
+
+}  // namespace proto_reg

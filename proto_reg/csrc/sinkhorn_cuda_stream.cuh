@@ -1,0 +1,229 @@
+// The matrix stays in device memory, and each kernel reads it once. State between kernels lies in the workspace. Here:
+// the sweeps over columns and rows that work for every size, and what goes between them.
+#pragma once
+
+#include "sinkhorn_cuda_tile.cuh"
+
+namespace proto_reg {
+
+// The workspace of the streamed regime.
+struct StreamState {
+  ColumnState columns;
+  float* sums;      // of a column over all rows
+  float* total;     // weight of all rows
+  float* settled;   // not 0: within tol, nothing changes any more
+  float* weight;    // of a row; written and read only with `isolate`
+  float* row_top;
+  float* shift;     // f
+  float* partials;  // rows of partial sums of the columns
+  float* losses;    // of the blocks of the last sweep
+
+  PROTO_REG_DEVICE explicit StreamState(const SinkhornArgs& a) {
+    const int64_t stride = a.plan.stride, rows = a.problem.rows;
+    columns = {a.workspace, a.workspace + stride};
+    sums = columns.potential + stride;
+    total = sums + stride;
+    settled = total + 1;
+    weight = total + kStateFloats;
+    row_top = weight + rows;
+    shift = row_top + rows;
+    losses = weight + round_up(3 * rows, 4);
+    partials = losses + round_up(a.plan.sweep_blocks, 4);
+  }
+
+  PROTO_REG_DEVICE float row_weight(const SinkhornArgs& a, int64_t row) const {
+    return a.problem.isolate ? weight[row] : a.problem.weights ? a.problem.weights[row] : 1.0f;
+  }
+};
+
+template <class T>
+PROTO_REG_DEVICE Quad stream_score(const SinkhornArgs& a, int64_t row, int64_t column) {
+  const T* const scores = static_cast<const T*>(a.problem.scores);
+  return read_scores(scores + row * a.problem.columns, column, a.problem.columns, a.vectors);
+}
+
+// Which rows count, with `isolate`.
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads) stream_weights(const SinkhornArgs a) {
+  const StreamState state(a);
+  float* const scratch = shared_floats();
+  float* const weight = scratch + scratch_floats(a.plan.sweep_rows, blockDim.x, a.plan.sweep_segments);
+  for (int64_t first = blockIdx.x * a.plan.sweep_rows; first < a.problem.rows;
+       first += gridDim.x * a.plan.sweep_rows) {
+    const int rows = static_cast<int>(smaller(a.plan.sweep_rows, a.problem.rows - first));
+    const Layout layout = make_layout(rows, a.plan.stride / 4, a.plan.sweep_segments, rows);
+    fill_weights(a, layout, first, weight, scratch,
+                 [&](int row, int quad) { return stream_score<T>(a, first + row, 4 * quad); });
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) state.weight[first + row] = weight[row];
+    __syncthreads();
+  }
+}
+
+// One block: the weight of all rows, and a clean start.
+__global__ void __launch_bounds__(1024) stream_total(const SinkhornArgs a) {
+  const StreamState state(a);
+  float total = 0.0f;
+  for (int64_t row = threadIdx.x; row < a.problem.rows; row += blockDim.x) total += state.row_weight(a, row);
+  total = sum_block(total, shared_floats());
+  if (threadIdx.x == 0) {
+    *state.total = total;
+    *state.settled = 0.0f;
+  }
+}
+
+// The part of the matrix that a block of the column sweep covers, and its threads' layout there.
+struct Slab {
+  int64_t first_row;
+  int first_quad;
+  Layout layout;
+
+  PROTO_REG_DEVICE explicit Slab(const SinkhornArgs& a) {
+    const int64_t rows = ceil_div(a.problem.rows, a.plan.slabs), quads = a.plan.stride / 4;
+    const int width = static_cast<int>(sweep_quads(quads));
+    first_row = smaller(a.problem.rows, blockIdx.y * rows);
+    first_quad = blockIdx.x * width;
+    layout = make_layout(static_cast<int>(smaller(rows, a.problem.rows - first_row)),
+                         static_cast<int>(smaller(width, quads - first_quad)), 1, blockDim.x);
+  }
+};
+
+// Per slab and column the maximum score and the sum of exponentials below it.
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads) stream_start_columns(const SinkhornArgs a) {
+  const StreamState state(a);
+  const Slab slab(a);
+  float* const out = state.partials + blockIdx.y * 2 * a.plan.stride + 4 * slab.first_quad;
+  const MergeExponentials merge{a.scale};
+  Quad top = filled(-infinity()), mass = filled(0.0f);
+  auto source = [&](int row, int quad) {
+    return stream_score<T>(a, slab.first_row + row, 4 * (slab.first_quad + quad));
+  };
+  for_columns<kLoads>(slab.layout, source, [&](int row, int, const Quad& x) {
+    const float weight = state.row_weight(a, slab.first_row + row);
+    if (!(weight > 0.0f)) return;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float old = top.at[j];
+      top.at[j] = fmaxf(old, x.at[j]);
+      const float base = top.at[j] == -infinity() ? 0.0f : top.at[j];
+      if (top.at[j] > old) mass.at[j] *= exp2_fast((old - base) * a.scale);
+      mass.at[j] += weight * exp2_fast((x.at[j] - base) * a.scale);
+    }
+  });
+  reduce_groups<true>(slab.layout, top, shared_floats(), out);
+  if (slab.layout.quad < slab.layout.quads) {
+    const Quad highest = load_quad(out + 4 * slab.layout.quad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) mass.at[j] = merge({{highest.at[j], 0.0f}}, {{top.at[j], mass.at[j]}}).at[1];
+  }
+  reduce_groups<false>(slab.layout, mass, shared_floats(), out + a.plan.stride);
+}
+
+// Per slab and column the sum of weighted P; row potentials make each row of E sum to 1.
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads) stream_sum_columns(const SinkhornArgs a) {
+  const StreamState state(a);
+  if (*state.settled != 0.0f) return;
+  const Slab slab(a);
+  Quad sum = filled(0.0f);
+  auto source = [&](int row, int quad) {
+    return stream_score<T>(a, slab.first_row + row, 4 * (slab.first_quad + quad));
+  };
+  for_columns<kLoads>(slab.layout, source, [&](int row, int quad, const Quad& x) {
+    const int64_t at = slab.first_row + row;
+    const float weight = state.row_weight(a, at);
+    const Quad e = exponentials(a, x, load_quad(state.columns.top + 4 * (slab.first_quad + quad)),
+                                load_quad(state.columns.potential + 4 * (slab.first_quad + quad)), state.row_top[at],
+                                state.shift[at], weight);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum.at[j] += weight > 0.0f ? weight * e.at[j] : 0.0f;
+  });
+  reduce_groups<false>(slab.layout, sum, shared_floats(),
+                       state.partials + blockIdx.y * a.plan.stride + 4 * slab.first_quad);
+}
+
+// A block adds up `count` rows of partial sums for 32 columns: finish(k, values), by one thread for each column.
+template <int N, class Combine, class Finish>
+PROTO_REG_DEVICE void gather_partials(const SinkhornArgs& a, const float* partials, int64_t count, Values<N> sum,
+                                      Combine combine, Finish finish) {
+  const int lanes = blockDim.x / 32, lane = threadIdx.x / 32;
+  const int64_t k = blockIdx.x * 32 + threadIdx.x % 32, stride = a.plan.stride;
+  float* const own = shared_floats() + threadIdx.x * N;
+#pragma unroll 4
+  for (int64_t row = lane; k < stride && row < count; row += lanes) {
+    Values<N> part;
+#pragma unroll
+    for (int j = 0; j < N; ++j) part.at[j] = partials[(row * N + j) * stride + k];
+    sum = combine(sum, part);
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) own[j] = sum.at[j];
+  __syncthreads();
+  if (lane != 0 || k >= stride) return;
+  for (int other = 1; other < lanes; ++other) {
+    Values<N> part;
+#pragma unroll
+    for (int j = 0; j < N; ++j) part.at[j] = own[other * 32 * N + j];
+    sum = combine(sum, part);
+  }
+  finish(k, sum);
+}
+
+__global__ void __launch_bounds__(kSweepThreads) stream_first_potentials(const SinkhornArgs a) {
+  const StreamState state(a);
+  gather_partials<2>(a, state.partials, a.plan.slabs, {{-infinity(), 0.0f}}, MergeExponentials{a.scale},
+                     [&](int64_t k, const Values<2>& column) {
+                       start_column(a.problem, 0, k, *state.total, column.at[0], column.at[1], state.columns);
+                     });
+}
+
+PROTO_REG_DEVICE void move_potential(const SinkhornArgs& a, const StreamState& state, int64_t k, float sum) {
+  const float target = column_target(a.problem, 0, k, *state.total);
+  state.columns.potential[k] = sum == 0.0f ? -infinity() : state.columns.potential[k] + log2f(divide(target, sum));
+}
+
+// Column sums over all rows, and without tol what follows from them.
+__global__ void __launch_bounds__(kSweepThreads) stream_gather(const SinkhornArgs a, int64_t count) {
+  const StreamState state(a);
+  if (*state.settled != 0.0f) return;
+  gather_partials<1>(a, state.partials, count, {{0.0f}}, Add(), [&](int64_t k, const Values<1>& sum) {
+    if (k >= a.problem.columns || *state.total == 0.0f) return;
+    if (a.problem.tol >= 0.0) {
+      state.sums[k] = sum.at[0];
+    } else {
+      move_potential(a, state, k, sum.at[0]);
+    }
+  });
+}
+
+// One block: stops where every column is within tol, else moves the potentials.
+__global__ void __launch_bounds__(1024) stream_tolerance(const SinkhornArgs a) {
+  const StreamState state(a);
+  if (*state.settled != 0.0f || *state.total == 0.0f) return;
+  bool far = false;
+  for (int64_t k = threadIdx.x; k < a.problem.columns; k += blockDim.x) {
+    const float target = column_target(a.problem, 0, k, *state.total);
+    far |= target > 0.0f && !(fabsf(divide(state.sums[k], target) - 1.0f) <= static_cast<float>(a.problem.tol));
+  }
+  far = __syncthreads_or(far);
+  if (!far && threadIdx.x == 0) *state.settled = 1.0f;
+  for (int64_t k = threadIdx.x; far && k < a.problem.columns; k += blockDim.x) {
+    move_potential(a, state, k, state.sums[k]);
+  }
+}
+
+// One block: what the caller gets beside codes and gradient.
+__global__ void __launch_bounds__(1024) stream_finish(const SinkhornArgs a) {
+  const StreamState state(a);
+  const float total = *state.total;
+  for (int64_t k = threadIdx.x; k < a.problem.columns; k += blockDim.x) {
+    a.problem.potentials[k] = public_potential(a, state.columns.potential[k], state.columns.top[k], total);
+  }
+  if (!a.problem.loss) return;
+  float loss = 0.0f;
+  for (int64_t block = threadIdx.x; block < a.plan.sweep_blocks; block += blockDim.x) loss += state.losses[block];
+  loss = sum_block(loss, shared_floats());
+  if (threadIdx.x == 0) *a.problem.loss = total > 0.0f ? divide(loss, total) : 0.0f;
+}
+
+}  // namespace proto_reg

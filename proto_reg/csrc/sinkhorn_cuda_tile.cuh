@@ -1,0 +1,218 @@
+// The phases of a Sinkhorn iteration on a tile of rows in shared memory. All logarithms are to base 2.
+//
+// A tile holds first the scores, then E = exp2(x + g + f), where x are the scores centred by column and by row and
+// scaled by log2(e) / epsilon, and g and f the potentials of columns and rows so far. Since centred rows and columns
+// each hold a 0, E neither overflows nor loses a row or a column. A pass is then two matrix-vector products: row sums
+// s = E v with P = E v / s, and column sums c = v E^T (w / s).
+#pragma once
+
+#include "sinkhorn_cuda_device.cuh"
+#include "sinkhorn_plan.h"
+
+namespace proto_reg {
+
+struct SinkhornArgs {
+  SinkhornProblem problem;
+  SinkhornPlan plan;
+  float scale;          // log2(e) / epsilon, for an eighth of a unit
+  float limit;          // for shifts of rows: see centre()
+  float entropy_scale;  // log2(e) / temperature, for an eighth of a unit
+  bool vectors;         // rows of all matrices are whole quads, aligned
+  float* workspace;
+};
+
+// Per row, in shared memory.
+struct RowState {
+  float* base;
+  int count;
+
+  PROTO_REG_DEVICE float* weight() const { return base; }  // 0: the row does not count
+  PROTO_REG_DEVICE float* top() const { return base + count; }  // its shift, in eighths; +inf: it holds a NaN or +inf
+  PROTO_REG_DEVICE float* shift() const { return base + 2 * count; }     // f
+  PROTO_REG_DEVICE float* factor() const { return base + 3 * count; }    // 1 / s
+  PROTO_REG_DEVICE float* weighted() const { return base + 4 * count; }  // weight / s, and 0 where the weight is 0
+};
+
+// Per column; shared or device memory, whole quads.
+struct ColumnState {
+  float* top;        // shift by which the column was centred, in eighths; +inf: the column gets nothing
+  float* potential;  // g; -inf: the column gets nothing
+};
+
+// score - column_top - row_top with the rounding error of the first difference given back (Knuth's two-sum): exact
+// where the result is small, whatever cancels. Only where the row's shift is so large that this error could outweigh
+// everything else it is left out; then the row's largest entry is exactly 0.
+PROTO_REG_DEVICE float centre(float score, float column_top, float row_top, float limit) {
+  const float difference = score - column_top, back = difference - score;
+  const float error = (score - (difference - back)) - (column_top + back);
+  const bool use = fabsf(row_top) < limit && fabsf(error) < infinity();
+  return (difference - row_top) + (use ? error : 0.0f);
+}
+
+// Target mass of column k; `total`: the weight of all rows.
+PROTO_REG_DEVICE float column_target(const SinkhornProblem& p, int64_t group, int64_t k, float total) {
+  return total * (p.marginals ? p.marginals[group * p.marginals_stride + k] : 1.0f / p.columns);
+}
+
+// g and shift of column k after the first column step, from the column's maximum and the sum of exponentials below it.
+PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int64_t k, float total, float top,
+                                   float mass, const ColumnState& columns) {
+  float potential = 0.0f;
+  if (k >= p.columns) {
+    potential = -infinity();
+  } else if (total == 0.0f) {  // no row counts: codes are plain softmax
+    top = 0.0f;
+  } else {
+    const float target = column_target(p, group, k, total);
+    potential = mass == 0.0f ? -infinity() : log2f(divide(target, mass));
+  }
+  columns.top[k] = potential == -infinity() ? infinity() : top;
+  columns.potential[k] = potential;
+}
+
+// The row's largest centred score, as a term of reduce_rows; NaN and +inf count as +inf.
+PROTO_REG_DEVICE void row_top_term(const Quad& scores, const float* column_top, Values<1>* top) {
+  const Quad shift = load_quad(column_top);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float x = scores.at[j] - shift.at[j];
+    top->at[0] = fmaxf(top->at[0], x < infinity() ? x : infinity());
+  }
+}
+
+// exp2(x + g + f) of a quad of a row.
+PROTO_REG_DEVICE Quad exponentials(const SinkhornArgs& a, const Quad& scores, const Quad& column_top,
+                                   const Quad& potential, float row_top, float shift, float weight) {
+  Quad e;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float x = centre(scores.at[j], column_top.at[j], row_top, a.limit);
+    e.at[j] = exp2_fast(x * a.scale + (potential.at[j] + shift));
+    // A row with a NaN or +inf spoils every column, or none where it does not count: then 0 / 0 makes its codes NaN.
+    if (row_top == infinity()) e.at[j] = weight > 0.0f ? nan() : 0.0f;
+  }
+  return e;
+}
+
+// By columns: put(row, quad, source(row, quad)), with kDepth loads in flight.
+template <int kDepth, class Source, class Put>
+PROTO_REG_DEVICE void for_columns(const Layout& l, Source source, Put put) {
+  for (int quad = l.quad; quad < l.quads; quad += blockDim.x) {
+    for (int first = l.group; first < l.rows; first += kDepth * l.groups) {
+      Quad x[kDepth];
+#pragma unroll
+      for (int j = 0; j < kDepth; ++j) {
+        const int row = first + j * l.groups;
+        if (row < l.rows) x[j] = source(row, quad);
+      }
+#pragma unroll
+      for (int j = 0; j < kDepth; ++j) {
+        const int row = first + j * l.groups;
+        if (row < l.rows) put(row, quad, x[j]);
+      }
+    }
+  }
+}
+
+// The tile's scores turned into E; `source` gives the scores of a quad of a row. Ends with the block in step.
+template <int kDepth, class Source>
+PROTO_REG_DEVICE void fill_exponentials(const SinkhornArgs& a, const Layout& l, float* tile, const RowState& rows,
+                                        const ColumnState& columns, Source source) {
+  for_columns<kDepth>(l, source, [&](int row, int quad, const Quad& x) {
+    const Quad top = load_quad(columns.top + 4 * quad), potential = load_quad(columns.potential + 4 * quad);
+    store_quad(tile + (static_cast<int64_t>(row) * l.quads + quad) * 4,
+               exponentials(a, x, top, potential, rows.top()[row], rows.shift()[row], rows.weight()[row]));
+  });
+  __syncthreads();
+}
+
+// Weights of the tile's rows, 0 for those to isolate; `source` gives their scores. Ends with the block in step.
+template <class Source>
+PROTO_REG_DEVICE void fill_weights(const SinkhornArgs& a, const Layout& l, int64_t first_row, float* weight,
+                                   float* scratch, Source source) {
+  const float* given = a.problem.weights;
+  if (!a.problem.isolate) {
+    for (int row = threadIdx.x; row < l.rows; row += blockDim.x) weight[row] = given ? given[first_row + row] : 1.0f;
+    __syncthreads();
+    return;
+  }
+  // The maximum, NaN taken for +inf: a usable row's is finite.
+  auto term = [&](int row, int quad, Values<1>* top) {
+    const Quad x = source(row, quad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) top->at[0] = fmaxf(top->at[0], x.at[j] < infinity() ? x.at[j] : infinity());
+  };
+  reduce_rows<1>(l, {{-infinity()}}, scratch, Max(), term, [&](int row, const Values<1>& top) {
+    weight[row] = fabsf(top.at[0]) == infinity() ? 0.0f : given ? given[first_row + row] : 1.0f;
+  });
+}
+
+constexpr float kLn2 = 0.693147181f;
+
+// Where the last phase keeps a row's part of the cross-entropy.
+struct EntropyState {
+  float* top;   // the row's maximum, in eighths
+  float* norm;  // 1 / sum of exponentials below it
+  float* loss;  // weighted
+};
+
+// Cross-entropy of each row; `code(row, quad)` gives its codes. Ends with the block in step.
+template <class Source, class Code>
+PROTO_REG_DEVICE void row_entropies(const SinkhornArgs& a, const Layout& l, const float* weight,
+                                    const EntropyState& state, float* scratch, Source source, Code code) {
+  auto top_term = [&](int row, int quad, Values<1>* top) {
+    const Quad x = source(row, quad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) top->at[0] = fmaxf(top->at[0], x.at[j]);
+  };
+  reduce_rows<1>(l, {{-infinity()}}, scratch, Max(), top_term,
+                 [&](int row, const Values<1>& top) { state.top[row] = top.at[0]; });
+  auto term = [&](int row, int quad, Values<2>* sums) {  // of exponentials, of codes times scores
+    const Quad x = source(row, quad), q = code(row, quad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float below = x.at[j] - state.top[row];
+      sums->at[0] += exp2_fast(below * a.entropy_scale);
+      sums->at[1] += q.at[j] == 0.0f ? 0.0f : q.at[j] * below;
+    }
+  };
+  reduce_rows<2>(l, {{0.0f, 0.0f}}, scratch, Add(), term, [&](int row, const Values<2>& sums) {
+    const float loss = logf(sums.at[0]) - sums.at[1] * a.entropy_scale * kLn2;
+    state.loss[row] = weight[row] > 0.0f ? weight[row] * loss : 0.0f;
+    state.norm[row] = divide(1.0f, sums.at[0]);
+  });
+}
+
+// Writes codes and gradient of the tile's rows, the first of which is `first_row` of the whole matrix. `total`: the
+// weight of all rows.
+template <class T, class Source, class Code>
+PROTO_REG_DEVICE void write_rows(const SinkhornArgs& a, const Layout& l, int64_t first_row, const float* weight,
+                                 float total, const EntropyState& state, Source source, Code code) {
+  const SinkhornProblem& p = a.problem;
+  const float per_weight = divide(a.entropy_scale * (kLn2 / 8), total);
+  for_rows(l, [&](int row, int quad) {
+    const int64_t offset = (first_row + row) * p.columns;
+    const Quad q = code(row, quad);
+    if (p.codes) write_quad(static_cast<T*>(p.codes) + offset, 4 * quad, p.columns, a.vectors, q);
+    if (!p.loss) return;
+    const Quad x = source(row, quad);
+    Quad gradient;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float predicted = exp2_fast((x.at[j] - state.top[row]) * a.entropy_scale) * state.norm[row];
+      gradient.at[j] = weight[row] > 0.0f ? weight[row] * per_weight * (predicted - q.at[j]) : 0.0f;
+    }
+    write_quad(static_cast<T*>(p.gradient) + offset, 4 * quad, p.columns, a.vectors, gradient);
+  });
+}
+
+// Column k's potential as the caller gets it, in units of scores / epsilon.
+PROTO_REG_DEVICE float public_potential(const SinkhornArgs& a, float potential, float top, float total) {
+  if (total == 0.0f) return 0.0f;
+  if (potential == -infinity()) return -infinity();
+  const double value = (potential - log2f(total)) * 0.6931471805599453 - top * (8.0 / a.problem.epsilon);
+  constexpr double kLargest = 3.4028234663852886e38;
+  return static_cast<float>(value > kLargest ? kLargest : value < -kLargest ? -kLargest : value);
+}
+
+}  // namespace proto_reg

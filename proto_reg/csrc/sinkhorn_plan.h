@@ -1,0 +1,213 @@
+// How a problem is laid over a device: decided on the host from the shape and the device's limits, never from the data.
+#pragma once
+
+#include <cstdint>
+
+#include "sinkhorn.h"
+
+#ifdef __CUDACC__
+#define PROTO_REG_BOTH __host__ __device__
+#else
+#define PROTO_REG_BOTH
+#endif
+
+namespace proto_reg {
+
+struct DeviceLimits {
+  int64_t multiprocessors;
+  int64_t threads_per_block;         // 1024 on every device so far
+  int64_t shared_per_block;          // bytes a block may opt in to
+  int64_t shared_per_multiprocessor;
+  int64_t capability;                // 80, 90, ...
+  bool cooperative;                  // a grid of one block per multiprocessor may wait for itself
+  bool clusters;                     // blocks of a cluster reach each other's shared memory: capability 90 and above
+};
+
+// Where the matrix lives between the passes.
+enum class Regime : int32_t {
+  block,     // shared memory of one block for each group
+  cluster,   // shared memory of a cluster of at most 8 blocks for each group
+  grid,      // shared memory of a cooperative grid, one group after the other
+  streamed,  // device memory: every pass reads it again
+};
+
+struct SinkhornPlan {
+  Regime regime;
+  int64_t stride;          // columns, rounded up to whole quads (4 floats)
+  int64_t threads;         // of a block
+  int64_t blocks;          // for each group
+  int64_t cluster;         // blocks of a cluster; 1: none
+  int64_t rows_per_block;  // streamed: of a tile that a block holds at one time
+  int64_t segments;        // pieces of a row that warps sum apart, where a block has fewer rows than warps
+  int64_t shared_bytes;
+  int64_t workspace_floats;
+
+  // Streamed alone.
+  bool fused;              // one kernel sums rows and columns in one read; false: a sweep for each
+  int64_t local_columns;   // of a block of the cluster that shares a row
+  int64_t slabs;           // column sweep: pieces of the batch
+  int64_t sweep_rows;      // row sweep: rows that a block takes at one time
+  int64_t sweep_segments;
+  int64_t sweep_blocks;
+  int64_t sweep_threads;
+};
+
+constexpr int64_t kResidentThreads = 768;  // with at most 80 registers each
+constexpr int64_t kSweepThreads = 256;
+constexpr int64_t kFusedThreads = 384;  // two such blocks on a multiprocessor
+constexpr int64_t kClusterBlocks = 8;  // the most that every device with clusters grants
+constexpr int64_t kReserved = 1024;    // bytes of shared memory that the driver keeps of each block
+constexpr int64_t kStateFloats = 8;    // streamed: total weight, whether tol was met
+constexpr int64_t kScalars = 4;        // of a block's partial column sums: its weight, its loss
+
+PROTO_REG_BOTH inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PROTO_REG_BOTH inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+PROTO_REG_BOTH inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+PROTO_REG_BOTH inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Threads that hold one quad each of as many whole rows as fit, or an equal number of quads of one row.
+inline int64_t choose_threads(int64_t rows, int64_t quads, int64_t most) {
+  if (quads > most) return round_up(ceil_div(quads, ceil_div(quads, most)), 32);
+  const int64_t groups = smaller(rows, most / quads);
+  return smaller(most, larger(64, round_up(groups * quads, 32)));
+}
+
+// Pieces into which a row is cut so that no warp waits long for the others.
+inline int64_t choose_segments(int64_t rows, int64_t quads, int64_t threads) {
+  const int64_t warps = threads / 32;
+  int64_t best = 1;
+  for (int64_t n = 2; n <= 32 && quads >= 32 * n; ++n) {
+    if (ceil_div(rows * n, warps) * best < ceil_div(rows * best, warps) * n) best = n;
+  }
+  return best;
+}
+
+PROTO_REG_BOTH inline int64_t scratch_floats(int64_t rows, int64_t threads, int64_t segments) {
+  return larger(4 * threads, round_up(2 * rows * segments, 4));
+}
+
+// Floats of shared memory that the resident kernel lays out: the matrix, per row and column what every pass needs.
+inline int64_t resident_floats(Regime regime, int64_t rows, int64_t stride, int64_t threads, int64_t segments) {
+  const int64_t held = rows * stride + stride + round_up(5 * rows, 4) + scratch_floats(rows, threads, segments);
+  if (regime == Regime::grid) return held;
+  return held + 3 * stride + (regime == Regime::cluster ? 2 : 1) * (2 * stride + kScalars);
+}
+
+// The resident regime over `blocks` blocks, if their shared memory holds the matrix.
+inline bool plan_resident(const SinkhornProblem& p, const DeviceLimits& d, Regime regime, int64_t blocks,
+                          SinkhornPlan* plan) {
+  plan->regime = regime;
+  plan->rows_per_block = ceil_div(p.rows, blocks);
+  plan->blocks = ceil_div(p.rows, plan->rows_per_block);
+  plan->cluster = regime == Regime::cluster ? blocks : 1;
+  if (regime == Regime::cluster) plan->blocks = blocks;  // some may hold no row
+  const int64_t quads = plan->stride / 4;
+  plan->threads = choose_threads(plan->rows_per_block, quads, smaller(kResidentThreads, d.threads_per_block));
+  plan->segments = choose_segments(ceil_div(plan->rows_per_block, 2), quads, plan->threads);  // rows go in pairs
+  plan->shared_bytes =
+      4 * resident_floats(regime, plan->rows_per_block, plan->stride, plan->threads, plan->segments);
+  plan->workspace_floats =
+      regime == Regime::grid ? 3 * plan->stride + plan->blocks * (2 * plan->stride + kScalars) : 0;
+  return plan->shared_bytes <= d.shared_per_block;
+}
+
+// Floats of shared memory of the fused pass: a tile, the column sums so far, per row what the pass needs.
+inline int64_t fused_floats(int64_t rows, int64_t local, int64_t threads, int64_t segments) {
+  return rows * local + larger(local, 4 * threads) + round_up(7 * rows, 4) + scratch_floats(rows, threads, segments);
+}
+
+// The most rows of a tile of the fused pass: enough to keep its threads busy.
+inline int64_t most_fused_rows(int64_t local) { return larger(16, 2048 / (local / 4)); }
+
+// Rows of a tile of the fused pass in `bytes` of shared memory; 0: not even one.
+inline int64_t fused_rows(int64_t local, int64_t threads, int64_t bytes) {
+  for (int64_t rows = most_fused_rows(local); rows > 0; --rows) {
+    const int64_t segments = choose_segments(rows, local / 4, threads);
+    if (4 * fused_floats(rows, local, threads, segments) <= bytes) return rows;
+  }
+  return 0;
+}
+
+// A tile for the fused pass: two blocks on a multiprocessor, so that one loads while the other computes; of the cluster
+// sizes the smallest that gives tiles of four rows, else the one with the most rows.
+inline void plan_fused(const SinkhornProblem& p, const DeviceLimits& d, SinkhornPlan* plan) {
+  const int64_t half = smaller(d.shared_per_block, d.shared_per_multiprocessor / 2 - kReserved);
+  const int64_t most = smaller(kFusedThreads, d.threads_per_block);
+  plan->rows_per_block = 0;
+  for (int64_t cluster = 1; cluster <= (d.clusters ? kClusterBlocks : 1) && plan->rows_per_block < 4; cluster *= 2) {
+    const int64_t local = round_up(ceil_div(p.columns, cluster), 4);
+    if (cluster > 1 && (cluster - 1) * local >= p.columns) break;  // a block would be left without columns
+    const int64_t threads = choose_threads(most_fused_rows(local), local / 4, most);
+    const int64_t rows = smaller(p.rows, fused_rows(local, threads, half));
+    if (rows <= plan->rows_per_block) continue;
+    plan->rows_per_block = rows;
+    plan->cluster = cluster;
+    plan->local_columns = local;
+    plan->threads = threads;
+  }
+  plan->fused = plan->rows_per_block > 0;
+  if (!plan->fused) return;
+  plan->segments = choose_segments(plan->rows_per_block, plan->local_columns / 4, plan->threads);
+  plan->shared_bytes = 4 * fused_floats(plan->rows_per_block, plan->local_columns, plan->threads, plan->segments);
+  const int64_t clusters =
+      smaller(ceil_div(p.rows, plan->rows_per_block), larger(1, 2 * d.multiprocessors / plan->cluster));
+  plan->blocks = clusters * plan->cluster;
+}
+
+// Floats of shared memory of a row sweep.
+inline int64_t sweep_floats(int64_t rows, int64_t threads, int64_t segments) {
+  return round_up(8 * rows, 4) + scratch_floats(rows, threads, segments);
+}
+
+// Columns that one block of the column sweep covers: a warp's worth of quads where there are that many.
+PROTO_REG_BOTH inline int64_t sweep_quads(int64_t quads) { return smaller(quads, 32); }
+
+inline void plan_streamed(const SinkhornProblem& p, const DeviceLimits& d, bool fuse, SinkhornPlan* plan) {
+  plan->regime = Regime::streamed;
+  plan->cluster = 1;
+  plan->segments = 1;
+  plan->blocks = plan->shared_bytes = plan->rows_per_block = plan->local_columns = 0;
+  plan->fused = false;
+  plan->sweep_threads = plan->threads = smaller(kSweepThreads, d.threads_per_block);
+  const int64_t quads = plan->stride / 4;
+  if (fuse) plan_fused(p, d, plan);
+
+  const int64_t tiles = ceil_div(quads, sweep_quads(quads));
+  plan->slabs = smaller(ceil_div(p.rows, 32), larger(1, 8 * d.multiprocessors / tiles));
+  const int64_t warps = plan->sweep_threads / 32, per_warp = larger(1, 32 / larger(quads, 1));
+  plan->sweep_rows = smaller(p.rows, quads >= 512 ? larger(1, 8192 / quads) : 4 * warps * per_warp);
+  plan->sweep_segments = choose_segments(plan->sweep_rows, quads, plan->sweep_threads);
+  plan->sweep_blocks = smaller(ceil_div(p.rows, plan->sweep_rows), 8 * d.multiprocessors);
+  const int64_t partials = larger(2 * plan->slabs, plan->blocks / plan->cluster) * plan->stride;
+  plan->workspace_floats =
+      3 * plan->stride + kStateFloats + round_up(3 * p.rows, 4) + partials + round_up(plan->sweep_blocks, 4);
+}
+
+// Elements above which one block is slower than what exchanging sums with others costs.
+constexpr int64_t kBlockElements = 16384, kBlockElementsWithoutClusters = 32768, kClusterShare = 8192;
+
+// The regime for a problem; `allow` forbids all before it, for tests and for a launch that the device refused.
+inline SinkhornPlan plan_sinkhorn(const SinkhornProblem& p, const DeviceLimits& d, Regime allow = Regime::block) {
+  SinkhornPlan plan{};
+  plan.stride = round_up(p.columns, 4);
+  const int64_t elements = p.rows * plan.stride;
+  const bool many = 2 * p.groups >= d.multiprocessors;  // groups fill the device: blocks that wait for nobody
+  const int64_t one_block = many ? INT64_MAX : d.clusters ? kBlockElements : kBlockElementsWithoutClusters;
+  if (allow <= Regime::block && elements <= one_block && plan_resident(p, d, Regime::block, 1, &plan)) return plan;
+  if (allow <= Regime::cluster && d.clusters && p.rows > 1) {
+    int64_t size = 2;
+    while (size < kClusterBlocks && (size * kClusterShare < elements)) size *= 2;
+    for (; size <= kClusterBlocks; size *= 2) {
+      if (plan_resident(p, d, Regime::cluster, size, &plan)) return plan;
+    }
+  }
+  if (allow <= Regime::grid && d.cooperative && p.rows > 1) {
+    if (plan_resident(p, d, Regime::grid, smaller(p.rows, d.multiprocessors), &plan)) return plan;
+  }
+  if (allow <= Regime::block && plan_resident(p, d, Regime::block, 1, &plan)) return plan;
+  plan_streamed(p, d, true, &plan);
+  return plan;
+}
+
+}  // namespace proto_reg

@@ -1,0 +1,193 @@
+"""The CUDA source on the CPU: ``driver.cpp`` built, and problems run through the library's own planner and launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parents[1] / "proto_reg" / "csrc"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+REGIMES = ("block", "cluster", "grid", "streamed")
+GUARD = 64  # floats behind the workspace that nobody may touch
+
+int64 = ctypes.c_int64
+
+
+class Problem(ctypes.Structure):
+    """``proto_reg::SinkhornProblem``."""
+
+    _fields_ = (
+        ("scores", ctypes.c_void_p),
+        ("marginals", ctypes.c_void_p),
+        ("marginals_stride", int64),
+        ("weights", ctypes.c_void_p),
+        ("groups", int64),
+        ("rows", int64),
+        ("columns", int64),
+        ("dtype", ctypes.c_int32),
+        ("epsilon", ctypes.c_double),
+        ("num_iters", int64),
+        ("tol", ctypes.c_double),
+        ("isolate", ctypes.c_bool),
+        ("codes", ctypes.c_void_p),
+        ("potentials", ctypes.c_void_p),
+        ("temperature", ctypes.c_double),
+        ("loss", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+    )
+
+
+class Limits(ctypes.Structure):
+    """``proto_reg::DeviceLimits``."""
+
+    _fields_ = (
+        ("multiprocessors", int64),
+        ("threads_per_block", int64),
+        ("shared_per_block", int64),
+        ("shared_per_multiprocessor", int64),
+        ("capability", int64),
+        ("cooperative", ctypes.c_bool),
+        ("clusters", ctypes.c_bool),
+    )
+
+
+class Plan(ctypes.Structure):
+    """``proto_reg::SinkhornPlan``."""
+
+    _fields_ = (
+        ("regime", ctypes.c_int32),
+        ("stride", int64),
+        ("threads", int64),
+        ("blocks", int64),
+        ("cluster", int64),
+        ("rows_per_block", int64),
+        ("segments", int64),
+        ("shared_bytes", int64),
+        ("workspace_floats", int64),
+        ("fused", ctypes.c_bool),
+        ("local_columns", int64),
+        ("slabs", int64),
+        ("sweep_rows", int64),
+        ("sweep_segments", int64),
+        ("sweep_blocks", int64),
+        ("sweep_threads", int64),
+    )
+
+    @property
+    def name(self) -> str:
+        """block, cluster, grid, fused (streamed in one kernel a pass) or sweeps (streamed in two)."""
+        name = REGIMES[self.regime]
+        return name if name != "streamed" else "fused" if self.fused else "sweeps"
+
+
+def device(multiprocessors=4, threads=64, shared=48, clusters=True, cooperative=True) -> Limits:
+    """A small device: few multiprocessors, ``shared`` KB of shared memory each, blocks of few threads."""
+    size = shared * 1024
+    capability = 90 if clusters else 80
+    return Limits(multiprocessors, threads, size, 2 * size + 4096, capability, cooperative, clusters)
+
+
+@dataclass
+class Result:
+    """What a launch wrote."""
+
+    codes: Tensor
+    potentials: Tensor
+    loss: Tensor
+    gradient: Tensor
+    plan: Plan = field(repr=False)
+
+
+def compile_emulation(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL:
+    """Builds the driver with g++ and loads it."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise FileNotFoundError("g++")
+    target = directory / "emulation.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror"]
+    command = [compiler, *flags, "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{sources}", str(HERE / "driver.cpp")]
+    subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
+    return load(target, "cpu")
+
+
+def load(path: Path, device_type: str) -> ctypes.CDLL:
+    """A library with ``forced_plan`` and ``forced_launch`` that computes on this type of device."""
+    library = ctypes.CDLL(str(path))
+    library.forced_plan.restype = library.forced_launch.restype = ctypes.c_char_p
+    library.device_type = device_type
+    return library
+
+
+def solve(
+    library: ctypes.CDLL,
+    scores: Tensor,
+    *,
+    epsilon: float = 0.05,
+    num_iters: int = 3,
+    marginals: Tensor | None = None,
+    weights: Tensor | None = None,
+    tol: float | None = None,
+    isolate: bool = False,
+    temperature: float | None = None,
+    with_codes: bool = True,
+    limits: Limits | None = None,
+    allow: int = 0,
+    fuse: bool = True,
+    order: int = 0,
+) -> Result:
+    """One launch on the library's device, with arguments and results on the CPU.
+
+    ``allow``: the first regime that the planner may take; -1: the whole way of the launcher. ``order``: of the
+    emulated threads; a GPU has its own.
+    """
+    place = library.device_type
+    batch = (scores if scores.dim() == 3 else scores[None]).contiguous().to(place)
+    groups, rows, columns = batch.shape
+    codes, gradient = torch.full_like(batch, math.nan), torch.full_like(batch, math.nan)
+    potentials = torch.full((groups, columns), math.nan, device=place)
+    loss = torch.full((groups,), math.nan, device=place)
+    marginals = None if marginals is None else marginals.float().contiguous().to(place)
+    weights = None if weights is None else weights.float().contiguous().to(place)
+    wants_loss = temperature is not None
+    problem = Problem(
+        scores=batch.data_ptr(),
+        marginals=None if marginals is None else marginals.data_ptr(),
+        marginals_stride=0 if marginals is None or marginals.dim() == 1 else columns,
+        weights=None if weights is None else weights.data_ptr(),
+        groups=groups,
+        rows=rows,
+        columns=columns,
+        dtype=DTYPES[scores.dtype],
+        epsilon=epsilon,
+        num_iters=num_iters,
+        tol=-1.0 if tol is None else tol,
+        isolate=isolate,
+        codes=codes.data_ptr() if with_codes else None,
+        potentials=potentials.data_ptr(),
+        temperature=temperature if wants_loss else 0.0,
+        loss=loss.data_ptr() if wants_loss else None,
+        gradient=gradient.data_ptr() if wants_loss else None,
+    )
+    plan = Plan()
+    limits = device() if limits is None else limits
+    _check(library.forced_plan(ctypes.byref(problem), ctypes.byref(limits), allow, fuse, ctypes.byref(plan)))
+    workspace = torch.full((plan.workspace_floats + GUARD,), math.nan, device=place)
+    queue = torch.cuda.current_stream().cuda_stream if place == "cuda" else order
+    memory = ctypes.c_void_p(workspace.data_ptr())
+    _check(library.forced_launch(ctypes.byref(problem), ctypes.byref(plan), memory, int64(queue)))
+    assert workspace[plan.workspace_floats :].isnan().all(), "a write past the end of the workspace"
+    codes, gradient = codes.view(scores.shape).cpu(), gradient.view(scores.shape).cpu()
+    return Result(codes, potentials.squeeze(0).cpu(), loss.cpu(), gradient, plan)
+
+
+def _check(error: bytes | None) -> None:
+    if error:
+        raise RuntimeError(error.decode())

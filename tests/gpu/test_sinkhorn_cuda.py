@@ -1,0 +1,215 @@
+"""The CUDA kernels on a GPU: the emulation's tests as they are, what only a GPU can show, and timings.
+
+``pytest tests/gpu -s`` runs and prints everything. For races and stray accesses:
+``compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/gpu -k "not timings and not billion"`` and
+``compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest tests/gpu -k "ragged or iterations or tol"``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulation.emulator import SOURCES, load, solve
+from test_cuda_source import (  # noqa: F401
+    TOLERANCE,
+    balanced,
+    test_groups,
+    test_iterations,
+    test_many_iterations_over_a_wide_range,
+    test_marginals,
+    test_more_rows_than_one_round_of_blocks_takes,
+    test_nan_policies,
+    test_no_row_counts,
+    test_one_row,
+    test_ragged_shapes,
+    test_robustness_columns,
+    test_rows_shared_by_a_cluster,
+    test_the_largest_finite_scores,
+    test_the_order_of_threads_does_not_matter,
+    test_tol,
+    test_weights,
+)
+from torch import Tensor
+
+from proto_reg import functional
+from proto_reg.kernels import backends, bench, build
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
+
+# One shape for each regime of a large GPU, whole quads and not.
+SHAPES = [(256, 10), (256, 30), (256, 50), (1024, 100), (4096, 300), (2048, 3000), (8192, 3000), (4099, 1003)]
+SHAPES += [(1024, 65536), (3, 65536), (1, 1), (200_000, 30)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The library, built for the GPUs at hand and found by whoever asks from then on."""
+    if reason := build.obstacle("cuda"):
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTO_REG_CACHE", str(tmp_path_factory.mktemp("kernels")))
+        backends._reset()
+        yield build.build("cuda")
+    backends._reset()
+
+
+@pytest.fixture(scope="module")
+def forced(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    target = tmp_path_factory.mktemp("forced") / "forced.so"
+    major, minor = torch.cuda.get_device_capability()
+    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}", f"-I{SOURCES}"]
+    source = str(Path(__file__).with_name("forced.cu"))
+    subprocess.run([str(build._nvcc()), *flags, source, "-o", str(target)], check=True)
+    return load(target, "cuda")
+
+
+@pytest.fixture
+def library(forced: ctypes.CDLL, request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """What the emulation's tests ask for."""
+    parameters = getattr(request.node, "callspec", None)
+    clusters = "cluster" in request.node.name or (parameters and parameters.params.get("way") == "cluster")
+    if clusters and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need compute capability 9.0")
+    return forced
+
+
+def on_gpu(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return bench.cosine_scores(*shape, device="cuda").to(dtype)
+
+
+def codes_of(scores: Tensor, **options) -> Tensor:
+    return functional.sinkhorn(scores, 0.05, 3, backend="cuda", **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_regimes_that_the_gpu_grants(forced, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    scores = on_gpu(shape, dtype)
+    expected = balanced(scores)[0] if scores.numel() <= 1 << 26 else bench.reference(scores)
+    error = (codes_of(scores).double() - expected).abs().max().item()
+    plan = solve(forced, scores.cpu(), allow=-1).plan if scores.numel() <= 1 << 22 else None
+    print(f"{shape} {dtype}: {plan.name if plan else ''} error {error:.1e}")
+    assert error <= TOLERANCE[dtype]
+    loss = functional.sinkhorn_cross_entropy(scores, 0.05, 3, temperature=0.1, backend="cuda")
+    p = (scores.double() / 0.1).log_softmax(1)
+    torch.testing.assert_close(loss.double(), -(expected * p).sum(1).mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:8])
+def test_results_repeat_bit_by_bit(shape: tuple[int, int]) -> None:
+    scores = on_gpu(shape)
+    first = codes_of(scores)
+    assert all(torch.equal(codes_of(scores), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:8])
+def test_graph_capture(shape: tuple[int, int]) -> None:
+    scores = on_gpu(shape)
+    expected = codes_of(scores)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes = codes_of(scores)
+    for shift in (0.0, 3.0):
+        scores += shift
+        codes.fill_(math.nan)
+        graph.replay()
+        torch.testing.assert_close(codes, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:8])
+def test_side_stream(shape: tuple[int, int]) -> None:
+    scores = on_gpu(shape)
+    expected = codes_of(scores)
+    held = torch.full_like(scores, math.nan)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # what does not wait for the stream computes NaN
+        held.copy_(scores)
+        codes = codes_of(held)
+    stream.synchronize()
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_second_device() -> None:
+    scores = on_gpu((256, 30))
+    assert torch.equal(codes_of(scores.to("cuda:1")).to(scores.device), codes_of(scores))
+    assert torch.cuda.current_device() == 0
+
+
+def test_more_than_two_billion_scores() -> None:
+    rows, columns = 33_000, 65_536
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * rows * columns:
+        pytest.skip("needs 22 GB")
+    scores = torch.rand(rows, columns, device="cuda", dtype=torch.bfloat16)
+    codes = codes_of(scores)
+    for part in codes.split(1000):
+        torch.testing.assert_close(part.float().sum(1), torch.ones(len(part), device="cuda"), rtol=0, atol=5e-3)
+    column = sum(part.float().sum(0) for part in codes.split(1000))
+    assert (column * columns / rows - 1).abs().max() < 0.05
+
+
+def microseconds(call: Callable[[Tensor], object], inputs: list[Tensor]) -> tuple[float, float]:
+    """Of one call as Python makes it, and of its kernels alone, replayed from a graph; medians over rounds."""
+    for scores in inputs[:2]:
+        call(scores)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(inputs[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        for scores in inputs:
+            call(scores)
+
+    def eager() -> None:
+        for scores in inputs:
+            call(scores)
+
+    return tuple(_median(run) / len(inputs) for run in (eager, graph.replay))  # type: ignore[return-value]
+
+
+def _median(run: Callable[[], object], rounds: int = 15) -> float:
+    times = []
+    for _ in range(rounds + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(256, 10), (256, 30), (256, 50), (1024, 100), *SHAPES[4:7], (1024, 65536)])
+def test_timings(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Beside a copy of the matrix and SwAV's algorithm, eager and compiled; inputs go round, more than the L2 holds."""
+    scores = on_gpu(shape, dtype)
+    size = scores.numel() * scores.element_size()
+    ring = max(2, min(64, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / size)))
+    inputs = [scores.clone() for _ in range(ring)]
+    out = torch.empty_like(scores)
+    contenders = {
+        "copy": out.copy_,
+        "sinkhorn": codes_of,
+        "sinkhorn, out=": lambda s: codes_of(s, out=out),
+        "sinkhorn + cross-entropy": lambda s: functional.sinkhorn_cross_entropy(
+            s, 0.05, 3, temperature=0.1, backend="cuda"
+        ),
+        "SwAV": bench.swav,
+        "SwAV, compiled": torch.compile(bench.swav, dynamic=False),
+    }
+    print(f"\n{shape} {dtype} on {torch.cuda.get_device_name()}, torch {torch.__version__}: us a call, us of kernels")
+    times = {name: microseconds(call, inputs) for name, call in contenders.items()}
+    for name, (call, kernels) in times.items():
+        print(f"  {name:28}{call:10.1f}{kernels:10.1f}")
+    assert times["sinkhorn"][1] < times["SwAV"][1]

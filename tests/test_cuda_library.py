@@ -1,0 +1,65 @@
+"""The CUDA library without a GPU: what the compiler says of its kernels, how it loads and registers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proto_reg.kernels import build
+
+# Registers that the planner's blocks leave each thread, 65,536 in all: by the names of kernels.
+REGISTERS = {
+    "sinkhorn_resident": 80,
+    "stream_pass": 80,
+    "stream_total": 64,
+    "stream_tolerance": 64,
+    "stream_finish": 64,
+}
+
+LOADED = """
+import sys, torch, proto_reg
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.ops.load_library(sys.argv[1])
+for name in ("sinkhorn", "sinkhorn_out", "sinkhorn_cross_entropy"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"proto_reg::{name}", "CUDA"), name
+with FakeTensorMode():
+    scores = torch.empty(8, 3, device="cuda")
+    codes, potentials = torch.ops.proto_reg.sinkhorn(scores, None, None, 0.05, 3, None, False)
+    assert codes.device.type == potentials.device.type == "cuda" and codes.shape == (8, 3)
+codes, _ = torch.ops.proto_reg.sinkhorn(torch.zeros(8, 3), None, None, 0.05, 3, None, False)
+assert codes.sum() == 8  # the other devices' kernels are what they were
+print("loaded")
+"""
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The CUDA library, built by the builder's own command for all its architectures, and what ptxas says of it."""
+    if reason := build.obstacle("cuda"):
+        pytest.skip(reason)
+    target = tmp_path_factory.mktemp("cuda") / "library.so"
+    command, _ = build._command("cuda")
+    run = subprocess.run([*command, "-Xptxas=-v", "-o", str(target)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return target, run.stderr
+
+
+def test_nothing_spills_and_blocks_get_their_registers(compiled: tuple[Path, str]) -> None:
+    pattern = r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) reg"
+    kernels = re.findall(pattern, compiled[1], re.DOTALL)
+    assert {architecture for _, architecture, *_ in kernels} >= {"sm_80", "sm_90"}
+    for name, architecture, stack, spills, registers in kernels:
+        limit = next((most for kernel, most in REGISTERS.items() if kernel in name), 128)
+        assert stack == spills == "0", f"{name} spills on {architecture}"
+        assert int(registers) <= limit, f"{name} on {architecture}"
+    assert all(any(kernel in name for name, *_ in kernels) for kernel in REGISTERS)
+    assert "warning" not in compiled[1]
+
+
+def test_the_library_loads_and_registers_without_a_gpu(compiled: tuple[Path, str]) -> None:
+    run = subprocess.run([sys.executable, "-c", LOADED, str(compiled[0])], capture_output=True, text=True)
+    assert run.stdout == "loaded\n", run.stderr
