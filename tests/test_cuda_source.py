@@ -97,6 +97,14 @@ def test_one_row(library, shape: tuple[int, int]) -> None:
         check(solve(library, scores, **WAYS[way]), scores)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_single_prototype(library, way: str) -> None:
+    result = solve(library, torch.randn(50, 1), temperature=0.1, **WAYS[way])
+    assert (result.codes == 1).all()
+    assert not result.gradient.any()
+    assert result.loss[0] == 0
+
+
 def adversarial_scores() -> dict[str, Tensor]:
     """Unnormalised, shifted, with outlying rows and columns, degenerate."""
     cases = {

@@ -192,14 +192,17 @@ PROTO_REG_DEVICE void write_rows(const SinkhornArgs& a, const Layout& l, int64_t
   const float per_weight = divide(a.entropy_scale * (kLn2 / 8), total);
   for_rows(l, [&](int row, int quad) {
     const int64_t offset = (first_row + row) * p.columns;
-    const Quad q = code(row, quad);
+    Quad q = code(row, quad);
+    const bool single = p.columns == 1;  // then codes are exactly 1, and there is no gradient at all
+    if (single && q.at[0] == q.at[0]) q.at[0] = 1.0f;
     if (p.codes) write_quad(static_cast<T*>(p.codes) + offset, 4 * quad, p.columns, a.vectors, q);
     if (!p.loss) return;
     const Quad x = source(row, quad);
     Quad gradient;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float predicted = exp2_fast((x.at[j] - state.top[row]) * a.entropy_scale) * state.norm[row];
+      const float softmax = exp2_fast((x.at[j] - state.top[row]) * a.entropy_scale) * state.norm[row];
+      const float predicted = single ? q.at[j] : softmax;
       gradient.at[j] = weight[row] > 0.0f ? weight[row] * per_weight * (predicted - q.at[j]) : 0.0f;
     }
     write_quad(static_cast<T*>(p.gradient) + offset, 4 * quad, p.columns, a.vectors, gradient);

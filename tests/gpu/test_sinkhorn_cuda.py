@@ -38,8 +38,8 @@ from test_cuda_source import (  # noqa: F401
 )
 from torch import Tensor
 
-from proto_reg import functional
-from proto_reg.kernels import backends, bench, build
+from proto_reg import bench, functional
+from proto_reg.kernels import backends, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
 
