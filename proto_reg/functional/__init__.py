@@ -5,7 +5,7 @@ from __future__ import annotations
 from .metrics import latent_metrics
 from .mmd import anchored_mmd
 from .prototypes import prototype_cross_entropy, prototype_scores
-from .sinkhorn import sinkhorn, sinkhorn_cross_entropy
+from .sinkhorn import sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
 __all__ = [
     "anchored_mmd",
@@ -14,4 +14,5 @@ __all__ = [
     "prototype_scores",
     "sinkhorn",
     "sinkhorn_cross_entropy",
+    "sinkhorn_cross_entropy_and_gradient",
 ]

@@ -175,12 +175,22 @@ def sinkhorn_cross_entropy_and_gradient(
     *,
     tol: float | None = None,
     marginals: Tensor | Sequence[float] | None = None,
+    prototype_mask: Tensor | None = None,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
     nan_policy: str = "propagate",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`sinkhorn_cross_entropy`, its gradient by ``scores`` (B, K) and the codes (B, K): no graph is built."""
-    arguments = operator_arguments(scores, epsilon, num_iters, tol, marginals, None, mask, None, nan_policy)
+    """Loss, gradient and codes at once: :func:`sinkhorn_cross_entropy` for a backward pass of your own.
+
+    No graph is built. Arguments and errors: see there.
+
+    Returns:
+        loss: (); its gradient by ``scores`` (B, K) in their dtype; codes (B, K).
+    """
+    arguments = operator_arguments(
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
+    )
     return _cross_entropy(scores, arguments, temperature, backend, True)
 
 
