@@ -40,9 +40,7 @@ struct Group {
 
 namespace lanes8 {
 #include "sinkhorn_cpu_rows.h"
-#include "sinkhorn_cpu_small.h"
 #include "sinkhorn_cpu_linear.h"
-#include "sinkhorn_cpu_log.h"
 #undef LANES
 }  // namespace lanes8
 
@@ -58,6 +56,13 @@ namespace machine {
 #undef LANES
 }  // namespace machine
 #endif
+
+namespace lanes8 {
+#define LANES int64_t{8}
+#include "sinkhorn_cpu_small.h"
+#include "sinkhorn_cpu_log.h"
+#undef LANES
+}  // namespace lanes8
 
 // One group from scores to codes, gradient and loss.
 struct Solver {
@@ -143,7 +148,9 @@ struct Solver {
   template <class Counts>
   void set_total_weight(const Counts& counts) {
     group.total_weight = 0;
-    for (int64_t i = 0; i < group.rows; ++i) group.total_weight += counts(i) ? group.weight(i) : 0.f;
+    if (!group.weights && !group.isolate) group.total_weight = static_cast<double>(group.rows);
+    else
+      for (int64_t i = 0; i < group.rows; ++i) group.total_weight += counts(i) ? group.weight(i) : 0.f;
     group.gradient_scale = group.total_weight > 0 ? 1 / (problem.temperature * group.total_weight) : 0;
   }
 

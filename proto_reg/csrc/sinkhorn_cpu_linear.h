@@ -18,33 +18,49 @@ struct Linear {
 
   // The first row's maximum, from where potentials are counted.
   float origin() const {
-    Extrema first;
-    first.add(group.row(0, chunk_scratch(0, 0)), group.columns);
-    return first.highest;
+    V low{};
+    return row_maximum(group.row(0, chunk_scratch(0, 0)), group.columns, low);
   }
 
   // E of a chunk's rows with their maxima as references, and its share of the first column sums: there the rows weigh
   // u_i = exp((maximum_i - origin) / eps), so that every row has the same reference after all.
   void exponentials(int64_t chunk, float from) const {
+    std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
+    V low = V{} + INFINITY;
+    float highest = -INFINITY;
+    int64_t i = chunks.begin(chunk);
+    if (group.dtype == Dtype::f32)
+      for (; i + 2 <= chunks.end(chunk); i += 2) exponentials_of<2>(i, chunk, from, low, highest);
+    for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, from, low, highest);
+    extrema[chunk] = {minimum(low), highest};
+  }
+
+  // R rows from i on; more than one only where their scores need no conversion.
+  template <int R>
+  INLINE void exponentials_of(int64_t i, int64_t chunk, float from, V& low, float& highest) const {
     const float scale = static_cast<float>(M_LOG2E / group.epsilon);
-    float* c = partial + chunk * chunks.padded;
-    std::fill_n(c, chunks.padded, 0.0f);
-    Extrema all;
-    for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
-      const float* s = group.row(i, chunk_scratch(chunk, 0));
-      Extrema of_row;
-      of_row.add(s, group.columns);
-      all.add(of_row);
-      const float top = of_row.highest, shift = std::min(std::max((top - from) * scale, -126.f), 126.f);
-      const float u = group.weight(i) * exp2_in_range<float, int32_t>(shift);
-      float* row = e + i * group.columns;
-      for_each_vector(group.columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
-        const V x = exp2_in_range((part.get(s + k) - top) * scale);
-        part.put(row + k, x);
-        part.put(c + k, part.get(c + k) + part.once(x) * u);
-      });
+    const float* s[R];
+    float top[R], u[R];
+    for (int r = 0; r < R; ++r) {
+      s[r] = group.row(i + r, chunk_scratch(chunk, 0));
+      top[r] = row_maximum(s[r], group.columns, low);
+      highest = std::max(highest, top[r]);
+      const float shift = std::min(std::max((top[r] - from) * scale, -126.f), 126.f);
+      u[r] = group.weight(i + r) * exp2_in_range<float, int32_t>(shift);
     }
-    extrema[chunk] = all;
+    const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
+    float *rows = e + i * columns, *c = partial + chunk * chunks.padded;
+    for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      V total{};
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(s[r] + R * columns + k);  // the next rows, and where they go
+        __builtin_prefetch(rows + (R + r) * columns + k, 1);
+        const V x = exp2_in_range((part.get(s[r] + k) - top[r]) * scale);
+        part.put(rows + r * columns + k, x);
+        total += x * u[r];
+      }
+      part.put(c + k, part.get(c + k) + part.once(total));
+    });
   }
 
   // Whether what `exponentials` saw stays within RANGE and holds no NaN and no infinity.
@@ -57,10 +73,12 @@ struct Linear {
   // Row sums of E diag(v), R rows from i on.
   template <int R>
   INLINE void row_sums(int64_t i, float (&d)[R]) const {
+    const int64_t columns = group.columns;
+    const float *rows = e + i * columns, *scales = v;
     V sums[2][R] = {};
-    for_each_vector(group.columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
-      const V vk = part.once(part.get(v + k));
-      for (int r = 0; r < R; ++r) sums[slot][r] += part.get(e + (i + r) * group.columns + k) * vk;
+    for_each_vector(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+      const V vk = part.once(part.get(scales + k));
+      for (int r = 0; r < R; ++r) sums[slot][r] += part.get(rows + r * columns + k) * vk;
     });
     for (int r = 0; r < R; ++r) d[r] = sum(sums[0][r] + sums[1][r]);
   }
@@ -70,9 +88,14 @@ struct Linear {
     float u[R];
     row_sums<R>(i, u);
     for (int r = 0; r < R; ++r) u[r] = group.weight(i + r) / u[r];
-    for_each_vector(group.columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    const int64_t columns = group.columns;
+    const float* rows = e + i * columns;
+    for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       V total{};
-      for (int r = 0; r < R; ++r) total += part.get(e + (i + r) * group.columns + k) * u[r];
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(rows + (R + r) * columns + k);  // the next rows come while these are added
+        total += part.get(rows + r * columns + k) * u[r];
+      }
       part.put(c + k, part.get(c + k) + part.once(total));
     });
   }
@@ -88,10 +111,11 @@ struct Linear {
 
   // v from the chunks' column sums; false, leaving v, where all columns were within tol before.
   bool update(bool first, double tol) const {
-    for (int64_t k = 0; k < group.columns; ++k) {
-      double column = 0;
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) column += partial[chunk * chunks.padded + k];
-      scratch[k] = static_cast<float>(column);
+    for (int64_t from = 0; from < chunks.padded; from += 16) {
+      double columns[16] = {};
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+        for (int64_t k = 0; k < 16; ++k) columns[k] += partial[chunk * chunks.padded + from + k];
+      std::copy_n(columns, 16, scratch + from);
     }
     return update_scaling(group, scratch, first, tol, v);
   }
@@ -102,23 +126,35 @@ struct Linear {
 
   void write(int64_t chunk) const {
     losses[chunk] = 0;
-    for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
-      float d[1];
-      row_sums<1>(i, d);
-      const AnyRow each{group.columns};
-      float* row = e + i * group.columns;
-      float* codes = group.output(group.codes, i, row);  // E is not needed any more
-      if (!group.gradient) {
-        write_codes(row, v, 1 / d[0], codes, each);
-      } else {
-        float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
-        const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
-        const RowLoss loss = cross_entropy(group.row(i, chunk_scratch(chunk, 0)), row, v, 1 / d[0], w,
-                                           group.temperature, chunk_scratch(chunk, 1), gradient, codes, each);
-        losses[chunk] += group.weight(i) * (std::log(loss.z) - loss.product);
-        group.finish(gradient, group.gradient, i);
-      }
-      group.finish(codes, group.codes, i);
+    int64_t i = chunks.begin(chunk);
+    for (; i + 4 <= chunks.end(chunk); i += 4) write_rows<4>(i, chunk);
+    for (; i < chunks.end(chunk); ++i) write_rows<1>(i, chunk);
+  }
+
+  template <int R>
+  INLINE void write_rows(int64_t i, int64_t chunk) const {
+    float d[R];
+    row_sums<R>(i, d);
+    for (int r = 0; r < R; ++r) losses[chunk] += write_row(i + r, chunk, 1 / d[r]);
+  }
+
+  // Codes and gradient of row i; returns its weighted loss.
+  INLINE double write_row(int64_t i, int64_t chunk, float u) const {
+    const AnyRow each{group.columns};
+    float* row = e + i * group.columns;
+    float* codes = group.output(group.codes, i, row);  // E is not needed any more
+    double weighted_loss = 0;
+    if (!group.gradient) {
+      write_codes(row, v, u, codes, each);
+    } else {
+      float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
+      const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
+      const RowLoss loss = cross_entropy(group.row(i, chunk_scratch(chunk, 0)), row, v, u, w, group.temperature,
+                                         chunk_scratch(chunk, 1), gradient, codes, each);
+      weighted_loss = group.weight(i) * (std::log(loss.z) - loss.product);
+      group.finish(gradient, group.gradient, i);
     }
+    group.finish(codes, group.codes, i);
+    return weighted_loss;
   }
 };

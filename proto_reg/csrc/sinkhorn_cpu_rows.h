@@ -25,6 +25,25 @@ struct Extrema {
   bool safe(double epsilon) const { return (static_cast<double>(highest) - lowest) / epsilon < RANGE; }
 };
 
+// The row's maximum; `low` becomes the lower of itself and the row, lane by lane.
+INLINE float row_maximum(const float* s, int64_t columns, V& low) {
+  V high[2] = {V{} - INFINITY, V{} - INFINITY}, lows[2] = {low, low};
+  for_each_vector(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+    const V x = part.get(s + k);
+    lows[slot] = minimum(lows[slot], x);
+    high[slot] = maximum(high[slot], x);
+  });
+  low = minimum(lows[0], lows[1]);
+  return maximum(maximum(high[0], high[1]));
+}
+
+// e = 2^((s - top) scale).
+INLINE void exponentials(const float* s, int64_t count, float top, float scale, float* e) {
+  for_each_vector(count, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    part.put(e + k, exp2_in_range((part.get(s + k) - top) * scale));
+  });
+}
+
 // Whether no NaN reached these column sums, which are >= 0.
 inline bool all_finite(const float* sums, int64_t count) {
   float total = 0;

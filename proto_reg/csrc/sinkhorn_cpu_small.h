@@ -36,7 +36,7 @@ struct Small {
   float* scratch;   // (padded columns,)
   float* codes;     // (rows, columns), or null
   float* gradient;  // (rows, columns), or null
-  Extrema extrema{};
+  machine::Extrema extrema{};
 
   // E and the first v; false where the scores' range is not safe or they hold a NaN or an infinity.
   bool exponentials() {
@@ -44,9 +44,7 @@ struct Small {
     extrema.add(s, count);
     if (!extrema.safe(group.epsilon)) return false;
     const float scale = static_cast<float>(M_LOG2E / group.epsilon), top = extrema.highest;
-    for_each_vector(count, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
-      part.put(e + k, exp2_in_range((part.get(s + k) - top) * scale));
-    });
+    machine::exponentials(s, count, top, scale, e);
     for (int64_t i = 0; i < group.rows; ++i) u[i] = group.weight(i);
     column_sums();
     return all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
@@ -156,10 +154,12 @@ struct Small {
 
   template <class Each>
   INLINE void scale_eight_rows(int64_t i, const Each& each) const {
+    const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
+    const float *rows = e + i * columns, *scales = v;
     V d[8] = {};
     each([&](auto part, int64_t k, auto) ALWAYS_INLINE {
-      const V vk = part.once(part.get(v + k));
-      for (int r = 0; r < 8; ++r) d[r] += part.get(e + (i + r) * group.columns + k) * vk;
+      const V vk = part.once(part.get(scales + k));
+      for (int r = 0; r < 8; ++r) d[r] += part.get(rows + r * columns + k) * vk;
     });
     store(u + i, 1 / sums(d));
   }
@@ -169,17 +169,19 @@ struct Small {
     // As many rows side by side as registers allow: a sum's next addition waits for its last.
     constexpr int ROWS = VECTORS <= 2 ? 4 : VECTORS <= 4 ? 2 : 1;
     const ShortRow<VECTORS> each{group.columns};
+    const int64_t rows = group.rows, columns = group.columns;
+    const float *row = e, *scales = u;
     V total[ROWS][std::max(VECTORS, 1)] = {};
     int64_t i = 0;
-    for (; i + ROWS <= group.rows; i += ROWS) {
+    for (; i + ROWS <= rows; i += ROWS, row += ROWS * columns) {
       for (int r = 0; r < ROWS; ++r) {
         each([&](auto part, int64_t k, auto j) ALWAYS_INLINE {
-          total[r][j] += part.get(e + (i + r) * group.columns + k) * u[i + r];
+          total[r][j] += part.get(row + r * columns + k) * scales[i + r];
         });
       }
     }
-    for (; i < group.rows; ++i) {
-      each([&](auto part, int64_t k, auto j) ALWAYS_INLINE { total[0][j] += part.get(e + i * group.columns + k) * u[i]; });
+    for (; i < rows; ++i, row += columns) {
+      each([&](auto part, int64_t k, auto j) ALWAYS_INLINE { total[0][j] += part.get(row + k) * scales[i]; });
     }
     each([&](auto part, int64_t k, auto j) ALWAYS_INLINE {
       for (int r = 1; r < ROWS; ++r) total[0][j] += total[r][j];

@@ -162,11 +162,11 @@ def sinkhorn_cross_entropy(
     arguments = operator_arguments(
         scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
     )
-    loss, _, codes = _cross_entropy(scores, arguments, temperature, backend, return_codes)
+    plain, temperature = _cross_entropy_options(scores, temperature, backend)
+    loss, _, _, codes = kernels.sinkhorn.CrossEntropy.apply(plain, scores, *arguments, temperature, return_codes)
     return (loss, codes) if return_codes else loss
 
 
-@torch.no_grad()
 def sinkhorn_cross_entropy_and_gradient(
     scores: Tensor,
     epsilon: float = 0.05,
@@ -191,20 +191,19 @@ def sinkhorn_cross_entropy_and_gradient(
     arguments = operator_arguments(
         scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
     )
-    return _cross_entropy(scores, arguments, temperature, backend, True)
+    plain, temperature = _cross_entropy_options(scores, temperature, backend)
+    loss, gradient, _, codes = kernels.sinkhorn.cross_entropy_without_graph(
+        plain, scores, *arguments, temperature, True
+    )
+    return loss, gradient, codes
 
 
-def _cross_entropy(
-    scores: Tensor, arguments: tuple, temperature: float, backend: str, with_codes: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and codes by the fused operator, or by plain torch."""
+def _cross_entropy_options(scores: Tensor, temperature: float, backend: str) -> tuple[bool, float]:
+    """Whether plain torch computes it, and the temperature, checked."""
     if scores.ndim != 2:
         raise ValueError(f"scores: expected (B, K), got {tuple(scores.shape)}. Take the groups one by one.")
     temperature = check_number("temperature", temperature, above=0)
-    plain = kernels.backends.choose(backend, scores) == "torch"
-    solve = kernels.sinkhorn.CrossEntropy.apply
-    loss, gradient, _, codes = solve(plain, scores, *arguments, temperature, with_codes)
-    return loss, gradient, codes
+    return kernels.backends.choose(backend, scores) == "torch", temperature
 
 
 def _into(out: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:

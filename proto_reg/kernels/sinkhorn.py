@@ -330,17 +330,25 @@ def _scaled_gradient(ctx, by_loss: Tensor | None, *others) -> tuple[Tensor | Non
 torch.library.register_autograd("proto_reg::sinkhorn_cross_entropy", _scaled_gradient, setup_context=_save_gradient)
 
 
-class CrossEntropy(torch.autograd.Function):
-    """``apply(plain, scores, *options)``: the fused operator, or its plain-torch reference whatever library is loaded.
+def cross_entropy_without_graph(plain: bool, scores: Tensor, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fused operator, or its plain-torch reference whatever library is loaded; differentiable in nothing."""
+    if plain:
+        with torch.no_grad():
+            return sinkhorn_cross_entropy_reference(scores, *options)
+    fused = torch.ops.proto_reg.sinkhorn_cross_entropy.default
+    if torch.compiler.is_compiling():
+        return fused(scores, *options)
+    # Past what register_autograd set up: in Python, it takes longer than a small problem.
+    with torch._C._AutoDispatchBelowAutograd():
+        return fused(scores, *options)
 
-    Its autograd is the operator's own, at a third of the operator's time: PyTorch's way through ``register_autograd``
-    costs 60 microseconds.
-    """
+
+class CrossEntropy(torch.autograd.Function):
+    """:func:`cross_entropy_without_graph` with the operator's autograd, at a third of the operator's time."""
 
     @staticmethod
     def forward(ctx, plain: bool, scores: Tensor, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        solve = sinkhorn_cross_entropy_reference if plain else torch.ops.proto_reg.sinkhorn_cross_entropy.default
-        output = solve(scores, *options)
+        output = cross_entropy_without_graph(plain, scores, *options)
         _save_gradient(ctx, (), output)
         return output
 
