@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
@@ -105,9 +105,10 @@ def sinkhorn(
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
         RuntimeError: a forced backend that is not built, with every reason.
     """
-    arguments = operator_arguments(
+    arguments: tuple = operator_arguments(
         scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
     )
+    solve: Callable[..., tuple[Tensor, Tensor]]
     if differentiable:
         if out is not None or hard:
             raise ValueError(
@@ -116,7 +117,8 @@ def sinkhorn(
         solve = kernels.sinkhorn.differentiable_sinkhorn
     elif kernels.backends.choose(backend, scores) == "torch":
         solve = kernels.sinkhorn.sinkhorn_reference
-        scores = scores.detach()
+        scores = scores.detach() if scores.requires_grad else scores
+        arguments = (*arguments, return_potentials)
     else:
         solve = _sinkhorn
     codes, potentials = solve(scores, *arguments) if out is None else _into(out, solve, scores, *arguments)

@@ -50,7 +50,7 @@ def sinkhorn_reference(
     codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol, with_potentials)
     if usable is not None:
         codes = torch.where(usable[..., None], codes, torch.nan)
-    return codes.to(scores.dtype), potentials
+    return codes if codes.dtype == scores.dtype else codes.to(scores.dtype), potentials
 
 
 def sinkhorn_cross_entropy_reference(
@@ -109,7 +109,8 @@ def differentiable_sinkhorn(
 
 def _usable(scores: Tensor, weights: Tensor | None, isolate: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scores in the dtype of the computation, weights without the rows to isolate, and which rows remain."""
-    x = scores.to(compute_dtype(scores.dtype))
+    dtype = compute_dtype(scores.dtype)
+    x = scores if scores.dtype == dtype else scores.to(dtype)
     if not isolate:
         return x, weights, None
     usable = ~(x.isnan() | (x == torch.inf)).any(-1) & (x > -torch.inf).any(-1)
@@ -128,7 +129,7 @@ def _solve(
 ) -> tuple[Tensor, Any]:
     """Codes and potentials in the dtype of ``x``, by the fastest way that is safe for these scores."""
     marginals = _normalised(marginals, x)
-    if x.ndim == 2 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.ndim == 2 and x.is_cpu and not torch.compiler.is_compiling():
         # Reading two numbers costs nothing here; elsewhere control flow must not wait for the device.
         low, high = x.aminmax()
         if float(high) - float(low) < SAFE_RANGE * epsilon and (weights is None or bool(weights.any())):
@@ -162,13 +163,13 @@ def _scale(
     if weights is not None:
         weights = weights.to(e)
         u = weights if u is None else u.mul_(weights)
-    total = float(len(x)) if weights is None else float(weights.sum())
+    total = float(x.shape[0]) if weights is None else float(weights.sum())
     share = 1 / x.shape[1] if marginals is None else marginals
-    # What uniform marginals and the sum of weights give all columns alike is left out of v, and counted here; many
+    # What uniform marginals and the sum of weights give all columns alike is left out of v, and noted here; many
     # iterations would let it grow out of range.
     alike = total / x.shape[1] if marginals is None else total
     rescale = num_iters > 4 or not 1e-3 < alike < 1e3
-    left_out = -math.log(x.shape[1]) if marginals is None else 0.0
+    left_out = []
     sums = e.sum(0) if u is None else _column_sums(e, u)
     v = sums.reciprocal_() if marginals is None else marginals / sums
     for _ in range(num_iters - 1):
@@ -180,20 +181,21 @@ def _scale(
         if rescale:
             v.mul_(alike)
         else:
-            left_out += math.log(alike)
+            left_out.append(alike)
     if x.numel() < SMALL:
         u = torch.mv(e, v).reciprocal_()
         codes = e.mul_(v).mul_(u.unsqueeze(1))
     else:  # sum() adds in pairs, which shows where rows are long
-        codes = e.mul_(v).div_(e.sum(1, keepdim=True))
+        codes = e.mul_(v).mul_(e.sum(1, keepdim=True).reciprocal_())
     if not with_potentials:
         return codes, None
-    return codes, v.log_().add_(left_out - float(high) / epsilon)
+    uniform = -math.log(x.shape[1]) if marginals is None else 0.0
+    return codes, v.log_().add_(uniform + sum(map(math.log, left_out)) - float(high) / epsilon)
 
 
 def _column_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
     """``u @ e``, in stretches of ``rows``: a matrix-vector product adds up a column one by one."""
-    if len(e) <= rows:
+    if e.shape[0] <= rows:
         return torch.mv(e.t(), u)
     parts = [torch.mv(part.t(), weights) for part, weights in zip(e.split(rows), u.split(rows), strict=True)]
     return torch.stack(parts).sum(0)
