@@ -167,7 +167,7 @@ struct Small {
   template <int VECTORS>
   void add_rows() const {
     // As many rows side by side as registers allow: a sum's next addition waits for its last.
-    constexpr int ROWS = VECTORS <= 2 ? 4 : VECTORS <= 4 ? 2 : 1;
+    constexpr int ROWS = VECTORS <= 2 ? 4 : 2;
     const ShortRow<VECTORS> each{group.columns};
     const int64_t rows = group.rows, columns = group.columns;
     const float *row = e, *scales = u;
