@@ -119,6 +119,13 @@ def test_fullgraph() -> None:
     torch.testing.assert_close(scores.grad.double(), gradient64, rtol=0, atol=1e-6)
 
 
+def test_a_second_derivative_raises() -> None:
+    scores = cosines(9, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(sinkhorn_cross_entropy(scores), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected to be differentiated once"):
+        gradient.sum().backward()
+
+
 def test_a_subclass_assigns_by_its_own_codes() -> None:
     class Nearest(SinkhornAssigner):
         def forward(self, scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

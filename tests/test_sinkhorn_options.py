@@ -7,7 +7,7 @@ import torch
 from conftest import cosines, log_sinkhorn
 
 from proto_reg import SinkhornAssigner
-from proto_reg.functional import sinkhorn
+from proto_reg.functional import sinkhorn, sinkhorn_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -28,6 +28,35 @@ def test_a_weight_of_two_is_the_row_twice(scale: float) -> None:
     close(codes[weights > 0], twice[first[weights > 0]])
     close(codes.sum(1), torch.ones(40))
     close(sinkhorn(scores, weights=weights, mask=weights > 1), sinkhorn(scores, weights=weights * (weights > 1)))
+
+
+@pytest.mark.parametrize("factor", [1e-40, 1e-25, 1e-12, 1e9, 1e18, 1e38])
+def test_only_ratios_of_weights_matter(factor: float) -> None:
+    for scale in (1, 30):
+        scores = scale * cosines(300, 20)
+        weights = torch.rand(300) + 0.5
+        close(sinkhorn(scores, weights=(weights * factor).float()), sinkhorn(scores, weights=weights))
+
+
+def test_a_low_first_row_whose_best_prototype_takes_no_part() -> None:
+    scores = torch.full((20_000, 3), 1.0)
+    scores[0] = -1
+    scores[1, 1:] = -1
+    close(sinkhorn(scores, marginals=[0.0, 0.5, 0.5])[0], torch.tensor([0, 0.5, 0.5]))
+    scores = torch.full((300, 8), 2.0)
+    scores[0] = 0
+    scores[1, 1:] = 0
+    allowed = torch.arange(8) > 0
+    leaf = scores.clone().requires_grad_()
+    sinkhorn_cross_entropy(leaf, 0.045, prototype_mask=allowed).backward()
+    assert leaf.grad.isfinite().all()
+    close(sinkhorn(scores, 0.045, prototype_mask=allowed)[:, 1:], torch.full((300, 7), 1 / 7))
+
+
+def test_extreme_epsilons() -> None:
+    assert sinkhorn(torch.full((9, 4), 0.5), 1e-40).isfinite().all()
+    largest = torch.finfo(torch.float32).max
+    assert sinkhorn(torch.tensor([[largest, -largest], [-largest, largest]]), 1e38).isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1, 30])

@@ -135,6 +135,7 @@ struct Ops {
     STD_TORCH_CHECK(
         codes.is_contiguous() && codes.numel() == call.scores.numel() && codes.scalar_type() == scores.scalar_type(),
         "codes: expected a contiguous tensor of the shape and dtype of scores");
+    STD_TORCH_CHECK(codes.const_data_ptr() != call.problem.scores, "codes: expected memory of its own, not the scores'");
     Tensor potentials = call.potentials();
     call.problem.codes = codes.mutable_data_ptr();
     Device::run(call.problem, call.scores);

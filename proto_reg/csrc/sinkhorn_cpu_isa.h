@@ -114,12 +114,13 @@ struct Solver {
     const float from = linear.origin();
     each_chunk([&](int64_t chunk) { linear.exponentials(chunk, from); });
     if (!linear.safe()) return false;
-    linear.update(true, -1);
+    const float top = linear.highest();
+    linear.update(true, -1, std::exp((static_cast<double>(from) - top) / group.epsilon));
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
       each_chunk([&](int64_t chunk) { linear.balance(chunk); });
       if (!linear.update(false, problem.tol)) break;
     }
-    linear.write_potentials(potentials, from);
+    linear.write_potentials(potentials, top);
     each_chunk([&](int64_t chunk) { linear.write(chunk); });
     return true;
   }

@@ -16,7 +16,7 @@ struct Linear {
 
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
 
-  // The first row's maximum, from where potentials are counted.
+  // The first row's maximum: close enough to all of them while nothing more is known.
   float origin() const {
     V low{};
     return row_maximum(group.row(0, chunk_scratch(0, 0)), group.columns, low);
@@ -46,7 +46,7 @@ struct Linear {
       top[r] = row_maximum(s[r], group.columns, low);
       highest = std::max(highest, top[r]);
       const float shift = std::min(std::max((top[r] - from) * scale, -126.f), 126.f);
-      u[r] = group.weight(i + r) * exp2_in_range<float, int32_t>(shift);
+      u[r] = group.weight(i + r) * exp2_in_range<float, uint32_t>(shift);
     }
     const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
     float *rows = e + i * columns, *c = partial + chunk * chunks.padded;
@@ -68,6 +68,13 @@ struct Linear {
     Extrema all;
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) all.add(extrema[chunk]);
     return all.safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
+  }
+
+  // Of all scores: with this origin column sums are at most W, and v is not small beyond need.
+  float highest() const {
+    float top = -INFINITY;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) top = std::max(top, extrema[chunk].highest);
+    return top;
   }
 
   // Row sums of E diag(v), R rows from i on.
@@ -109,13 +116,13 @@ struct Linear {
     for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, c);
   }
 
-  // v from the chunks' column sums; false, leaving v, where all columns were within tol before.
-  bool update(bool first, double tol) const {
+  // v from the chunks' column sums, times `factor`; false, leaving v, where all columns were within tol before.
+  bool update(bool first, double tol, double factor = 1) const {
     for (int64_t from = 0; from < chunks.padded; from += 16) {
       double columns[16] = {};
       for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
         for (int64_t k = 0; k < 16; ++k) columns[k] += partial[chunk * chunks.padded + from + k];
-      std::copy_n(columns, 16, scratch + from);
+      for (int64_t k = 0; k < 16; ++k) scratch[from + k] = static_cast<float>(columns[k] * factor);
     }
     return update_scaling(group, scratch, first, tol, v);
   }

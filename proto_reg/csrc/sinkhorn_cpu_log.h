@@ -36,7 +36,7 @@ struct Logarithmic {
   static INLINE float exponential(double x) {
     const float y = static_cast<float>(x * M_LOG2E);
     const float clamped = y < -126.f ? -126.f : y;
-    return y < -126.f ? 0.f : exp2_in_range<float, int32_t>(clamped);
+    return y < -126.f ? 0.f : exp2_in_range<float, uint32_t>(clamped);
   }
 
   void column_tops(int64_t chunk) const {

@@ -1,6 +1,8 @@
 // What the fast paths for small and for large problems do alike, row by row. Included once per instruction set.
 
-constexpr double RANGE = 50;  // natural logarithms: u, v and their products stay within float32's 87
+// Natural logarithms: cosines at epsilon = .05 span 40. u, v and their products stay within float32's 87, and what
+// rounding makes of the exponents within 1e-6 of a code.
+constexpr double RANGE = 40.5;
 
 // Lowest and highest of the scores seen. A NaN may be lost here: it shows in the first column sums.
 struct Extrema {
@@ -22,7 +24,10 @@ struct Extrema {
   }
 
   // NaN and infinities fail, too.
-  bool safe(double epsilon) const { return (static_cast<double>(highest) - lowest) / epsilon < RANGE; }
+  bool safe(double epsilon) const {
+    const double difference = static_cast<double>(highest) - lowest;
+    return difference / epsilon < RANGE && difference < std::numeric_limits<float>::max();
+  }
 };
 
 // The row's maximum; `low` becomes the lower of itself and the row, lane by lane.

@@ -47,7 +47,7 @@ INLINE float maximum(V x) {
 
 INLINE float minimum(V x) { return -maximum(-x); }
 
-// 2^x for x in [-126, 126], to 1.6e-7 of itself; NaN stays NaN. F and N: float and int32_t, or LANES of each.
+// 2^x for x in [-126, 126], to 1.6e-7 of itself; NaN stays NaN. F and N: float and uint32_t, or LANES of each.
 template <class F, class N>
 INLINE F exp2_in_range(F x) {
   const F shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are x, rounded to an integer
@@ -65,7 +65,7 @@ INLINE F exp2_in_range(F x) {
   return p * power;
 }
 
-INLINE V exp2_in_range(V x) { return exp2_in_range<V, I>(x); }
+INLINE V exp2_in_range(V x) { return exp2_in_range<V, U>(x); }
 
 // Natural logarithm of normal numbers, to 1e-7.
 INLINE V logarithm(V x) {

@@ -3,7 +3,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <mutex>
+#include <utility>
 
 #include "sinkhorn_cuda_passes.cuh"
 #include "sinkhorn_cuda_resident.cuh"
@@ -91,12 +93,23 @@ struct Configuration {
   Configuration(const Configuration&) = delete;
 };
 
-// Blocks ask for more than 48 KB of shared memory explicitly.
+// Blocks ask for more than 48 KB of shared memory explicitly. What a kernel was once allowed is never lowered: another
+// thread may be about to launch it.
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& most = allowed[{reinterpret_cast<const void*>(kernel), device}];
+  if (bytes <= most) return cudaSuccess;
+  error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes));
+  if (!error) most = bytes;
+  return error;
 }
 
 template <class... Parameters, class... Arguments>

@@ -105,7 +105,10 @@ def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) ->
                 f"weights: expected finite numbers >= 0, got some between {low:.6g} and {high:.6g}. Use 0 to leave a "
                 "row out."
             )
-    weights = weights.detach().to(scores.device, torch.float32)
+    # Only ratios matter; weights far from 1 would take sums out of float32's range.
+    weights = weights.detach().to(scores.device, torch.float64)
+    top = weights.amax(-1, keepdim=True)
+    weights = (weights / torch.where(top > 0, top, 1.0)).to(torch.float32)
     return weights if counted is None else weights * counted
 
 

@@ -103,9 +103,12 @@ def candidates(backend: str, capability: tuple[int, int] | None = None) -> list[
     """Every library of ``backend`` there is, the preferred one first, each with the reason against it or None."""
     found = []
     for directory in (PREBUILT, cache_directory()):
-        with contextlib.suppress(OSError):
-            paths = sorted(directory.glob(f"{backend}-*-*-*-*-*.so"), key=lambda p: p.stat().st_mtime, reverse=True)
-            found += [(path, _objection(path, backend, capability)) for path in paths]
+        ages = {}
+        for path in directory.glob(f"{backend}-*-*-*-*-*.so"):
+            with contextlib.suppress(OSError):  # gone since, or a link to nothing
+                ages[path] = path.stat().st_mtime
+        newest_first = sorted(ages, key=lambda path: ages[path], reverse=True)
+        found += [(path, _objection(path, backend, capability)) for path in newest_first]
     return found
 
 

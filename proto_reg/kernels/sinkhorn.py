@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import compute_dtype
 
 # exp(S / eps) and the scaling vectors stay within float32 while S / eps spans less than this.
-SAFE_RANGE = 50.0
+SAFE_RANGE = 40.5
 # Elements up to which one reference for all of them is accurate enough.
 SMALL = 1 << 16
 
@@ -132,7 +132,8 @@ def _solve(
     if x.ndim == 2 and x.is_cpu and not torch.compiler.is_compiling():
         # Reading two numbers costs nothing here; elsewhere control flow must not wait for the device.
         low, high = x.aminmax()
-        if float(high) - float(low) < SAFE_RANGE * epsilon and (weights is None or bool(weights.any())):
+        narrow = float(high) - float(low) < SAFE_RANGE * epsilon and 1e-30 < epsilon < 1e30
+        if narrow and (weights is None or bool(weights.any())):
             return _scale(x, high, marginals, weights, epsilon, num_iters, tol, with_potentials)
     return _balance_logits(x, marginals, weights, epsilon, num_iters, tol)
 
@@ -350,10 +351,30 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plain: bool, scores: Tensor, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = cross_entropy_without_graph(plain, scores, *options)
-        _save_gradient(ctx, (), output)
-        return output
+        loss, gradient, potentials, codes = cross_entropy_without_graph(plain, scores, *options)
+        ctx.save_for_backward(gradient, scores)
+        ctx.mark_non_differentiable(gradient, potentials, codes)
+        ctx.set_materialize_grads(False)
+        return loss, gradient, potentials, codes
 
     @staticmethod
     def backward(ctx, by_loss: Tensor | None, *others) -> tuple[Tensor | None, ...]:
-        return None, *_scaled_gradient(ctx, by_loss)
+        gradient, scores = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = _Once.apply(gradient, scores)
+        return None, None if by_loss is None else gradient * by_loss, *([None] * 8)
+
+
+class _Once(torch.autograd.Function):
+    """The gradient, which knows that it depends on the scores, but not how."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, scores: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, by_gradient: Tensor):
+        raise RuntimeError(
+            "sinkhorn_cross_entropy: expected to be differentiated once, got a second derivative. Use "
+            "prototype_cross_entropy(scores, sinkhorn(scores)) for that."
+        )

@@ -20,6 +20,7 @@ from emulation.emulator import SOURCES, load, solve
 from test_cuda_source import (  # noqa: F401
     TOLERANCE,
     balanced,
+    test_a_single_prototype,
     test_groups,
     test_iterations,
     test_many_iterations_over_a_wide_range,
