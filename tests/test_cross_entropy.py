@@ -12,7 +12,7 @@ from conftest import cosines
 
 from proto_reg import SinkhornAssigner
 from proto_reg.functional import prototype_cross_entropy, sinkhorn, sinkhorn_cross_entropy
-from proto_reg.kernels.sinkhorn import sinkhorn_cross_entropy_reference
+from proto_reg.kernels.sinkhorn_reference import sinkhorn_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("backend")
 

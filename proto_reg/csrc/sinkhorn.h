@@ -1,5 +1,5 @@
 // One Sinkhorn problem, as every kernel receives it: plain pointers, no torch. The contract is that of
-// proto_reg/kernels/sinkhorn.py, whose plain-torch functions judge each kernel.
+// proto_reg/kernels/sinkhorn_reference.py, whose plain-torch functions judge each kernel.
 #pragma once
 
 #include <cstdint>

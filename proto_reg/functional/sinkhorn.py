@@ -114,9 +114,9 @@ def sinkhorn(
             raise ValueError(
                 "differentiable: expected False with out= or hard=True, got True. Gradients need codes of their own."
             )
-        solve = kernels.sinkhorn.differentiable_sinkhorn
+        solve = kernels.sinkhorn_reference.differentiable_sinkhorn
     elif kernels.backends.choose(backend, scores) == "torch":
-        solve = kernels.sinkhorn.sinkhorn_reference
+        solve = kernels.sinkhorn_reference.sinkhorn_reference
         scores = scores.detach() if scores.requires_grad else scores
         arguments = (*arguments, return_potentials)
     else:

@@ -1,11 +1,12 @@
 """Private: the operators behind ``proto_reg.functional``.
 
-Each file registers one operator with ``torch.library`` (schema, fake, autograd) beside its plain-torch reference,
-which is the implementation on every device until a compiled one is registered behind the same name.
+Each is registered with ``torch.library`` (schema, fake, autograd); its plain-torch reference is the implementation on every
+device until a compiled one is registered behind the same name. ``backends`` says which one computes a call, ``build``
+compiles it.
 """
 
 from __future__ import annotations
 
-from . import backends, follow, mmd, sinkhorn
+from . import backends, follow, mmd, sinkhorn, sinkhorn_reference
 
-__all__ = ["backends", "follow", "mmd", "sinkhorn"]
+__all__ = ["backends", "follow", "mmd", "sinkhorn", "sinkhorn_reference"]

@@ -1,0 +1,271 @@
+"""Balanced assignment in plain torch: what every compiled kernel is judged by, and what runs where there is none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import compute_dtype
+
+# exp(S / eps) and the scaling vectors stay within float32 while S / eps spans less than this.
+SAFE_RANGE = 40.5
+# Elements up to which one reference for all of them is accurate enough.
+SMALL = 1 << 16
+
+
+def sinkhorn_reference(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    with_potentials: bool = True,
+) -> tuple[Tensor, Any]:
+    """Balanced codes and column potentials, safe for every finite score in every float dtype.
+
+    From f = 0, ``num_iters`` times ``g_k = log r_k - logsumexp_i(log w_i + S_ik / eps + f_i)`` and
+    ``f_i = -log W - logsumexp_k(S_ik / eps + g_k)``; the codes are ``W exp(S / eps + f + g)``, W the sum of weights.
+
+    Args:
+        scores: (B, K) or (G, B, K), any float dtype; G problems of their own.
+        marginals: (K,) or (G, K) target column masses r, or None for 1/K each.
+        weights: (B,) or (G, B) w >= 0: a row of weight 2 counts as two; one of weight 0 gets codes all the same.
+        epsilon: entropic regularisation, > 0, in units of the scores.
+        num_iters: iterations (at most, with ``tol``).
+        tol: stop once every column is within this relative error of its marginal.
+        isolate: treat rows that hold a NaN, a +inf or nothing but -inf as absent and give them NaN codes.
+        with_potentials: False where nobody wants them, which may leave None in their place.
+
+    Returns:
+        codes: like ``scores``, rows sum to 1.
+        potentials: (K,) or (G, K) g, so that ``softmax(S / eps + g)`` assigns new rows by the same balance.
+    """
+    x, weights, usable = _usable(scores, weights, isolate)
+    codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol, with_potentials)
+    if usable is not None:
+        codes = torch.where(usable[..., None], codes, torch.nan)
+    return codes if codes.dtype == scores.dtype else codes.to(scores.dtype), potentials
+
+
+def sinkhorn_cross_entropy_reference(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    temperature: float,
+    with_codes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy of softmax(S / tau) against the codes of :func:`sinkhorn_reference` (paper, eq. 10), and its slope.
+
+    Returns:
+        loss: () ``-(1/W) sum_i w_i sum_k q_ik log p_ik``, p = softmax(S / tau).
+        gradient: (B, K) by the scores, codes held fixed: ``w_i (p - q) / (tau W)``.
+        potentials: (K,)
+        codes: (B, K), or (0, K) unless ``with_codes``.
+    """
+    x, weights, usable = _usable(scores, weights, isolate)
+    codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol)
+    log_p = ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
+    gradient = (log_p.exp() - codes) / temperature
+    # A prototype that gets nothing contributes nothing, even where its score is -inf.
+    loss = -(codes * log_p.clamp_min(torch.finfo(x.dtype).min)).sum(1)
+    if weights is None:
+        loss, gradient = loss.mean(), gradient / len(scores)
+    else:
+        share = (weights / torch.where(weights.sum() > 0, weights.sum(), 1.0)).to(x.dtype)
+        loss = torch.where(share > 0, share * loss, 0.0).sum()
+        gradient = torch.where(share[:, None] > 0, share[:, None] * gradient, 0.0)
+    if usable is not None:
+        codes = torch.where(usable[:, None], codes, torch.nan)
+    codes = codes.to(scores.dtype) if with_codes else scores.new_empty((0, scores.shape[1]))
+    return loss, gradient.to(scores.dtype), potentials, codes
+
+
+def differentiable_sinkhorn(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sinkhorn_reference` with a graph: autograd goes back through every iteration."""
+    x, weights, usable = _usable(scores, weights, isolate)
+    codes, potentials = _balance_logits(x, _normalised(marginals, x), weights, epsilon, num_iters, tol)
+    if usable is not None:
+        codes = torch.where(usable[..., None], codes, torch.nan)
+    return codes.to(scores.dtype), potentials
+
+
+def _usable(scores: Tensor, weights: Tensor | None, isolate: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores in the dtype of the computation, weights without the rows to isolate, and which rows remain."""
+    dtype = compute_dtype(scores.dtype)
+    x = scores if scores.dtype == dtype else scores.to(dtype)
+    if not isolate:
+        return x, weights, None
+    usable = ~(x.isnan() | (x == torch.inf)).any(-1) & (x > -torch.inf).any(-1)
+    weights = usable.to(torch.float32) if weights is None else torch.where(usable, weights, 0.0)
+    return torch.where(usable[..., None], x, 0.0), weights, usable
+
+
+def _solve(
+    x: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    with_potentials: bool = True,
+) -> tuple[Tensor, Any]:
+    """Codes and potentials in the dtype of ``x``, by the fastest way that is safe for these scores."""
+    marginals = _normalised(marginals, x)
+    if x.ndim == 2 and x.is_cpu and not torch.compiler.is_compiling():
+        # Reading two numbers costs nothing here; elsewhere control flow must not wait for the device.
+        low, high = x.aminmax()
+        narrow = float(high) - float(low) < SAFE_RANGE * epsilon and 1e-30 < epsilon < 1e30
+        if narrow and (weights is None or bool(weights.any())):
+            return _scale(x, high, marginals, weights, epsilon, num_iters, tol, with_potentials)
+    return _balance_logits(x, marginals, weights, epsilon, num_iters, tol)
+
+
+def _normalised(marginals: Tensor | None, x: Tensor) -> Tensor | None:
+    """Marginals in the dtype of ``x``, summing to 1."""
+    if marginals is None:
+        return None
+    marginals = marginals.to(x)
+    return marginals / marginals.sum(-1, keepdim=True)
+
+
+def _scale(
+    x: Tensor,
+    high: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    with_potentials: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """E = exp(S / eps) once; then only its scaling vectors change: a matrix-vector product each."""
+    # A reference for each row costs three operations and keeps exponents small where many rows make errors add up.
+    reference = high if x.numel() < SMALL else x.amax(1, keepdim=True)
+    e = (x - reference).mul_(1 / epsilon).exp_()
+    u = None if reference is high else (reference - high).mul_(1 / epsilon).exp_().squeeze(1)
+    if weights is not None:
+        weights = weights.to(e)
+        u = weights if u is None else u.mul_(weights)
+    total = float(x.shape[0]) if weights is None else float(weights.sum())
+    share = 1 / x.shape[1] if marginals is None else marginals
+    # What uniform marginals and the sum of weights give all columns alike is left out of v, and noted here; many
+    # iterations would let it grow out of range.
+    alike = total / x.shape[1] if marginals is None else total
+    rescale = num_iters > 4 or not 1e-3 < alike < 1e3
+    left_out = []
+    sums = e.sum(0) if u is None else _column_sums(e, u)
+    v = sums.reciprocal_() if marginals is None else marginals / sums
+    for _ in range(num_iters - 1):
+        u = torch.mv(e, v).reciprocal_()
+        sums = _column_sums(e, u if weights is None else u.mul_(weights))
+        if tol is not None and bool(((v * sums / (total * share) - 1).abs().nan_to_num_(0.0) <= tol).all()):
+            break
+        v = sums.reciprocal_() if marginals is None else marginals / sums
+        if rescale:
+            v.mul_(alike)
+        else:
+            left_out.append(alike)
+    if x.numel() < SMALL:
+        u = torch.mv(e, v).reciprocal_()
+        codes = e.mul_(v).mul_(u.unsqueeze(1))
+    else:  # sum() adds in pairs, which shows where rows are long
+        codes = e.mul_(v).mul_(e.sum(1, keepdim=True).reciprocal_())
+    if not with_potentials:
+        return codes, None
+    uniform = -math.log(x.shape[1]) if marginals is None else 0.0
+    return codes, v.log_().add_(uniform + sum(map(math.log, left_out)) - float(high) / epsilon)
+
+
+def _column_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
+    """``u @ e``, in stretches of ``rows``: a matrix-vector product adds up a column one by one."""
+    if e.shape[0] <= rows:
+        return torch.mv(e.t(), u)
+    parts = [torch.mv(part.t(), weights) for part, weights in zip(e.split(rows), u.split(rows), strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _balance_logits(
+    x: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, num_iters: int, tol: float | None
+) -> tuple[Tensor, Tensor]:
+    """For scores of any size, with no control flow that depends on them: one softmax over the rows per iteration.
+
+    With f eliminated each iteration is ``P = softmax_k(S / eps + g)``, ``g_k -= log(sum_i w_i P_ik / (W r_k))``. After
+    the first step column k of the plan sums to W r_k, so nothing underflows and nothing is clamped.
+    """
+    counted = None if weights is None else weights > 0
+    x, shift, column_top = _centre(x, counted, epsilon)
+    target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
+    log_weights = 0.0 if weights is None else weights.log().to(x.dtype)[..., None]
+    total = float(x.shape[-2]) if weights is None else weights.sum(-1, keepdim=True).to(x.dtype)
+    mass = _masked(x + shift + log_weights, counted).logsumexp(-2)
+    # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
+    g = torch.where(mass == -torch.inf, -torch.inf, target.log() - mass)
+    g = _iterate(x, g, total * target, weights, num_iters - 1, tol)
+    if counted is not None:
+        g = torch.where(counted.any(-1, keepdim=True), g, 0.0)
+    codes = (x + g[..., None, :]).softmax(-1)
+    largest = torch.finfo(x.dtype).max
+    potentials = torch.where(g == -torch.inf, -torch.inf, (g - column_top / epsilon).clamp(-largest, largest))
+    return codes, potentials
+
+
+def _centre(x: Tensor, counted: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """S / eps less its row and column maxima, subtracted before the division so that float32 keeps what matters.
+
+    Returns the centred scores, the (..., B, 1) shift that was taken off their rows, in units of S / eps, and the column
+    maxima (..., K).
+    """
+    lowest = torch.finfo(x.dtype).min
+    column_top = _finite_or_zero(_masked(x, counted).amax(-2)).detach()  # a shift has no slope
+    columns = column_top[..., None, :]
+    less = x - columns
+    # What the subtraction rounded away (Knuth's two-sum): scores of hundreds lose 1e-4 of S / eps by it.
+    back = less - x
+    lost = (x - (less - back)) - (columns + back)
+    less = torch.where(x == -torch.inf, -torch.inf, less.clamp_min(lowest))
+    row_top = _finite_or_zero(less.amax(-1, keepdim=True)).detach()
+    centred = (less - row_top) + torch.where(lost.isfinite(), lost, 0.0)
+    return centred / epsilon, row_top / epsilon, column_top
+
+
+def _iterate(x: Tensor, g: Tensor, target: Tensor, weights: Tensor | None, passes: int, tol: float | None) -> Tensor:
+    """``passes`` further iterations of the column potentials g (..., K) towards the column sums ``target``."""
+    for _ in range(passes):
+        p = (x + g[..., None, :]).softmax(-1)
+        if weights is not None:
+            p = torch.where(weights[..., None] > 0, p * weights[..., None].to(p), 0.0)
+        column = p.sum(-2)
+        updated = torch.where(column == 0, -torch.inf, g - (column / target).log())
+        if tol is None:
+            g = updated
+            continue
+        error = torch.where(target > 0, (column / target - 1).abs(), 0.0).amax(-1, keepdim=True)
+        # The test stays on the device: once converged, the potentials no longer move.
+        g = torch.where(error <= tol, g, updated)
+    return g
+
+
+def _finite_or_zero(top: Tensor) -> Tensor:
+    """Maxima, those over nothing but -inf replaced by 0, which shifts nothing."""
+    return torch.where(top == -torch.inf, 0.0, top)
+
+
+def _masked(x: Tensor, counted: Tensor | None) -> Tensor:
+    return x if counted is None else torch.where(counted[..., None], x, -torch.inf)
