@@ -1,8 +1,8 @@
 """Private: the operators behind ``proto_reg.functional``.
 
-Each is registered with ``torch.library`` (schema, fake, autograd); its plain-torch reference is the implementation on every
-device until a compiled one is registered behind the same name. ``backends`` says which one computes a call, ``build``
-compiles it.
+Each is registered with ``torch.library`` (schema, fake, autograd). Its plain-torch reference is the implementation on
+every device until a compiled one is registered behind the same name; ``backends`` says which one computes a call, and
+``build`` compiles it.
 """
 
 from __future__ import annotations
