@@ -47,7 +47,7 @@ def test_any_shape_against_float64(rows, columns, scale, num_iters, seed, weight
     assert abs(loss - expected) <= 1e-6 * max(1.0, abs(float(expected)), scale)
 
 
-@pytest.mark.parametrize("shape", [(256, 30), (1500, 200), (5000, 17), (64, 5000)])
+@pytest.mark.parametrize("shape", [(256, 30), (1500, 200), (5000, 17), (5001, 5), (64, 5000)])
 @pytest.mark.parametrize("scale", [1, 40])
 def test_the_same_bits_for_any_number_of_threads(shape: tuple[int, int], scale: float) -> None:
     scores = scale * cosines(*shape)

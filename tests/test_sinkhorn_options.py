@@ -100,6 +100,33 @@ def test_hard_codes() -> None:
     assert hard.dtype == scores.dtype
 
 
+def test_hard_codes_of_nan_are_nan() -> None:
+    scores = cosines(6, 3)
+    scores[2, 1] = torch.nan
+    assert sinkhorn(scores, hard=True).isnan().all()
+    isolated = sinkhorn(scores, hard=True, nan_policy="isolate")
+    assert isolated[2].isnan().all()
+    assert (isolated[[0, 1, 3, 4, 5]].sum(1) == 1).all()
+
+
+def test_weights_are_as_precise_as_scores() -> None:
+    scores, weights = cosines(30, 4, dtype=torch.float64), torch.rand(30, dtype=torch.float64)
+    codes = sinkhorn(scores, 0.05, 1, weights=weights)
+    mass = (weights[:, None] * (scores / 0.05).exp()).sum(0)
+    torch.testing.assert_close(codes, ((scores / 0.05).exp() / mass) / ((scores / 0.05).exp() / mass).sum(1)[:, None])
+
+
+def test_export_keeps_the_batch_dynamic() -> None:
+    class Assign(torch.nn.Module):
+        def forward(self, scores: torch.Tensor) -> torch.Tensor:
+            return sinkhorn(scores, backend="torch")
+
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=1000)},)
+    program = torch.export.export(Assign(), (cosines(64, 10),), dynamic_shapes=dynamic)
+    scores = cosines(33, 10)
+    close(program.module()(scores), sinkhorn(scores))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_out_receives_the_codes(dtype: torch.dtype) -> None:
     scores = cosines(64, 6).to(dtype)
@@ -114,6 +141,8 @@ def test_out_receives_the_codes(dtype: torch.dtype) -> None:
             sinkhorn(scores, out=wrong)
     with pytest.raises(ValueError, match="memory of its own"):
         sinkhorn(scores, out=scores)
+    compiled = torch.compile(lambda s, o: sinkhorn(s, out=o), fullgraph=True)
+    torch.testing.assert_close(compiled(scores, torch.empty_like(scores)), sinkhorn(scores))
 
 
 def test_differentiable_codes() -> None:
@@ -129,6 +158,8 @@ def test_differentiable_codes() -> None:
     assert torch.autograd.gradcheck(codes, (scores,))
     assert torch.autograd.gradcheck(lambda s: sinkhorn(100 * s, 0.3, differentiable=True), (scores,))
     close(codes(scores)[0].detach(), sinkhorn(scores, 0.3, 4, marginals=marginals, weights=weights))
+    with pytest.raises(ValueError, match="backend: expected 'auto' or 'torch' with differentiable=True"):
+        sinkhorn(scores, differentiable=True, backend="cpu")
     with pytest.raises(ValueError, match="differentiable: expected False"):
         sinkhorn(scores, differentiable=True, hard=True)
 
@@ -155,6 +186,8 @@ def test_bad_weights() -> None:
     scores = cosines(5, 3)
     with pytest.raises(ValueError, match="weights: expected finite numbers >= 0"):
         sinkhorn(scores, weights=torch.tensor([1.0, 1, 1, 1, -1]))
+    with pytest.raises(TypeError, match="prototype_mask: expected a boolean tensor"):
+        sinkhorn(scores, prototype_mask=[True, False, True])
     with pytest.raises(ValueError, match=r"weights: expected shape \(5,\)"):
         sinkhorn(scores, weights=torch.ones(4))
     with pytest.raises(TypeError, match="weights: expected a floating-point tensor"):

@@ -60,6 +60,7 @@ namespace machine {
 namespace lanes8 {
 #define LANES int64_t{8}
 #include "sinkhorn_cpu_small.h"
+#include "sinkhorn_cpu_narrow.h"
 #include "sinkhorn_cpu_log.h"
 #undef LANES
 }  // namespace lanes8
@@ -102,26 +103,38 @@ struct Solver {
     return true;
   }
 
-  template <class Method>
+  template <class Linear>
   bool run_linear() const {
     // E takes the place of a float32 output, so that it costs no memory of its own.
     const bool wide = group.dtype == Dtype::f32;
     Workspace workspace(wide ? 0 : group.rows * group.columns, chunks.padded, chunks.count * chunks.padded,
                         3 * chunks.count * chunks.padded);
-    std::vector<typename Method::Range> extrema(chunks.count);
+    std::vector<typename Linear::Range> extrema(chunks.count);
     float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : workspace[0];
-    const Method linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses};
-    const float from = linear.origin();
-    each_chunk([&](int64_t chunk) { linear.exponentials(chunk, from); });
-    if (!linear.safe()) return false;
-    const float top = linear.highest();
-    linear.update(true, -1, std::exp((static_cast<double>(from) - top) / group.epsilon));
+    return iterate(Linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses});
+  }
+
+  bool run_narrow() const {
+    Workspace workspace(chunks.count * lanes8::Narrow::chunk_floats(chunks, group.columns), chunks.padded,
+                        chunks.count * chunks.padded);
+    std::vector<lanes8::Extrema> extrema(chunks.count);
+    return iterate(
+        lanes8::Narrow{group, chunks, workspace[0], workspace[1], workspace[2], extrema.data(), losses});
+  }
+
+  template <class Method>
+  bool iterate(const Method& method) const {
+    const float from = method.origin();
+    each_chunk([&](int64_t chunk) { method.exponentials(chunk, from); });
+    if (!method.safe()) return false;
+    const float top = method.highest();
+    method.update(true, -1, std::exp((static_cast<double>(from) - top) / group.epsilon));
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
-      each_chunk([&](int64_t chunk) { linear.balance(chunk); });
-      if (!linear.update(false, problem.tol)) break;
+      each_chunk([&](int64_t chunk) { method.balance(chunk); });
+      if (!method.update(false, problem.tol)) break;
     }
-    linear.write_potentials(potentials, top);
-    each_chunk([&](int64_t chunk) { linear.write(chunk); });
+    method.write_potentials(potentials, top);
+    each_chunk([&](int64_t chunk) { method.write(chunk); });
     return true;
   }
 
@@ -177,7 +190,8 @@ inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& c
   const bool small = MACHINE_LANES >= 8 && chunks.count == 1 && problem.columns <= lanes8::Small::MOST_COLUMNS;
   // A single column has codes of exactly 1 and no gradient at all: divided by themselves, which scaling does not do.
   bool done = solver.group.total_weight > 0 && problem.columns > 1;
-  if (done && small) done = solver.run_small();
+  if (done && problem.columns <= lanes8::Narrow::MOST_COLUMNS) done = solver.run_narrow();
+  else if (done && small) done = solver.run_small();
   else if (done && (MACHINE_LANES < 8 || problem.columns >= 64)) done = solver.run_linear<machine::Linear>();
   else if (done) done = solver.run_linear<lanes8::Linear>();
   if (!done) solver.run_logarithmic();

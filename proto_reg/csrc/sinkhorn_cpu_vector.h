@@ -107,25 +107,29 @@ INLINE U to_f16(V x) {
 // Converts `count` values of a half precision at `from` to float32.
 inline void widen(Dtype dtype, const void* from, int64_t count, float* to) {
   const uint16_t* halves = static_cast<const uint16_t*>(from);
-  for (int64_t k = 0; k < count; k += LANES) {
-    const int64_t present = std::min(LANES, count - k);
+  const auto convert = [&](int64_t k, int64_t present) ALWAYS_INLINE {
     H half{};
     __builtin_memcpy(&half, halves + k, sizeof(uint16_t) * present);
     const U bits = __builtin_convertvector(half, U);
     const V x = dtype == Dtype::bf16 ? from_bf16(bits) : from_f16(bits);
     __builtin_memcpy(to + k, &x, sizeof(float) * present);
-  }
+  };
+  const int64_t whole = count - count % LANES;
+  for (int64_t k = 0; k < whole; k += LANES) convert(k, LANES);
+  if (whole < count) convert(whole, count - whole);
 }
 
 inline void narrow(Dtype dtype, const float* from, int64_t count, void* to) {
   uint16_t* halves = static_cast<uint16_t*>(to);
-  for (int64_t k = 0; k < count; k += LANES) {
-    const int64_t present = std::min(LANES, count - k);
+  const auto convert = [&](int64_t k, int64_t present) ALWAYS_INLINE {
     V x{};
     __builtin_memcpy(&x, from + k, sizeof(float) * present);
     const H half = __builtin_convertvector(dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x), H);
     __builtin_memcpy(halves + k, &half, sizeof(uint16_t) * present);
-  }
+  };
+  const int64_t whole = count - count % LANES;
+  for (int64_t k = 0; k < whole; k += LANES) convert(k, LANES);
+  if (whole < count) convert(whole, count - whole);
 }
 
 // The vectors of a row: whole ones, and where the columns are no multiple of LANES a last one that ends with the row and
@@ -147,12 +151,33 @@ struct Last : Full {
 
 struct Short {
   int64_t count;
+  // Where there are fewer, a value that is there: nothing else changes maxima.
   INLINE V get(const float* from) const {
-    V x = V{} + *from;  // a value that is there: nothing else changes maxima
-    __builtin_memcpy(&x, from, sizeof(float) * count);
+    V x = V{} + *from;
+    switch (count) {  // copies of a known size take no call
+      case 1: break;
+      case 2: __builtin_memcpy(&x, from, 8); break;
+      case 3: __builtin_memcpy(&x, from, 12); break;
+      case 4: __builtin_memcpy(&x, from, 16); break;
+      case 5: __builtin_memcpy(&x, from, 20); break;
+      case 6: __builtin_memcpy(&x, from, 24); break;
+      case 7: __builtin_memcpy(&x, from, 28); break;
+      default: __builtin_memcpy(&x, from, sizeof(float) * count);
+    }
     return x;
   }
-  INLINE void put(float* to, V x) const { __builtin_memcpy(to, &x, sizeof(float) * count); }
+  INLINE void put(float* to, V x) const {
+    switch (count) {
+      case 1: __builtin_memcpy(to, &x, 4); break;
+      case 2: __builtin_memcpy(to, &x, 8); break;
+      case 3: __builtin_memcpy(to, &x, 12); break;
+      case 4: __builtin_memcpy(to, &x, 16); break;
+      case 5: __builtin_memcpy(to, &x, 20); break;
+      case 6: __builtin_memcpy(to, &x, 24); break;
+      case 7: __builtin_memcpy(to, &x, 28); break;
+      default: __builtin_memcpy(to, &x, sizeof(float) * count);
+    }
+  }
   INLINE V once(V x) const {
     return lane_numbers() < (int32_t)count ? x : V{};
   }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_floating, check_mask, check_number, check_positive_int
+from .._checks import check_choice, check_floating, check_mask, check_number, check_positive_int, compute_dtype
 
 NAN_POLICIES = ("propagate", "isolate", "raise")
 
@@ -65,7 +65,7 @@ def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototyp
     if marginals is None and prototype_mask is None:
         return None
     *groups, _, columns = scores.shape
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(scores.dtype)
     target = None
     if marginals is not None:
         target = marginals if isinstance(marginals, Tensor) else as_marginals(marginals)
@@ -73,7 +73,8 @@ def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototyp
         target = target.to(scores.device, dtype)
     if prototype_mask is None:
         return target
-    shape = (columns,) if prototype_mask.ndim == 1 or not groups else (*groups, columns)
+    shared = not isinstance(prototype_mask, Tensor) or prototype_mask.ndim == 1 or not groups
+    shape = (columns,) if shared else (*groups, columns)
     check_mask("prototype_mask", prototype_mask, shape)
     allowed = prototype_mask.to(scores.device, dtype)
     target = allowed if target is None else target * allowed
@@ -86,13 +87,13 @@ def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototyp
 
 
 def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
-    """Weights (B,) or (G, B) in float32, 0 where the mask is False."""
+    """Weights (B,) or (G, B), 0 where the mask is False, in the dtype of the computation."""
     if mask is None and weights is None:
         return None
     shape = tuple(scores.shape[:-1])
     counted = None if mask is None else check_mask("mask", mask, shape)
     if counted is not None:
-        counted = counted.to(scores.device, torch.float32)
+        counted = counted.to(scores.device, compute_dtype(scores.dtype))
     if weights is None:
         return counted
     check_floating("weights", weights)
@@ -108,7 +109,7 @@ def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) ->
     # Only ratios matter; weights far from 1 would take sums out of float32's range.
     weights = weights.detach().to(scores.device, torch.float64)
     top = weights.amax(-1, keepdim=True)
-    weights = (weights / torch.where(top > 0, top, 1.0)).to(torch.float32)
+    weights = (weights / torch.where(top > 0, top, 1.0)).to(compute_dtype(scores.dtype))
     return weights if counted is None else weights * counted
 
 

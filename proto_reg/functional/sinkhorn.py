@@ -110,6 +110,11 @@ def sinkhorn(
     )
     solve: Callable[..., tuple[Tensor, Tensor]]
     if differentiable:
+        if backend not in ("auto", "torch"):
+            raise ValueError(
+                f"backend: expected 'auto' or 'torch' with differentiable=True, got {backend!r}. Only plain torch "
+                "keeps a graph."
+            )
         if out is not None or hard:
             raise ValueError(
                 "differentiable: expected False with out= or hard=True, got True. Gradients need codes of their own."
@@ -123,8 +128,9 @@ def sinkhorn(
         solve = _sinkhorn
     codes, potentials = solve(scores, *arguments) if out is None else _into(out, solve, scores, *arguments)
     if hard:
+        undefined = codes.isnan().any(-1, keepdim=True)
         largest = codes.argmax(-1, keepdim=True)
-        codes.zero_().scatter_(-1, largest, 1.0)
+        codes.zero_().scatter_(-1, largest, 1.0).masked_fill_(undefined, torch.nan)
     return (codes, potentials) if return_potentials else codes
 
 
@@ -212,12 +218,18 @@ def _into(out: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]
     """Codes written into ``out``, by whatever computes them."""
     fits = isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (scores.shape, scores.dtype, scores.device)
     if not fits or not out.is_contiguous() or out.requires_grad:
-        came = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+        came = type(out).__name__
+        if isinstance(out, Tensor):
+            strides = "" if out.is_contiguous() else ", not contiguous"
+            came = f"{tuple(out.shape)} {out.dtype} on {out.device}{strides}"
+            came += ", requiring a gradient" if out.requires_grad else ""
         raise ValueError(
             f"out: expected a contiguous tensor like scores, {tuple(scores.shape)} {scores.dtype} on {scores.device}, "
             f"without gradient, got {came}. Allocate it with torch.empty_like(scores)."
         )
-    if out.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr():
+    # Memory has no address while a graph is traced.
+    traced = torch.compiler.is_compiling()
+    if not traced and out.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr():
         raise ValueError(
             "out: expected memory of its own, got that of scores. Allocate it with torch.empty_like(scores)."
         )

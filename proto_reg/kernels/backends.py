@@ -44,10 +44,8 @@ def choose(backend: str, scores: Tensor) -> str:
 
 
 def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    try:  # every call of an operator comes through here: one look-up, no environment
-        return _chosen[backend, device, dtype]
-    except KeyError:
-        return _decide(backend, device, dtype)
+    # Every call of an operator comes through here: one look-up, no environment.
+    return _chosen.get((backend, device, dtype)) or _decide(backend, device, dtype)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo. The graph holds the

@@ -213,7 +213,7 @@ def _balance_logits(
     x, shift, column_top = _centre(x, counted, epsilon)
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
     log_weights = 0.0 if weights is None else weights.log().to(x.dtype)[..., None]
-    total = float(x.shape[-2]) if weights is None else weights.sum(-1, keepdim=True).to(x.dtype)
+    total = x.shape[-2] if weights is None else weights.sum(-1, keepdim=True).to(x.dtype)
     mass = _masked(x + shift + log_weights, counted).logsumexp(-2)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
     g = torch.where(mass == -torch.inf, -torch.inf, target.log() - mass)

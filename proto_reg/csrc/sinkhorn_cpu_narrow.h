@@ -1,0 +1,152 @@
+// The fast path for rows shorter than a vector: eight rows side by side, a lane each. Otherwise as Linear, with one
+// reference for all scores. Included once per instruction set.
+
+struct Narrow {
+  using Range = Extrema;
+  static constexpr int64_t MOST_COLUMNS = LANES - 1;
+
+  const Group& group;
+  const Chunks& chunks;
+  float* e;          // (chunks, blocks of eight rows, columns, 8)
+  float* v;          // (padded columns,)
+  float* partial;    // (chunks, padded columns): column sums
+  Extrema* extrema;  // (chunks,)
+  double* losses;    // (chunks,)
+
+  // Eight rows of scores, columns apart, from row i on; beyond the last row, that row again.
+  struct Block {
+    int64_t first, present;
+    float scores[MOST_COLUMNS * LANES];
+    V x[MOST_COLUMNS], weight{};
+  };
+
+  static int64_t chunk_floats(const Chunks& chunks, int64_t columns) { return (chunks.size + 7) / 8 * 8 * columns; }
+
+  // body(block, its part of E) for every eight rows of a chunk.
+  template <class Body>
+  INLINE void each_block(int64_t chunk, const Body& body) const {
+    float* at = e + chunk * chunk_floats(chunks, group.columns);
+    for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); i += LANES, at += LANES * group.columns) {
+      Block block{i, std::min(LANES, chunks.end(chunk) - i), {}, {}};
+      for (int64_t lane = 0; lane < block.present; ++lane) block.weight[lane] = group.weight(i + lane);
+      body(block, at);
+    }
+  }
+
+  INLINE void read(Block& block) const {
+    const float* s = block.scores;
+    if (group.dtype == Dtype::f32) s = group.row(block.first, nullptr);
+    else widen(group.dtype, static_cast<const uint16_t*>(group.scores) + block.first * group.columns,
+               block.present * group.columns, block.scores);
+    for (int64_t k = 0; k < group.columns; ++k)
+      for (int64_t lane = 0; lane < LANES; ++lane)
+        block.x[k][lane] = s[std::min(lane, block.present - 1) * group.columns + k];
+  }
+
+  INLINE void write_rows(const Block& block, const V* values, void* matrix) const {
+    float buffer[MOST_COLUMNS * LANES];
+    float* rows = group.output(matrix, block.first, buffer);
+    for (int64_t lane = 0; lane < block.present; ++lane)
+      for (int64_t k = 0; k < group.columns; ++k) rows[lane * group.columns + k] = values[k][lane];
+    if (group.dtype != Dtype::f32)
+      narrow(group.dtype, rows, block.present * group.columns,
+             static_cast<uint16_t*>(matrix) + block.first * group.columns);
+  }
+
+  float origin() const {
+    float buffer[LANES];
+    return *std::max_element(group.row(0, buffer), group.row(0, buffer) + group.columns);
+  }
+
+  void exponentials(int64_t chunk, float from) const {
+    const float scale = static_cast<float>(M_LOG2E / group.epsilon);
+    V c[MOST_COLUMNS] = {}, low = V{} + INFINITY, high = V{} - INFINITY;
+    each_block(chunk, [&](Block& block, float* at) ALWAYS_INLINE {
+      read(block);
+      for (int64_t k = 0; k < group.columns; ++k) {
+        low = minimum(low, block.x[k]);
+        high = maximum(high, block.x[k]);
+        const V x = exp2_in_range((block.x[k] - from) * scale);
+        store(at + LANES * k, x);
+        c[k] += x * block.weight;
+      }
+    });
+    extrema[chunk] = {minimum(low), maximum(high)};
+    finish_sums(chunk, c);
+  }
+
+  void finish_sums(int64_t chunk, const V* c) const {
+    for (int64_t k = 0; k < chunks.padded; ++k) partial[chunk * chunks.padded + k] = k < group.columns ? sum(c[k]) : 0;
+  }
+
+  bool safe() const {
+    Extrema all;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) all.add(extrema[chunk]);
+    return all.safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
+  }
+
+  float highest() const {
+    float top = -INFINITY;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) top = std::max(top, extrema[chunk].highest);
+    return top;
+  }
+
+  // 1 / (E v) of eight rows.
+  INLINE V row_scales(const float* at) const {
+    V d{};
+    for (int64_t k = 0; k < group.columns; ++k) d += load(at + LANES * k) * v[k];
+    return 1 / d;
+  }
+
+  void balance(int64_t chunk) const {
+    V c[MOST_COLUMNS] = {};
+    each_block(chunk, [&](Block& block, float* at) ALWAYS_INLINE {
+      const V u = block.weight * row_scales(at);
+      for (int64_t k = 0; k < group.columns; ++k) c[k] += u * load(at + LANES * k);
+    });
+    finish_sums(chunk, c);
+  }
+
+  bool update(bool first, double tol, double factor = 1) const {
+    float columns[LANES];
+    for (int64_t k = 0; k < group.columns; ++k) {
+      double column = 0;
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) column += partial[chunk * chunks.padded + k];
+      columns[k] = static_cast<float>(column * factor);
+    }
+    return update_scaling(group, columns, first, tol, v);
+  }
+
+  void write_potentials(float* potentials, float from) const {
+    write_logarithms(v, group.columns, from / group.epsilon, potentials);
+  }
+
+  void write(int64_t chunk) const {
+    losses[chunk] = 0;
+    each_block(chunk, [&](Block& block, float* at) ALWAYS_INLINE {
+      const V u = row_scales(at);
+      V q[MOST_COLUMNS];
+      for (int64_t k = 0; k < group.columns; ++k) q[k] = load(at + LANES * k) * v[k] * u;
+      if (group.codes) write_rows(block, q, group.codes);
+      if (group.gradient) losses[chunk] += cross_entropy(block, q);
+    });
+  }
+
+  // Writes the gradients of eight rows and returns the sum of their weighted losses.
+  INLINE double cross_entropy(Block& block, const V* q) const {
+    const float scale = static_cast<float>(M_LOG2E / group.temperature);
+    read(block);
+    V top = block.x[0], z{}, product{}, p[MOST_COLUMNS];
+    for (int64_t k = 1; k < group.columns; ++k) top = maximum(top, block.x[k]);
+    for (int64_t k = 0; k < group.columns; ++k) {
+      const V x = block.x[k] - top;
+      p[k] = exp2_in_range(maximum(x * scale, V{} - 126.f));
+      z += p[k];
+      product += q[k] * x;
+    }
+    const V w = block.weight * static_cast<float>(group.gradient_scale);
+    for (int64_t k = 0; k < group.columns; ++k) p[k] = (p[k] / z - q[k]) * w;
+    write_rows(block, p, group.gradient);
+    return sum(block.weight * (logarithm(z) - product / static_cast<float>(group.temperature)));
+  }
+};
