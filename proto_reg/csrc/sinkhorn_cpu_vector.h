@@ -69,8 +69,8 @@ INLINE V exp2_in_range(V x) { return exp2_in_range<V, U>(x); }
 
 // Natural logarithm of normal numbers, to 1e-7.
 INLINE V logarithm(V x) {
-  const I exponent = ((I)x - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2)]
-  const V m = (V)((I)x - (exponent << 23));
+  const I exponent = (I)((U)x - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2)]
+  const V m = (V)((U)x - ((U)exponent << 23));
   const V s = (m - 1) / (m + 1), q = s * s;
   const V series = (((q * (2.f / 9) + 2.f / 7) * q + 2.f / 5) * q + 2.f / 3) * q + 2;  // of 2 atanh(s) / s
   return __builtin_convertvector(exponent, V) * 0.6931471805599453f + s * series;
