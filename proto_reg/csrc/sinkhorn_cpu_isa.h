@@ -127,7 +127,8 @@ struct Solver {
     const float from = method.origin();
     each_chunk([&](int64_t chunk) { method.exponentials(chunk, from); });
     if (!method.safe()) return false;
-    const float top = method.highest();
+    // With this origin column sums are at most W, and v is not small beyond need.
+    const float top = method.range().highest;
     method.update(true, -1, std::exp((static_cast<double>(from) - top) / group.epsilon));
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
       each_chunk([&](int64_t chunk) { method.balance(chunk); });

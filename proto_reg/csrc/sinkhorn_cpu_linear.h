@@ -63,18 +63,11 @@ struct Linear {
     });
   }
 
+  Extrema range() const { return joined(extrema, chunks.count); }
+
   // Whether what `exponentials` saw stays within RANGE and holds no NaN and no infinity.
   bool safe() const {
-    Extrema all;
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) all.add(extrema[chunk]);
-    return all.safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
-  }
-
-  // Of all scores: with this origin column sums are at most W, and v is not small beyond need.
-  float highest() const {
-    float top = -INFINITY;
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) top = std::max(top, extrema[chunk].highest);
-    return top;
+    return range().safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
   }
 
   // Row sums of E diag(v), R rows from i on.

@@ -2,7 +2,6 @@
 // reference for all scores. Included once per instruction set.
 
 struct Narrow {
-  using Range = Extrema;
   static constexpr int64_t MOST_COLUMNS = LANES - 1;
 
   const Group& group;
@@ -79,16 +78,10 @@ struct Narrow {
     for (int64_t k = 0; k < chunks.padded; ++k) partial[chunk * chunks.padded + k] = k < group.columns ? sum(c[k]) : 0;
   }
 
-  bool safe() const {
-    Extrema all;
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) all.add(extrema[chunk]);
-    return all.safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
-  }
+  Extrema range() const { return joined(extrema, chunks.count); }
 
-  float highest() const {
-    float top = -INFINITY;
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) top = std::max(top, extrema[chunk].highest);
-    return top;
+  bool safe() const {
+    return range().safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
   }
 
   // 1 / (E v) of eight rows.

@@ -30,6 +30,12 @@ struct Extrema {
   }
 };
 
+inline Extrema joined(const Extrema* parts, int64_t count) {
+  Extrema all;
+  for (int64_t part = 0; part < count; ++part) all.add(parts[part]);
+  return all;
+}
+
 // The row's maximum; `low` becomes the lower of itself and the row, lane by lane.
 INLINE float row_maximum(const float* s, int64_t columns, V& low) {
   V high[2] = {V{} - INFINITY, V{} - INFINITY}, lows[2] = {low, low};

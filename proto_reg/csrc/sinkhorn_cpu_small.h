@@ -1,5 +1,5 @@
-// The fast path for a matrix that stays in the first-level cache: one reference for all of it, eight rows at a time, the
-// column sums in registers. Included once per instruction set.
+// The fast path for a matrix of eight columns or more that stays in the first-level cache: one reference for all of it,
+// eight rows at a time, the column sums in registers. Included once per instruction set.
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -101,8 +101,7 @@ struct Small {
   // body with the number of vectors of a row as a constant.
   template <class Body>
   INLINE void with_vectors(const Body& body) const {
-    switch (group.columns < LANES ? 0 : (group.columns + LANES - 1) / LANES) {
-      case 0: return body(std::integral_constant<int, 0>{});
+    switch ((group.columns + LANES - 1) / LANES) {
       case 1: return body(std::integral_constant<int, 1>{});
       case 2: return body(std::integral_constant<int, 2>{});
       case 3: return body(std::integral_constant<int, 3>{});
@@ -114,19 +113,15 @@ struct Small {
     }
   }
 
-  // As AnyRow, unrolled: body(part, column, vector) for each vector of a row of VECTORS; 0: a short one.
+  // As AnyRow, unrolled: body(part, column, vector) for each vector of a row of VECTORS.
   template <int VECTORS>
   struct ShortRow {
     int64_t columns;
     template <class Body>
     INLINE void operator()(const Body& body) const {
-      constexpr std::integral_constant<int, std::max(VECTORS - 1, 0)> last;
-      if constexpr (VECTORS == 0) {
-        body(Short{columns}, 0, last);
-      } else {
-        run(body, std::make_integer_sequence<int, VECTORS - 1>{});
-        body(Last(columns), columns - LANES, last);
-      }
+      constexpr std::integral_constant<int, VECTORS - 1> last;
+      run(body, std::make_integer_sequence<int, VECTORS - 1>{});
+      body(Last(columns), columns - LANES, last);
     }
     template <class Body, int... VECTOR>
     static INLINE void run(const Body& body, std::integer_sequence<int, VECTOR...>) {
@@ -171,7 +166,7 @@ struct Small {
     const ShortRow<VECTORS> each{group.columns};
     const int64_t rows = group.rows, columns = group.columns;
     const float *row = e, *scales = u;
-    V total[ROWS][std::max(VECTORS, 1)] = {};
+    V total[ROWS][VECTORS] = {};
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS, row += ROWS * columns) {
       for (int r = 0; r < ROWS; ++r) {

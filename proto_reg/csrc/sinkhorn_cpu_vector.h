@@ -154,30 +154,10 @@ struct Short {
   // Where there are fewer, a value that is there: nothing else changes maxima.
   INLINE V get(const float* from) const {
     V x = V{} + *from;
-    switch (count) {  // copies of a known size take no call
-      case 1: break;
-      case 2: __builtin_memcpy(&x, from, 8); break;
-      case 3: __builtin_memcpy(&x, from, 12); break;
-      case 4: __builtin_memcpy(&x, from, 16); break;
-      case 5: __builtin_memcpy(&x, from, 20); break;
-      case 6: __builtin_memcpy(&x, from, 24); break;
-      case 7: __builtin_memcpy(&x, from, 28); break;
-      default: __builtin_memcpy(&x, from, sizeof(float) * count);
-    }
+    __builtin_memcpy(&x, from, sizeof(float) * count);
     return x;
   }
-  INLINE void put(float* to, V x) const {
-    switch (count) {
-      case 1: __builtin_memcpy(to, &x, 4); break;
-      case 2: __builtin_memcpy(to, &x, 8); break;
-      case 3: __builtin_memcpy(to, &x, 12); break;
-      case 4: __builtin_memcpy(to, &x, 16); break;
-      case 5: __builtin_memcpy(to, &x, 20); break;
-      case 6: __builtin_memcpy(to, &x, 24); break;
-      case 7: __builtin_memcpy(to, &x, 28); break;
-      default: __builtin_memcpy(to, &x, sizeof(float) * count);
-    }
-  }
+  INLINE void put(float* to, V x) const { __builtin_memcpy(to, &x, sizeof(float) * count); }
   INLINE V once(V x) const {
     return lane_numbers() < (int32_t)count ? x : V{};
   }
