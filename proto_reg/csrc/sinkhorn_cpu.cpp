@@ -32,7 +32,7 @@ struct Chunks {
   int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * size); }
 };
 
-// Arrays of float32 of the given sizes, in one piece. Small ones come from memory that the thread keeps: a page fault
+// Arrays of float32 of the given sizes, in one piece, each from the start of a cache line on. Small ones come from memory that the thread keeps: a page fault
 // costs more than a small problem.
 class Workspace {
  public:
@@ -43,19 +43,24 @@ class Workspace {
     int64_t offset = 0, slot = 0;
     for (const int64_t size : {static_cast<int64_t>(sizes)...}) {
       offsets_[slot++] = offset;
-      offset += (size + 15) / 16 * 16;
+      offset += (size + LINE - 1) / LINE * LINE;
     }
     if (offset <= KEPT) {
-      if (kept.size() < static_cast<size_t>(offset)) kept.resize(offset);
-      base_ = kept.data();
+      if (kept.size() < static_cast<size_t>(offset + LINE)) kept.resize(offset + LINE);
+      base_ = aligned(kept.data());
     } else {
-      owned_.reset(new float[offset]);  // not initialised: every element is written before it is read
-      base_ = owned_.get();
+      owned_.reset(new float[offset + LINE]);  // not initialised: every element is written before it is read
+      base_ = aligned(owned_.get());
     }
   }
   float* operator[](int64_t slot) const { return base_ + offsets_[slot]; }
 
  private:
+  static constexpr int64_t LINE = 16;
+  static float* aligned(float* memory) {
+    return memory + (LINE - reinterpret_cast<uintptr_t>(memory) / sizeof(float) % LINE) % LINE;
+  }
+
   std::unique_ptr<float[]> owned_;
   float* base_;
   std::array<int64_t, 8> offsets_{};

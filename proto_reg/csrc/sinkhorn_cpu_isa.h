@@ -59,11 +59,17 @@ namespace machine {
 
 namespace lanes8 {
 #define LANES int64_t{8}
-#include "sinkhorn_cpu_small.h"
 #include "sinkhorn_cpu_narrow.h"
 #include "sinkhorn_cpu_log.h"
 #undef LANES
 }  // namespace lanes8
+
+namespace short_rows {
+using namespace machine;
+#define LANES int64_t{MACHINE_LANES}
+#include "sinkhorn_cpu_small.h"
+#undef LANES
+}  // namespace short_rows
 
 // One group from scores to codes, gradient and loss.
 struct Solver {
@@ -83,23 +89,22 @@ struct Solver {
 
   // The fast paths; false, with nothing of worth written, where they are not safe.
   bool run_small() const {
+    using short_rows::Small;
     const bool wide = group.dtype == Dtype::f32;
-    const int64_t count = group.rows * group.columns;
-    Workspace workspace(count, wide ? 0 : count, group.rows + 8, group.rows + 8, chunks.padded, chunks.padded,
-                        chunks.padded);
-    float *e = workspace[0], *converted = workspace[1];
+    const int64_t count = group.rows * group.columns, converted_count = wide ? 0 : count;
+    const int64_t rows = Small::rounded(group.rows), columns = Small::rounded(group.columns);
+    Workspace workspace(rows * columns, converted_count, converted_count, columns, columns);
+    float *e = workspace[0], *converted = workspace[1], *gradient = workspace[2];
     if (!wide) lanes8::widen(group.dtype, group.scores, count, converted);
-    // Half precision: codes come out over E, the gradient over the converted scores.
-    lanes8::Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[2], workspace[3],
-                workspace[4], workspace[5], workspace[6], group.output(group.codes, 0, e),
-                group.output(group.gradient, 0, converted)};
+    const Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[3],
+                      workspace[4], group.output(group.codes, 0, e), group.output(group.gradient, 0, gradient)};
     if (!small.exponentials()) return false;
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration)
       if (!small.balance(problem.tol)) break;
     small.write_potentials(potentials);
     losses[0] = small.write();
     if (!wide && group.codes) lanes8::narrow(group.dtype, e, count, group.codes);
-    if (!wide && group.gradient) lanes8::narrow(group.dtype, converted, count, group.gradient);
+    if (!wide && group.gradient) lanes8::narrow(group.dtype, gradient, count, group.gradient);
     return true;
   }
 
@@ -188,7 +193,7 @@ inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& c
   std::vector<double> losses(chunks.count);
   Solver solver{problem, chunks, parallel_for, group, problem.potentials + index * problem.columns, losses.data()};
   solver.set_total_weight([](int64_t) { return true; });
-  const bool small = MACHINE_LANES >= 8 && chunks.count == 1 && problem.columns <= lanes8::Small::MOST_COLUMNS;
+  const bool small = chunks.count == 1 && problem.columns <= short_rows::Small::MOST_COLUMNS;
   // A single column has codes of exactly 1 and no gradient at all: divided by themselves, which scaling does not do.
   bool done = solver.group.total_weight > 0 && problem.columns > 1;
   if (done && problem.columns <= lanes8::Narrow::MOST_COLUMNS) done = solver.run_narrow();

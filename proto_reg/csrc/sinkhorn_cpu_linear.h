@@ -140,18 +140,17 @@ struct Linear {
 
   // Codes and gradient of row i; returns its weighted loss.
   INLINE double write_row(int64_t i, int64_t chunk, float u) const {
-    const AnyRow each{group.columns};
     float* row = e + i * group.columns;
     float* codes = group.output(group.codes, i, row);  // E is not needed any more
     double weighted_loss = 0;
     if (!group.gradient) {
-      write_codes(row, v, u, codes, each);
+      write_codes(row, group.columns, v, u, codes);
     } else {
       float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
       const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
-      const RowLoss loss = cross_entropy(group.row(i, chunk_scratch(chunk, 0)), row, v, u, w, group.temperature,
-                                         chunk_scratch(chunk, 1), gradient, codes, each);
-      weighted_loss = group.weight(i) * (std::log(loss.z) - loss.product);
+      const float* s = group.row(i, chunk_scratch(chunk, 0));
+      weighted_loss = group.weight(i) * cross_entropy(s, row, group.columns, v, u, w, group.temperature,
+                                                      chunk_scratch(chunk, 1), gradient, codes);
       group.finish(gradient, group.gradient, i);
     }
     group.finish(codes, group.codes, i);

@@ -8,16 +8,6 @@ constexpr double RANGE = 40.5;
 struct Extrema {
   float lowest = INFINITY, highest = -INFINITY;
 
-  INLINE void add(const float* s, int64_t count) {
-    V low[2] = {V{} + INFINITY, V{} + INFINITY}, high[2] = {V{} - INFINITY, V{} - INFINITY};
-    for_each_vector(count, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
-      const V x = part.get(s + k);
-      low[slot] = minimum(low[slot], x);
-      high[slot] = maximum(high[slot], x);
-    });
-    add({minimum(minimum(low[0], low[1])), maximum(maximum(high[0], high[1]))});
-  }
-
   INLINE void add(const Extrema& other) {
     lowest = std::min(lowest, other.lowest);
     highest = std::max(highest, other.highest);
@@ -46,13 +36,6 @@ INLINE float row_maximum(const float* s, int64_t columns, V& low) {
   });
   low = minimum(lows[0], lows[1]);
   return maximum(maximum(high[0], high[1]));
-}
-
-// e = 2^((s - top) scale).
-INLINE void exponentials(const float* s, int64_t count, float top, float scale, float* e) {
-  for_each_vector(count, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
-    part.put(e + k, exp2_in_range((part.get(s + k) - top) * scale));
-  });
 }
 
 // Whether no NaN reached these column sums, which are >= 0.
@@ -91,15 +74,6 @@ inline void write_logarithms(const float* v, int64_t columns, double origin, flo
   });
 }
 
-// The vectors of a row of any length, for the functions below; Small has one for short rows.
-struct AnyRow {
-  int64_t columns;
-  template <class Body>
-  INLINE void operator()(const Body& body) const {
-    for_each_vector(columns, body);
-  }
-};
-
 // A row of E that codes or gradient may overwrite: the last vector, part of which the one before it overwrites, is read
 // beforehand.
 struct Row {
@@ -112,38 +86,36 @@ struct Row {
 };
 
 // Codes q = u E_i diag(v) of the row of E at `e`.
-template <class Each>
-INLINE void write_codes(const float* e, const float* v, float u, float* codes, const Each& each) {
-  const Row row(e, each.columns);
-  each([&](auto part, int64_t k, auto) ALWAYS_INLINE { part.put(codes + k, row.get(part, k) * part.get(v + k) * u); });
+INLINE void write_codes(const float* e, int64_t columns, const float* v, float u, float* codes) {
+  const Row row(e, columns);
+  for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    part.put(codes + k, row.get(part, k) * part.get(v + k) * u);
+  });
 }
 
-// A row's loss is log z - q . (S - row maximum) / tau: both terms, so that many rows share a vector's logarithms.
-struct RowLoss {
-  float z, product;
-};
-
-// Gradient, and codes unless null, of the row with scores s, weight w / (tau W). p: scratch for exp((S - maximum) / tau).
-template <class Each>
-INLINE RowLoss cross_entropy(const float* s, const float* e, const float* v, float u, float w, double temperature,
-                             float* p, float* gradient, float* codes, const Each& each) {
+// Gradient, and codes unless null, of the row with scores s, weight w / (tau W); returns its loss. p: scratch for
+// exp((S - maximum) / tau).
+INLINE double cross_entropy(const float* s, const float* e, int64_t columns, const float* v, float u, float w,
+                            double temperature, float* p, float* gradient, float* codes) {
   const float scale = static_cast<float>(M_LOG2E / temperature);
   V high[2] = {V{} - INFINITY, V{} - INFINITY}, normaliser[2] = {}, product[2] = {};
-  each([&](auto part, int64_t k, auto slot) ALWAYS_INLINE { high[slot % 2] = maximum(high[slot % 2], part.get(s + k)); });
+  for_each_vector(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+    high[slot] = maximum(high[slot], part.get(s + k));
+  });
   const float top = maximum(maximum(high[0], high[1]));
-  const Row row(e, each.columns);
-  each([&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+  const Row row(e, columns);
+  for_each_vector(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
     const V x = part.get(s + k) - top;
     const V pk = exp2_in_range(maximum(x * scale, V{} - 126.f));
     part.put(p + k, pk);
-    normaliser[slot % 2] += part.once(pk);
-    product[slot % 2] += part.once(row.get(part, k) * part.get(v + k) * x);
+    normaliser[slot] += part.once(pk);
+    product[slot] += part.once(row.get(part, k) * part.get(v + k) * x);
   });
   const float z = sum(normaliser[0] + normaliser[1]), wz = w / z, wu = w * u;
-  each([&](auto part, int64_t k, auto) ALWAYS_INLINE {
+  for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
     const V q = row.get(part, k) * part.get(v + k);
     part.put(gradient + k, part.get(p + k) * wz - q * wu);
     if (codes) part.put(codes + k, q * u);
   });
-  return {z, sum(product[0] + product[1]) * u / static_cast<float>(temperature)};
+  return std::log(z) - sum(product[0] + product[1]) * u / static_cast<float>(temperature);
 }

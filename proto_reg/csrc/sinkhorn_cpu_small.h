@@ -1,103 +1,60 @@
-// The fast path for a matrix of eight columns or more that stays in the first-level cache: one reference for all of it,
-// eight rows at a time, the column sums in registers. Included once per instruction set.
+// The fast path for a matrix that stays in the nearest caches: one reference for all of it, E in rows of whole vectors, and
+// one pass over E per iteration, as many rows at a time as a vector has lanes. Included once per instruction set.
 
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
-#endif
-
-// The sums of eight vectors, as one vector.
-INLINE V sums(const V (&x)[8]) {
-  V pair[4], four[2];
-  for (int i = 0; i < 4; ++i) {
-    const V &a = x[2 * i], &b = x[2 * i + 1];
-    pair[i] = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+// Lane l of the result: the sum of x[l].
+template <int32_t DISTANCE = LANES / 2>
+INLINE V sums(V (&x)[LANES]) {
+  const I upper = (lane_numbers() & DISTANCE) != 0;
+#pragma GCC unroll 8
+  for (int32_t i = 0; i < DISTANCE; ++i) {
+    const V a = x[i], b = x[i + DISTANCE];
+    x[i] = (upper ? b : a) + swapped(upper ? a : b, DISTANCE);
   }
-  for (int i = 0; i < 2; ++i) {
-    const V &a = pair[2 * i], &b = pair[2 * i + 1];
-    four[i] = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  const V &a = four[0], &b = four[1];
-  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  if constexpr (DISTANCE > 1) return sums<DISTANCE / 2>(x);
+  return x[0];
 }
-#undef SHUFFLE
 
 struct Small {
-  static constexpr int64_t MOST_COLUMNS = 8 * LANES;
+  static constexpr int64_t MOST_VECTORS = 8, MOST_COLUMNS = MOST_VECTORS * LANES;
 
   const Group& group;
   const float* s;   // (rows, columns) scores
-  float* e;         // (rows, columns) exp((S - highest) / eps)
-  float* u;         // (rows + 8,)
-  float* z;         // (rows + 8,) normalisers of the cross-entropy
-  float* v;         // (padded columns,)
-  float* c;         // (padded columns,) column sums
-  float* scratch;   // (padded columns,)
-  float* codes;     // (rows, columns), or null
+  float* e;         // (rows, columns) exp((S - S_00) / eps), both rounded up to whole vectors
+  float* v;         // (columns rounded up,)
+  float* c;         // (columns rounded up,) column sums
+  float* codes;     // (rows, columns), or null; may lie over e
   float* gradient;  // (rows, columns), or null
-  machine::Extrema extrema{};
+  static int64_t rounded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
   // E and the first v; false where the scores' range is not safe or they hold a NaN or an infinity.
-  bool exponentials() {
-    const int64_t count = group.rows * group.columns;
-    extrema.add(s, count);
-    if (!extrema.safe(group.epsilon)) return false;
-    const float scale = static_cast<float>(M_LOG2E / group.epsilon), top = extrema.highest;
-    machine::exponentials(s, count, top, scale, e);
-    for (int64_t i = 0; i < group.rows; ++i) u[i] = group.weight(i);
-    column_sums();
-    return all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
+  bool exponentials() const {
+    std::fill_n(v, rounded(group.columns), 0.0f);
+    Extrema range;
+    with_vectors([&](auto vectors) ALWAYS_INLINE { range = exponentials_of<vectors()>(); });
+    return range.safe(group.epsilon) && all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
   }
 
   // One iteration; false, leaving v, where all columns were within tol.
   bool balance(double tol) const {
-    row_scales();
-    if (group.weights)
-      for (int64_t i = 0; i < group.rows; ++i) u[i] *= group.weights[i];
-    column_sums();
+    with_vectors([&](auto vectors) ALWAYS_INLINE { balance_rows<vectors()>(); });
     return update_scaling(group, c, false, tol, v);
   }
 
   void write_potentials(float* potentials) const {
-    write_logarithms(v, group.columns, extrema.highest / group.epsilon, potentials);
+    write_logarithms(v, group.columns, *s / group.epsilon, potentials);
   }
 
   // Codes, gradient; returns the sum of the rows' losses.
   double write() const {
-    row_scales();
     double loss = 0;
-    with_vectors([&](auto vectors) ALWAYS_INLINE { loss = write_rows(ShortRow<vectors()>{group.columns}); });
-    if (!gradient) return 0;
-    for (int64_t i = 0; i < group.rows; i += LANES) {
-      const V logs = logarithm(load(z + i));
-      for (int64_t lane = 0; lane < std::min(LANES, group.rows - i); ++lane) loss += group.weight(i + lane) * logs[lane];
-    }
+    with_vectors([&](auto vectors) ALWAYS_INLINE {
+      if (gradient) loss = write_gradient<vectors()>();
+      else write_codes<vectors()>();
+    });
     return loss;
   }
 
  private:
-  // u_i = 1 / (E v)_i.
-  void row_scales() const {
-    with_vectors([&](auto vectors) ALWAYS_INLINE {
-      const ShortRow<vectors()> each{group.columns};
-      for (int64_t i = 0; i + 8 <= group.rows; i += 8) scale_eight_rows(i, each);
-      if (group.rows >= 8 && group.rows % 8) scale_eight_rows(group.rows - 8, each);
-      for (int64_t i = 0; group.rows < 8 && i < group.rows; ++i) {
-        V d{};
-        each([&](auto part, int64_t k, auto) ALWAYS_INLINE {
-          d += part.once(part.get(v + k) * part.get(e + i * group.columns + k));
-        });
-        u[i] = 1 / sum(d);
-      }
-    });
-  }
-
-  // c_k = sum_i u_i E_ik.
-  void column_sums() const {
-    with_vectors([&](auto vectors) ALWAYS_INLINE { add_rows<vectors()>(); });
-  }
-
   // body with the number of vectors of a row as a constant.
   template <class Body>
   INLINE void with_vectors(const Body& body) const {
@@ -113,74 +70,150 @@ struct Small {
     }
   }
 
-  // As AnyRow, unrolled: body(part, column, vector) for each vector of a row of VECTORS.
+  // Rows of a matrix without padding. A row's last vector reaches into the next row, but not past the end of them all.
   template <int VECTORS>
-  struct ShortRow {
-    int64_t columns;
-    template <class Body>
-    INLINE void operator()(const Body& body) const {
-      constexpr std::integral_constant<int, VECTORS - 1> last;
-      run(body, std::make_integer_sequence<int, VECTORS - 1>{});
-      body(Last(columns), columns - LANES, last);
+  struct Rows {
+    int64_t columns, count;
+    explicit INLINE Rows(const Group& group) : columns(group.columns), count(group.rows * group.columns) {}
+
+    INLINE V get(const float* from, int64_t i, int j) const {
+      const int64_t at = i * columns + j * LANES;
+      if (j < VECTORS - 1 || at + LANES <= count) return load(from + at);
+      return Short{count - at}.get(from + at);
     }
-    template <class Body, int... VECTOR>
-    static INLINE void run(const Body& body, std::integer_sequence<int, VECTOR...>) {
-      (body(Full{}, VECTOR * LANES, std::integral_constant<int, VECTOR>{}), ...);
+    // What reaches too far is overwritten by the row after this one: rows are put in their order.
+    INLINE void put(float* to, int64_t i, int j, V x) const {
+      const int64_t at = i * columns + j * LANES;
+      if (j < VECTORS - 1 || at + LANES <= count) return store(to + at, x);
+      Short{count - at}.put(to + at, x);
+    }
+    // x, and `other` where vector j is past the end of a row.
+    INLINE V within(int j, V x, V other = V{}) const {
+      return j < VECTORS - 1 || lane_numbers() < static_cast<int32_t>(columns - j * LANES) ? x : other;
     }
   };
 
-  // What remains of the losses is the logarithm of z.
-  template <class Each>
-  double write_rows(const Each& each) const {
-    double loss = 0;
-    for (int64_t i = 0, at = 0; i < group.rows; ++i, at += group.columns) {
-      if (!gradient) {
-        write_codes(e + at, v, u[i], codes + at, each);
-        continue;
+  // E, and its column sums by the rows' weights; what range the scores have.
+  template <int VECTORS>
+  Extrema exponentials_of() const {
+    const Rows<VECTORS> rows(group);
+    const float scale = static_cast<float>(M_LOG2E / group.epsilon), origin = *s;
+    V total[VECTORS] = {}, low = V{} + origin, high = low;
+    float* to = e;
+    for (int64_t i = 0; i < group.rows; ++i, to += VECTORS * LANES) {
+      const float w = group.weight(i);
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) {
+        const V score = rows.get(s, i, j), x = rows.within(j, exp2_in_range((score - origin) * scale));
+        low = minimum(low, score);
+        high = maximum(high, score);
+        store(to + j * LANES, x);
+        total[j] += x * w;
       }
-      const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
-      const RowLoss row = cross_entropy(s + at, e + at, v, u[i], w, group.temperature, scratch, gradient + at,
-                                        codes ? codes + at : nullptr, each);
-      z[i] = row.z;
-      loss -= group.weight(i) * row.product;
+    }
+    std::fill_n(to, (rounded(group.rows) - group.rows) * VECTORS * LANES, 0.0f);
+    for (int j = 0; j < VECTORS; ++j) store(c + j * LANES, total[j]);
+    return {minimum(low), maximum(high)};
+  }
+
+  // u_i = 1 / (E v)_i of LANES rows, the first of them at `row`.
+  template <int VECTORS>
+  INLINE V row_scales(const float* row) const {
+    V d[LANES];
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; ++r) {
+      d[r] = load(row + r * VECTORS * LANES) * load(v);
+#pragma GCC unroll 8
+      for (int j = 1; j < VECTORS; ++j) d[r] += load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);
+    }
+    return 1 / sums(d);
+  }
+
+  // Weights of LANES rows from row i on, 0 past the last.
+  INLINE V row_weights(int64_t i) const {
+    const int64_t present = std::min(LANES, group.rows - i);
+    V w = V{} + 1.f;
+    if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present);
+    return lane_numbers() < static_cast<int32_t>(present) ? w : V{};
+  }
+
+  // c_k = sum_i w_i u_i E_ik.
+  template <int VECTORS>
+  void balance_rows() const {
+    // Some rows side by side: a sum's next addition waits for its last.
+    constexpr int ROWS = VECTORS <= 1 ? 4 : VECTORS <= 3 ? 2 : 1;
+    V total[ROWS][VECTORS] = {};
+    const float* row = e;
+    for (int64_t i = 0; i < group.rows; i += LANES) {
+      const V scales = row_scales<VECTORS>(row), w = row_weights(i);
+      float u[LANES];
+      store(u, w > 0 ? scales * w : V{});
+      for (int r = 0; r < LANES; ++r, row += VECTORS * LANES)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; ++j) total[r % ROWS][j] += load(row + j * LANES) * u[r];
+    }
+    for (int j = 0; j < VECTORS; ++j) {
+      for (int r = 1; r < ROWS; ++r) total[0][j] += total[r][j];
+      store(c + j * LANES, total[0][j]);
+    }
+  }
+
+  template <int VECTORS>
+  void write_codes() const {
+    const Rows<VECTORS> rows(group);
+    const float* row = e;
+    for (int64_t i = 0; i < group.rows;) {
+      float u[LANES];
+      store(u, row_scales<VECTORS>(row));
+      for (int r = 0; r < LANES && i < group.rows; ++r, ++i, row += VECTORS * LANES)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; ++j) rows.put(codes, i, j, load(row + j * LANES) * load(v + j * LANES) * u[r]);
+    }
+  }
+
+  // Gradient, and codes unless null; returns the sum of the rows' losses.
+  template <int VECTORS>
+  double write_gradient() const {
+    const Rows<VECTORS> rows(group);
+    const float* row = e;
+    double loss = 0;
+    for (int64_t i = 0; i < group.rows; i += LANES) {
+      const V w = row_weights(i);
+      float u[LANES], z[LANES], product[LANES];
+      store(u, row_scales<VECTORS>(row));
+      store(z, V{} + 1.f);
+      store(product, V{});
+      for (int64_t r = 0; r < std::min(LANES, group.rows - i); ++r, row += VECTORS * LANES)
+        product[r] = write_row<VECTORS>(rows, i + r, row, u[r], w[r], z[r]);
+      const V losses = w * (logarithm(load(z)) - load(product));
+      for (int64_t r = 0; r < LANES; ++r) loss += losses[r];
     }
     return loss;
   }
 
-  template <class Each>
-  INLINE void scale_eight_rows(int64_t i, const Each& each) const {
-    const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
-    const float *rows = e + i * columns, *scales = v;
-    V d[8] = {};
-    each([&](auto part, int64_t k, auto) ALWAYS_INLINE {
-      const V vk = part.once(part.get(scales + k));
-      for (int r = 0; r < 8; ++r) d[r] += part.get(rows + r * columns + k) * vk;
-    });
-    store(u + i, 1 / sums(d));
-  }
-
+  // Row i's loss is log z - q . (S - row maximum) / tau; returns the product.
   template <int VECTORS>
-  void add_rows() const {
-    // As many rows side by side as registers allow: a sum's next addition waits for its last.
-    constexpr int ROWS = VECTORS <= 2 ? 4 : 2;
-    const ShortRow<VECTORS> each{group.columns};
-    const int64_t rows = group.rows, columns = group.columns;
-    const float *row = e, *scales = u;
-    V total[ROWS][VECTORS] = {};
-    int64_t i = 0;
-    for (; i + ROWS <= rows; i += ROWS, row += ROWS * columns) {
-      for (int r = 0; r < ROWS; ++r) {
-        each([&](auto part, int64_t k, auto j) ALWAYS_INLINE {
-          total[r][j] += part.get(row + r * columns + k) * scales[i + r];
-        });
-      }
+  INLINE float write_row(const Rows<VECTORS>& rows, int64_t i, const float* row, float u, float w, float& z) const {
+    const float scale = static_cast<float>(M_LOG2E / group.temperature);
+    V x[VECTORS], q[VECTORS], high = V{} - INFINITY, normaliser{}, product{};
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; ++j) high = maximum(high, rows.within(j, x[j] = rows.get(s, i, j), V{} - INFINITY));
+    const float top = maximum(high);
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; ++j) {
+      q[j] = load(row + j * LANES) * load(v + j * LANES);
+      product += q[j] * rows.within(j, x[j] - top);
+      x[j] = rows.within(j, exp2_in_range(maximum((x[j] - top) * scale, V{} - 126.f)));
+      normaliser += x[j];
     }
-    for (; i < rows; ++i, row += columns) {
-      each([&](auto part, int64_t k, auto j) ALWAYS_INLINE { total[0][j] += part.get(row + k) * scales[i]; });
+    z = sum(normaliser);
+    w *= static_cast<float>(group.gradient_scale);
+    const float wz = w / z, wu = w * u;
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; ++j) {
+      rows.put(gradient, i, j, x[j] * wz - q[j] * wu);
+      if (codes) rows.put(codes, i, j, q[j] * u);
     }
-    each([&](auto part, int64_t k, auto j) ALWAYS_INLINE {
-      for (int r = 1; r < ROWS; ++r) total[0][j] += total[r][j];
-      part.put(c + k, total[0][j]);  // columns that the last vector repeats come out the same
-    });
+    return sum(product) * u / static_cast<float>(group.temperature);
   }
 };

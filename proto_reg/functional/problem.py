@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def operator_arguments(
     Raises:
         TypeError, ValueError: an argument that is not in order, named.
     """
-    _check_scores(scores)
+    if not (isinstance(scores, Tensor) and scores.ndim in (2, 3) and scores.numel() and scores.is_floating_point()):
+        _refuse(scores)
     if not (type(epsilon) is float and 0.0 < epsilon < math.inf):
         epsilon = check_number("epsilon", epsilon, above=0)
     if not (type(num_iters) is int and num_iters > 0):
@@ -42,28 +44,24 @@ def operator_arguments(
         check_choice("nan_policy", nan_policy, NAN_POLICIES)
         if nan_policy == "raise":
             check_no_nan("scores", scores)
-    target = _target(scores, marginals, prototype_mask)
-    weights = _row_weights(scores, mask, weights)
+    target = None if marginals is None and prototype_mask is None else _target(scores, marginals, prototype_mask)
+    weights = None if mask is None and weights is None else _row_weights(scores, mask, weights)
     return target, weights, epsilon, num_iters, tol, nan_policy == "isolate"
 
 
-def _check_scores(scores: Tensor) -> None:
-    if not (isinstance(scores, Tensor) and scores.is_floating_point()):
-        check_floating("scores", scores)
-    shape = scores.shape
-    if len(shape) != 2 and len(shape) != 3:
+def _refuse(scores: Tensor) -> NoReturn:
+    check_floating("scores", scores)
+    shape = tuple(scores.shape)
+    if scores.ndim not in (2, 3):
         raise ValueError(
-            f"scores: expected shape (B, K) or (G, B, K), got {tuple(shape)}. Flatten every position to a row of its "
-            "own, for example with einops.rearrange."
+            f"scores: expected shape (B, K) or (G, B, K), got {shape}. Flatten every position to a row of its own, for "
+            "example with einops.rearrange."
         )
-    if 0 in shape:
-        raise ValueError(f"scores: expected a non-empty tensor, got {tuple(shape)}. Skip empty batches.")
+    raise ValueError(f"scores: expected a non-empty tensor, got {shape}. Skip empty batches.")
 
 
 def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototype_mask: Tensor | None) -> Tensor | None:
     """Column masses (K,) or (G, K) in float32, or float64 for float64 scores, from marginals and mask together."""
-    if marginals is None and prototype_mask is None:
-        return None
     *groups, _, columns = scores.shape
     dtype = compute_dtype(scores.dtype)
     target = None
@@ -88,8 +86,6 @@ def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototyp
 
 def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
     """Weights (B,) or (G, B), 0 where the mask is False, in the dtype of the computation."""
-    if mask is None and weights is None:
-        return None
     shape = tuple(scores.shape[:-1])
     counted = None if mask is None else check_mask("mask", mask, shape)
     if counted is not None:
