@@ -21,6 +21,13 @@ struct Group {
   float weight(int64_t i) const { return weights ? weights[i] : 1.f; }
   double marginal(int64_t k) const { return marginals ? marginals[k] / marginals_total : 1.0 / columns; }
 
+  float first() const {
+    float score;
+    if (dtype == Dtype::f32) return *static_cast<const float*>(scores);
+    lanes8::widen(dtype, scores, 1, &score);
+    return score;
+  }
+
   // Row i of the scores; of another dtype than float32, converted into `buffer`.
   const float* row(int64_t i, float* buffer) const {
     if (dtype == Dtype::f32) return static_cast<const float*>(scores) + i * columns;
@@ -129,17 +136,14 @@ struct Solver {
 
   template <class Method>
   bool iterate(const Method& method) const {
-    const float from = method.origin();
-    each_chunk([&](int64_t chunk) { method.exponentials(chunk, from); });
+    each_chunk([&](int64_t chunk) { method.exponentials(chunk); });
     if (!method.safe()) return false;
-    // With this origin column sums are at most W, and v is not small beyond need.
-    const float top = method.range().highest;
-    method.update(true, -1, std::exp((static_cast<double>(from) - top) / group.epsilon));
+    method.update(true, -1);
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
       each_chunk([&](int64_t chunk) { method.balance(chunk); });
       if (!method.update(false, problem.tol)) break;
     }
-    method.write_potentials(potentials, top);
+    method.write_potentials(potentials);
     each_chunk([&](int64_t chunk) { method.write(chunk); });
     return true;
   }

@@ -1,4 +1,4 @@
-// The fast path: E = exp((S - row maximum) / eps) once, then only the scaling vectors u (rows) and v (columns) change, one
+// The fast path: E = exp((S - origin) / eps) once, then only the scaling vectors u (rows) and v (columns) change, one
 // pass over E per iteration. Right while (max S - min S) / eps stays below RANGE; `safe` says so, having looked.
 // Included once per instruction set by sinkhorn_cpu_isa.h.
 
@@ -13,61 +13,51 @@ struct Linear {
   Extrema* extrema;  // (chunks,)
   float* scratch;    // (chunks, 3, padded columns)
   double* losses;    // (chunks,)
+  const Exponential exponential{group.first(), group.epsilon};
 
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
 
-  // The first row's maximum: close enough to all of them while nothing more is known.
-  float origin() const {
-    V low{};
-    return row_maximum(group.row(0, chunk_scratch(0, 0)), group.columns, low);
-  }
-
-  // E of a chunk's rows with their maxima as references, and its share of the first column sums: there the rows weigh
-  // u_i = exp((maximum_i - origin) / eps), so that every row has the same reference after all.
-  void exponentials(int64_t chunk, float from) const {
+  // E of a chunk's rows, and its share of the first column sums.
+  void exponentials(int64_t chunk) const {
     std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
-    V low = V{} + INFINITY;
-    float highest = -INFINITY;
+    V low = V{} + INFINITY, high = V{} - INFINITY;
     int64_t i = chunks.begin(chunk);
     if (group.dtype == Dtype::f32)
-      for (; i + 2 <= chunks.end(chunk); i += 2) exponentials_of<2>(i, chunk, from, low, highest);
-    for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, from, low, highest);
-    extrema[chunk] = {minimum(low), highest};
+      for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, low, high);
+    for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, low, high);
+    extrema[chunk] = {minimum(low), maximum(high)};
   }
 
   // R rows from i on; more than one only where their scores need no conversion.
   template <int R>
-  INLINE void exponentials_of(int64_t i, int64_t chunk, float from, V& low, float& highest) const {
-    const float scale = static_cast<float>(M_LOG2E / group.epsilon);
-    const float* s[R];
-    float top[R], u[R];
-    for (int r = 0; r < R; ++r) {
-      s[r] = group.row(i + r, chunk_scratch(chunk, 0));
-      top[r] = row_maximum(s[r], group.columns, low);
-      highest = std::max(highest, top[r]);
-      const float shift = std::min(std::max((top[r] - from) * scale, -126.f), 126.f);
-      u[r] = group.weight(i + r) * exp2_in_range<float, uint32_t>(shift);
-    }
+  INLINE void exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
+    const Exponential exp = exponential;
+    const float* s = group.row(i, chunk_scratch(chunk, 0));
+    float w[R];
+    for (int r = 0; r < R; ++r) w[r] = group.weight(i + r);
     const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
     float *rows = e + i * columns, *c = partial + chunk * chunks.padded;
+    V low = lowest, high = highest;
     for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       V total{};
       for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(s[r] + R * columns + k);  // the next rows, and where they go
+        __builtin_prefetch(s + (R + r) * columns + k);  // the next rows, and where they go
         __builtin_prefetch(rows + (R + r) * columns + k, 1);
-        const V x = exp2_in_range((part.get(s[r] + k) - top[r]) * scale);
+        const V score = part.get(s + r * columns + k), x = exp(score);
+        low = minimum(low, score);
+        high = maximum(high, score);
         part.put(rows + r * columns + k, x);
-        total += x * u[r];
+        total += x * w[r];
       }
       part.put(c + k, part.get(c + k) + part.once(total));
     });
+    lowest = low;
+    highest = high;
   }
-
-  Extrema range() const { return joined(extrema, chunks.count); }
 
   // Whether what `exponentials` saw stays within RANGE and holds no NaN and no infinity.
   bool safe() const {
-    return range().safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
+    return joined(extrema, chunks.count).safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
   }
 
   // Row sums of E diag(v), R rows from i on.
@@ -109,19 +99,19 @@ struct Linear {
     for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, c);
   }
 
-  // v from the chunks' column sums, times `factor`; false, leaving v, where all columns were within tol before.
-  bool update(bool first, double tol, double factor = 1) const {
+  // v from the chunks' column sums, false, leaving v, where all columns were within tol before.
+  bool update(bool first, double tol) const {
     for (int64_t from = 0; from < chunks.padded; from += 16) {
       double columns[16] = {};
       for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
         for (int64_t k = 0; k < 16; ++k) columns[k] += partial[chunk * chunks.padded + from + k];
-      for (int64_t k = 0; k < 16; ++k) scratch[from + k] = static_cast<float>(columns[k] * factor);
+      for (int64_t k = 0; k < 16; ++k) scratch[from + k] = static_cast<float>(columns[k]);
     }
     return update_scaling(group, scratch, first, tol, v);
   }
 
-  void write_potentials(float* potentials, float from) const {
-    write_logarithms(v, group.columns, from / group.epsilon, potentials);
+  void write_potentials(float* potentials) const {
+    write_logarithms(v, group.columns, exponential.origin(), potentials);
   }
 
   void write(int64_t chunk) const {

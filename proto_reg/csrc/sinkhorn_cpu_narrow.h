@@ -1,5 +1,4 @@
-// The fast path for rows shorter than a vector: eight rows side by side, a lane each. Otherwise as Linear, with one
-// reference for all scores. Included once per instruction set.
+// The fast path for rows shorter than a vector: eight rows side by side, a lane each. Otherwise as Linear. Included once per instruction set.
 
 struct Narrow {
   static constexpr int64_t MOST_COLUMNS = LANES - 1;
@@ -11,6 +10,7 @@ struct Narrow {
   float* partial;    // (chunks, padded columns): column sums
   Extrema* extrema;  // (chunks,)
   double* losses;    // (chunks,)
+  const Exponential exponential{group.first(), group.epsilon};
 
   // Eight rows of scores, columns apart, from row i on; beyond the last row, that row again.
   struct Block {
@@ -52,20 +52,15 @@ struct Narrow {
              static_cast<uint16_t*>(matrix) + block.first * group.columns);
   }
 
-  float origin() const {
-    float buffer[LANES];
-    return *std::max_element(group.row(0, buffer), group.row(0, buffer) + group.columns);
-  }
-
-  void exponentials(int64_t chunk, float from) const {
-    const float scale = static_cast<float>(M_LOG2E / group.epsilon);
+  void exponentials(int64_t chunk) const {
+    const Exponential exp = exponential;
     V c[MOST_COLUMNS] = {}, low = V{} + INFINITY, high = V{} - INFINITY;
     each_block(chunk, [&](Block& block, float* at) ALWAYS_INLINE {
       read(block);
       for (int64_t k = 0; k < group.columns; ++k) {
         low = minimum(low, block.x[k]);
         high = maximum(high, block.x[k]);
-        const V x = exp2_in_range((block.x[k] - from) * scale);
+        const V x = exp(block.x[k]);
         store(at + LANES * k, x);
         c[k] += x * block.weight;
       }
@@ -78,10 +73,8 @@ struct Narrow {
     for (int64_t k = 0; k < chunks.padded; ++k) partial[chunk * chunks.padded + k] = k < group.columns ? sum(c[k]) : 0;
   }
 
-  Extrema range() const { return joined(extrema, chunks.count); }
-
   bool safe() const {
-    return range().safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
+    return joined(extrema, chunks.count).safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
   }
 
   // 1 / (E v) of eight rows.
@@ -100,18 +93,18 @@ struct Narrow {
     finish_sums(chunk, c);
   }
 
-  bool update(bool first, double tol, double factor = 1) const {
+  bool update(bool first, double tol) const {
     float columns[LANES];
     for (int64_t k = 0; k < group.columns; ++k) {
       double column = 0;
       for (int64_t chunk = 0; chunk < chunks.count; ++chunk) column += partial[chunk * chunks.padded + k];
-      columns[k] = static_cast<float>(column * factor);
+      columns[k] = static_cast<float>(column);
     }
     return update_scaling(group, columns, first, tol, v);
   }
 
-  void write_potentials(float* potentials, float from) const {
-    write_logarithms(v, group.columns, from / group.epsilon, potentials);
+  void write_potentials(float* potentials) const {
+    write_logarithms(v, group.columns, exponential.origin(), potentials);
   }
 
   void write(int64_t chunk) const {

@@ -4,6 +4,14 @@
 // rounding makes of the exponents within 1e-6 of a code.
 constexpr double RANGE = 40.5;
 
+// With fused multiplications S / eps is split into integer and fraction at once; that holds for integers of 22 bits.
+#if defined(__aarch64__)
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = MACHINE_LANES >= 8;
+#endif
+constexpr double LARGEST = 1 << 21;
+
 // Lowest and highest of the scores seen. A NaN may be lost here: it shows in the first column sums.
 struct Extrema {
   float lowest = INFINITY, highest = -INFINITY;
@@ -16,7 +24,41 @@ struct Extrema {
   // NaN and infinities fail, too.
   bool safe(double epsilon) const {
     const double difference = static_cast<double>(highest) - lowest;
-    return difference / epsilon < RANGE && difference < std::numeric_limits<float>::max();
+    const double largest = std::max(std::abs(highest), std::abs(lowest));
+    return difference / epsilon < RANGE && difference < std::numeric_limits<float>::max() &&
+           (!FUSED || largest / epsilon < LARGEST);
+  }
+};
+
+// Scores to E = exp((S - origin) / eps), up to a factor that all of E has in common.
+struct Exponential {
+  double epsilon;
+  float scale, from;
+  int32_t whole = 0;         // from * scale, rounded
+  float step, step_low = 0;  // epsilon * ln 2, in two parts: a small integer times the first is exact
+
+  Exponential(float from_, double epsilon_)
+      : epsilon(epsilon_), scale(static_cast<float>(M_LOG2E / epsilon_)), from(from_) {
+    if (FUSED && std::abs(from / epsilon) < LARGEST) whole = static_cast<int32_t>(std::lrint(from * scale));
+    const float rounded = static_cast<float>(epsilon * M_LN2);
+    uint32_t bits;
+    std::memcpy(&bits, &rounded, sizeof bits);
+    bits &= 0xffffff00;
+    std::memcpy(&step, &bits, sizeof bits);
+    step_low = static_cast<float>(epsilon * M_LN2 - step);
+  }
+
+  // In units of S / eps.
+  double origin() const { return from / epsilon - (FUSED ? (static_cast<double>(from) * scale - whole) * M_LN2 : 0); }
+
+  INLINE V operator()(V s) const {
+    if constexpr (FUSED) {
+      // A product that is not rounded: only its fraction is, which is small.
+      const V shifted = s * scale + MAGIC;
+      return exp2_of_fraction(s * scale - (shifted - MAGIC)) * power_of_two<V, U>(shifted, whole);
+    }
+    const V difference = s - from, shifted = difference * scale + MAGIC, n = shifted - MAGIC;
+    return exp2_of_fraction((difference - n * step - n * step_low) * scale) * power_of_two<V, U>(shifted);
   }
 };
 

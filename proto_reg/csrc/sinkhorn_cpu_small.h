@@ -19,11 +19,13 @@ struct Small {
 
   const Group& group;
   const float* s;   // (rows, columns) scores
-  float* e;         // (rows, columns) exp((S - S_00) / eps), both rounded up to whole vectors
+  float* e;         // (rows, columns) exp((S - origin) / eps), both rounded up to whole vectors
   float* v;         // (columns rounded up,)
   float* c;         // (columns rounded up,) column sums
   float* codes;     // (rows, columns), or null; may lie over e
   float* gradient;  // (rows, columns), or null
+  const Exponential exponential{group.first(), group.epsilon};
+
   static int64_t rounded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
   // E and the first v; false where the scores' range is not safe or they hold a NaN or an infinity.
@@ -41,7 +43,7 @@ struct Small {
   }
 
   void write_potentials(float* potentials) const {
-    write_logarithms(v, group.columns, *s / group.epsilon, potentials);
+    write_logarithms(v, group.columns, exponential.origin(), potentials);
   }
 
   // Codes, gradient; returns the sum of the rows' losses.
@@ -97,14 +99,14 @@ struct Small {
   template <int VECTORS>
   Extrema exponentials_of() const {
     const Rows<VECTORS> rows(group);
-    const float scale = static_cast<float>(M_LOG2E / group.epsilon), origin = *s;
-    V total[VECTORS] = {}, low = V{} + origin, high = low;
+    const Exponential exp = exponential;
+    V total[VECTORS] = {}, low = V{} + group.first(), high = low;
     float* to = e;
     for (int64_t i = 0; i < group.rows; ++i, to += VECTORS * LANES) {
       const float w = group.weight(i);
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) {
-        const V score = rows.get(s, i, j), x = rows.within(j, exp2_in_range((score - origin) * scale));
+        const V score = rows.get(s, i, j), x = rows.within(j, exp(score));
         low = minimum(low, score);
         high = maximum(high, score);
         store(to + j * LANES, x);

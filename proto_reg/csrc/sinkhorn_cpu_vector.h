@@ -47,25 +47,36 @@ INLINE float maximum(V x) {
 
 INLINE float minimum(V x) { return -maximum(-x); }
 
-// 2^x for x in [-126, 126], to 1.6e-7 of itself; NaN stays NaN. F and N: float and uint32_t, or LANES of each.
-template <class F, class N>
-INLINE F exp2_in_range(F x) {
-  const F shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are x, rounded to an integer
-  const F f = x - (shifted - 12582912.0f);
-  F p = f * 0.001326472731307149f + 0.009671512991189957f;  // minimax on [-1/2, 1/2] among those with 2^0 = 1
+// F and N in these: float and uint32_t, or LANES of each.
+
+// 2^f for f in [-1/2, 1/2], to 1.6e-7 of itself: minimax among those with 2^0 = 1.
+template <class F>
+INLINE F exp2_of_fraction(F f) {
+  F p = f * 0.001326472731307149f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;
   p = p * f + 0.24022242426872253f;
   p = p * f + 0.6931470036506653f;
-  p = p * f + 1.0f;
-  N bits;
-  __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + 0x3f800000;
-  F power;
-  __builtin_memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return p * f + 1.0f;
 }
 
-INLINE V exp2_in_range(V x) { return exp2_in_range<V, U>(x); }
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: the last bits of a sum with it are the other term, rounded
+
+// 2^(n - less) of n + MAGIC.
+template <class F, class N>
+INLINE F power_of_two(F shifted, int32_t less = 0) {
+  N bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + ((127u - less) << 23);
+  __builtin_memcpy(&shifted, &bits, sizeof bits);
+  return shifted;
+}
+
+// 2^x for x in [-126, 126]; NaN stays NaN.
+template <class F = V, class N = U>
+INLINE F exp2_in_range(F x) {
+  const F shifted = x + MAGIC;
+  return exp2_of_fraction(x - (shifted - MAGIC)) * power_of_two<F, N>(shifted);
+}
 
 // Natural logarithm of normal numbers, to 1e-7.
 INLINE V logarithm(V x) {
