@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_number, check_positive_int
+from ._distributed import Group, Ranks
 from .functional.problem import NAN_POLICIES, as_marginals, check_marginals
 from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
 from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
@@ -24,6 +25,8 @@ class SinkhornAssigner(nn.Module):
         marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
         backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
+        group: the processes whose rows are balanced as one batch in training mode: ``"default"`` (the default process
+            group, if there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
@@ -40,6 +43,7 @@ class SinkhornAssigner(nn.Module):
         marginals: Tensor | Sequence[float] | None = None,
         nan_policy: str = "propagate",
         backend: str = "auto",
+        group: Group = "default",
     ) -> None:
         super().__init__()
         self.epsilon = check_number("epsilon", epsilon, above=0)
@@ -47,6 +51,7 @@ class SinkhornAssigner(nn.Module):
         self.tol = None if tol is None else check_number("tol", tol, above=0)
         self.nan_policy = check_choice("nan_policy", nan_policy, NAN_POLICIES)
         self.backend = check_choice("backend", backend, BACKENDS)
+        self.ranks = Ranks(group)
         if marginals is not None:
             marginals = as_marginals(marginals).to(torch.float32)
             check_marginals(marginals, None)
@@ -58,6 +63,7 @@ class SinkhornAssigner(nn.Module):
             "marginals": self.marginals,
             "nan_policy": self.nan_policy,
             "backend": self.backend,
+            "group": self.ranks.active(self.training),
         }
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from ._checks import check_number, compute_dtype
+from ._distributed import Group, Ranks, sum_
 
 
 class PrototypeFollower(nn.Module):
@@ -27,17 +28,19 @@ class PrototypeFollower(nn.Module):
     Args:
         prototypes: (K, D), for the shape and dtype of the state, which stays float32 or wider.
         rate: share of the way, in [0, 1); 0 leaves prototypes to the optimizer alone and keeps no state.
+        group: the processes whose latents are summed: ``"default"``, None or a ProcessGroup.
     """
 
     sums: Tensor
     counts: Tensor
     seen: Tensor
 
-    def __init__(self, prototypes: Tensor, rate: float) -> None:
+    def __init__(self, prototypes: Tensor, rate: float, *, group: Group = "default") -> None:
         super().__init__()
         self.rate = check_number("follow_rate", rate, at_least=0)
         if self.rate >= 1:
             raise ValueError(f"follow_rate: expected a share in [0, 1), got {rate}. The default is 0.02.")
+        self.ranks = Ranks(group)
         self._seen_version: int | None = None
         if self.rate:
             like = prototypes.detach().to(compute_dtype(prototypes.dtype))
@@ -74,7 +77,7 @@ class PrototypeFollower(nn.Module):
     def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor) -> None:
         """Remember the finite ones of latents ``tokens`` (N, D) by their prototypes ``assignments`` (N,).
 
-        ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the default group.
+        ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the group.
         """
         if not self.rate:
             return
@@ -82,8 +85,7 @@ class PrototypeFollower(nn.Module):
         tokens = torch.where(usable[:, None], tokens, 0.0).to(self.sums.dtype)
         rows = torch.cat([tokens, usable.to(tokens.dtype)[:, None]], 1)
         both = rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, assignments, rows)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(both)
+        both = sum_(both, self.ranks.active())
         self.sums += both[:, :-1]
         self.counts += both[:, -1]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
+from ._distributed import Group, broadcast_, gather_rows, resolve
 from .functional.prototypes import SCORES, prototype_scores, prototype_scores_pull_back
 
 
@@ -81,13 +82,18 @@ class PrototypeHead(nn.Module):
         return scores, pull_back_through
 
     @torch.no_grad()
-    def init_from(self, z: Tensor, generator: torch.Generator | None = None) -> None:
+    def init_from(self, z: Tensor, generator: torch.Generator | None = None, *, group: Group = "default") -> None:
         """Put the prototypes on K of the latents ``z`` (N, D), chosen by k-means++ (Arthur and Vassilvitskii, 2007).
+
+        In a process group the choice is among the latents of all ranks, made by the first and taken over by the others:
+        all must call; N may differ and be 0. ``group=None`` leaves the choice to this process.
 
         Raises:
             ValueError: fewer than K latents, another D, or latents that are not finite.
         """
-        check_matrix("z", z, self.latent_dim, axes="(N, D)")
+        ranks = resolve(group)
+        check_matrix("z", z, self.latent_dim, axes="(N, D)", empty=ranks is not None)
+        z, _ = gather_rows(z.to(self.prototypes.device), ranks)
         if len(z) < self.num_prototypes:
             raise ValueError(
                 f"z: expected at least {self.num_prototypes} latents, one for each prototype, got {len(z)}. "
@@ -95,8 +101,8 @@ class PrototypeHead(nn.Module):
             )
         if not bool(z.isfinite().all()):
             raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
-        z = z.to(self.prototypes.device)
-        self.prototypes.copy_(z[_kmeans_plus_plus(z, self.num_prototypes, generator)])
+        chosen = z[_kmeans_plus_plus(z, self.num_prototypes, generator)]
+        self.prototypes.copy_(broadcast_(chosen, ranks))
 
     def mixture(self, std: float = 1.0) -> PrototypeMixture:
         """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_floating, check_mask, check_number, check_positive_int, compute_dtype
+from .._distributed import max_, sum_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NAN_POLICIES = ("propagate", "isolate", "raise")
 
@@ -23,15 +28,16 @@ def operator_arguments(
     mask: Tensor | None,
     weights: Tensor | None,
     nan_policy: str,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor | None, Tensor | None, float, int, float | None, bool]:
     """Marginals, weights, epsilon, num_iters, tol and isolate, as ``proto_reg::sinkhorn`` takes them.
 
-    Every call comes through here: what is in order passes within a microsecond.
+    Every call comes through here: what is in order passes within a microsecond. In a ``group`` the rows may be none.
 
     Raises:
         TypeError, ValueError: an argument that is not in order, named.
     """
-    _check_scores(scores)
+    _check_scores(scores, group)
     if not (type(epsilon) is float and 0.0 < epsilon < math.inf):
         epsilon = check_number("epsilon", epsilon, above=0)
     if not (type(num_iters) is int and num_iters > 0):
@@ -41,13 +47,13 @@ def operator_arguments(
     if nan_policy != "propagate":
         check_choice("nan_policy", nan_policy, NAN_POLICIES)
         if nan_policy == "raise":
-            check_no_nan("scores", scores)
+            check_no_nan("scores", scores, group)
     target = _target(scores, marginals, prototype_mask)
-    weights = _row_weights(scores, mask, weights)
+    weights = _row_weights(scores, mask, weights, group)
     return target, weights, epsilon, num_iters, tol, nan_policy == "isolate"
 
 
-def _check_scores(scores: Tensor) -> None:
+def _check_scores(scores: Tensor, group: ProcessGroup | None) -> None:
     if not (isinstance(scores, Tensor) and scores.is_floating_point()):
         check_floating("scores", scores)
     shape = scores.shape
@@ -56,7 +62,7 @@ def _check_scores(scores: Tensor) -> None:
             f"scores: expected shape (B, K) or (G, B, K), got {tuple(shape)}. Flatten every position to a row of its "
             "own, for example with einops.rearrange."
         )
-    if 0 in shape:
+    if 0 in shape and (group is None or 0 in (*shape[:-2], shape[-1])):
         raise ValueError(f"scores: expected a non-empty tensor, got {tuple(shape)}. Skip empty batches.")
 
 
@@ -86,7 +92,9 @@ def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototyp
     return target / total
 
 
-def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+def _row_weights(
+    scores: Tensor, mask: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
+) -> Tensor | None:
     """Weights (B,) or (G, B), 0 where the mask is False, in the dtype of the computation."""
     if mask is None and weights is None:
         return None
@@ -99,7 +107,7 @@ def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) ->
     check_floating("weights", weights)
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights: expected shape {shape}, one for each row, got {tuple(weights.shape)}. Pass (B,).")
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if weights.numel() and weights.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (float(bound) for bound in weights.detach().aminmax())
         if not (low >= 0 and math.isfinite(high)):
             raise ValueError(
@@ -108,7 +116,8 @@ def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) ->
             )
     # Only ratios matter; weights far from 1 would take sums out of float32's range.
     weights = weights.detach().to(scores.device, torch.float64)
-    top = weights.amax(-1, keepdim=True)
+    none = weights.shape[-1] == 0
+    top = max_(weights.new_zeros((*weights.shape[:-1], 1)) if none else weights.amax(-1, keepdim=True), group)
     weights = (weights / torch.where(top > 0, top, 1.0)).to(compute_dtype(scores.dtype))
     return weights if counted is None else weights * counted
 
@@ -151,12 +160,17 @@ def check_marginals(
         )
 
 
-def check_no_nan(name: str, value: Tensor) -> None:
-    """ValueError if a row of ``value`` holds a NaN or +inf, or only -inf. Reads one number from the device."""
+def check_no_nan(name: str, value: Tensor, group: ProcessGroup | None = None) -> None:
+    """ValueError, on all ranks of the group, if a row of ``value`` holds a NaN or +inf, or only -inf on any of them.
+
+    Reads one number from the device.
+    """
     bad = ((value.isnan() | (value == torch.inf)).any(-1) | (value == -torch.inf).all(-1)).flatten()
-    if bool(bad.any()):
+    count = int(sum_(bad.sum(), group))
+    if count:
+        where = f"first: row {int(bad.int().argmax())}" if bool(bad.any()) else "all in other processes"
         raise ValueError(
-            f"{name}: expected no NaN, no +inf and no row of only -inf, got {int(bad.sum())} rows that hold one "
-            f"(first: row {int(bad.int().argmax())}). Look for the overflow upstream, or use nan_policy='isolate' to "
+            f"{name}: expected no NaN, no +inf and no row of only -inf, got {count} rows that hold one "
+            f"({where}). Look for the overflow upstream, or use nan_policy='isolate' to "
             "go on without those rows."
         )
