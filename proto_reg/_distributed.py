@@ -118,13 +118,30 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, 
     return torch.cat(parts), start
 
 
-class SharedLoss(torch.autograd.Function):
-    """The value of all ranks together, whose gradients by some tensors are known here already; first order only.
+def local_part(whole: Tensor, sharded: Any) -> Tensor:
+    """This rank's part of ``whole``, cut as the DTensor ``sharded`` is; no communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = sharded.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, sharded.placements).to_local()
+
+
+def is_sharded(x: object) -> bool:
+    """Whether ``x`` is a DTensor, as FSDP2's parameters are between the passes; does not import the module for that."""
+    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+
+
+def with_gradients(value: Tensor, tensors: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """``value`` of all ranks, differentiable in ``tensors``, by which this rank knows its gradients; first order only.
 
     Each rank's gradient is that of its own rows, times the number of ranks: averaged over the ranks, as
     DistributedDataParallel does, they are the gradient of the value.
     """
+    return _WithGradients.apply(value, *tensors, *gradients) if torch.is_grad_enabled() else value
 
+
+class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])

@@ -78,7 +78,8 @@ class SinkhornAssigner(nn.Module):
         """
         if self._assigns_otherwise():
             codes = self._own_codes(scores.detach(), mask)
-            return prototype_cross_entropy(scores, codes, temperature, mask=mask), codes
+            group = self.ranks.active(self.training)
+            return prototype_cross_entropy(scores, codes, temperature, mask=mask, group=group), codes
         loss, codes = sinkhorn_cross_entropy(
             scores, self.epsilon, self.num_iters, temperature, mask=mask, return_codes=True, **self._options()
         )
@@ -90,7 +91,8 @@ class SinkhornAssigner(nn.Module):
         """As :meth:`cross_entropy`, and between the two the gradient by ``scores`` in closed form; no graph."""
         if self._assigns_otherwise():
             codes = self._own_codes(scores, mask)
-            loss, gradient = prototype_cross_entropy_and_gradient(scores, codes, temperature, mask=mask)
+            group = self.ranks.active(self.training)
+            loss, gradient = prototype_cross_entropy_and_gradient(scores, codes, temperature, mask=mask, group=group)
             return loss, gradient, codes
         return sinkhorn_cross_entropy_and_gradient(
             scores, self.epsilon, self.num_iters, temperature, mask=mask, **self._options()

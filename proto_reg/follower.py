@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from typing_extensions import Self
 
 from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from ._checks import check_number, compute_dtype
-from ._distributed import Group, Ranks, sum_
+from ._distributed import Group, Ranks, local_part, sum_
 
 
 class PrototypeFollower(nn.Module):
@@ -61,9 +62,15 @@ class PrototypeFollower(nn.Module):
         return self.__dict__ | {"_seen_version": None}
 
     @torch.no_grad()
-    def move(self, prototypes: Tensor) -> None:
-        """Move ``prototypes`` (K, D) in place if they are no longer where they were last seen."""
+    def move(self, prototypes: Tensor, shards: Any = None) -> None:
+        """Move ``prototypes`` (K, D) in place if they are no longer where they were last seen.
+
+        ``shards``: the DTensor that they were gathered from, under FSDP2; it is moved too.
+        """
         if not self.rate or not prototypes.requires_grad:
+            return
+        if shards is not None:
+            self._move_shards(prototypes, shards)
             return
         eager = not torch.compiler.is_compiling()
         # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
@@ -72,6 +79,15 @@ class PrototypeFollower(nn.Module):
         torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
         if eager:
             self._seen_version = prototypes._version
+
+    def _move_shards(self, prototypes: Tensor, shards: Any) -> None:
+        """Every rank computes the same move of all prototypes, and makes it in its own part."""
+        moved = prototypes.to(self.seen.dtype, copy=True)
+        before = moved.clone()
+        torch.ops.proto_reg.follow(moved, self.sums, self.counts, self.seen, self.rate)
+        prototypes.copy_(moved)
+        self.seen.copy_(prototypes)  # in the dtype that they are gathered in
+        shards.to_local().add_(local_part(moved - before, shards))
 
     @torch.no_grad()
     def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
-from ._distributed import Group, broadcast_, gather_rows, resolve
+from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve
 from .functional.prototypes import SCORES, prototype_scores, prototype_scores_pull_back
 
 
@@ -32,6 +32,8 @@ class PrototypeHead(nn.Module):
         TypeError, ValueError: an argument out of its range, named.
     """
 
+    shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
+
     def __init__(self, latent_dim: int, num_prototypes: int, *, scores: str = "cosine", init_std: float = 0.5) -> None:
         super().__init__()
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
@@ -40,6 +42,14 @@ class PrototypeHead(nn.Module):
         self.init_std = check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts the gathered prototypes in the place of their shards while a pass lasts. Whoever moves them then
+        # has to move the shards too: these are what the optimizer holds.
+        if name == "prototypes":
+            before = self.__dict__.get("_parameters", {}).get(name)
+            self.__dict__["shards"] = before if is_sharded(before) and not is_sharded(value) else None
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Draw the prototypes anew from N(0, init_std^2 I)."""
@@ -102,7 +112,11 @@ class PrototypeHead(nn.Module):
         if not bool(z.isfinite().all()):
             raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
         chosen = z[_kmeans_plus_plus(z, self.num_prototypes, generator)]
-        self.prototypes.copy_(broadcast_(chosen, ranks))
+        chosen = broadcast_(chosen, ranks)
+        if is_sharded(self.prototypes):
+            cast(Any, self.prototypes).to_local().copy_(local_part(chosen, self.prototypes))
+        else:
+            self.prototypes.copy_(chosen)
 
     def mixture(self, std: float = 1.0) -> PrototypeMixture:
         """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``."""

@@ -170,7 +170,7 @@ class PrototypicalRegularizer(nn.Module):
         tokens, keep, share = self._tokens(z, mask)
         learning = self.training and torch.is_grad_enabled()
         if learning:
-            self.follower.move(self.head.prototypes)
+            self.follower.move(self.head.prototypes, self.head.shards)
         with torch.autocast(z.device.type, enabled=False):
             if learning and self.mode == "balanced":
                 z, output = self._balanced(z, tokens.detach(), keep, share)
@@ -276,7 +276,7 @@ class PrototypicalRegularizer(nn.Module):
     def _mmd_arguments(
         self, z: Tensor, codes: Tensor, assignments: Tensor, keep: Tensor | None, index: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the MMD is taken of: tokens (those of ``index``), anchors held fixed, members, and which tokens count."""
+        """What the MMD is taken of: tokens (those of ``index``), anchors held fixed, members, which tokens count."""
         members = codes if self.soft else assignments
         if index is not None:
             z, members = z[index], members[index]

@@ -12,13 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, PrototypicalTraining, SinkhornAssigner
-from proto_reg.functional import anchored_mmd, latent_metrics, sinkhorn, sinkhorn_cross_entropy
+from proto_reg.functional import anchored_mmd, latent_metrics, prototype_cross_entropy, sinkhorn, sinkhorn_cross_entropy
+from proto_reg.functional.prototypes import prototype_cross_entropy_and_gradient
 
-DIM, K = 8, 4
+DIM, K = 8, 5
 SPLITS = [(16, 16), (32, 7), (0, 20)]  # rows of the two ranks
 
 
@@ -101,6 +103,15 @@ def cross_entropy_of_the_global_batch() -> None:
             torch.testing.assert_close(value, loss.detach(), atol=1e-6, rtol=1e-6, check_stride=False)
             torch.testing.assert_close(averaged(gradient, split), expected, atol=1e-7, rtol=1e-5)
             torch.testing.assert_close(codes, own(sinkhorn(scores, **options), split), atol=2e-6, rtol=0)
+        for together in (prototype_cross_entropy, prototype_cross_entropy_and_gradient):
+            scores, codes = spread(0, n, 6).requires_grad_(), spread(1, n, 6).softmax(1)
+            loss = prototype_cross_entropy(scores, codes, mask=mask)
+            (expected,) = torch.autograd.grad(loss, scores)
+            mine = own(scores.detach(), split).clone().requires_grad_()
+            value = together(mine, own(codes, split), mask=own(mask, split), group="default")
+            value, gradient = value if isinstance(value, tuple) else (value, *torch.autograd.grad(value, mine))
+            torch.testing.assert_close(value, loss, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(averaged(gradient, split), expected, atol=1e-7, rtol=1e-5)
 
 
 def mmd_of_the_global_batch() -> None:
@@ -147,7 +158,7 @@ def metrics_and_initialisation() -> None:
     expected = latent_metrics(z, whole, labels)
     for name, value in latent_metrics(own(z, split), parts, own(labels, split), group="default").items():
         torch.testing.assert_close(value, expected[name], equal_nan=True, msg=name)
-    with pytest.raises(ValueError, match="at least 4 latents"):
+    with pytest.raises(ValueError, match="at least 5 latents"):
         parts.init_from(z[:1])
 
 
@@ -212,13 +223,13 @@ def one_against_two(weighted: bool = False, masked: bool = False, **options) -> 
     options |= {"mode": "weighted"} if weighted else {}
     batches = list(spread(5, 5, 64, 12).abs())
     masks = [spread(i, 64) > -1 if masked else None for i in range(5)]
-    components = options.pop("components", lambda group: {})
+    components, ddp = options.pop("components", lambda group: {}), options.pop("ddp", {})
     whole = built(group=None, **components(None), **options)
     expected = train(whole, batches, masks, weighted)
     model = built(**components("default"), **options)
     parts = [own(x, (32, 32)) for x in batches]
     part_masks = [mask if mask is None else own(mask, (32, 32)) for mask in masks]
-    losses = train(DistributedDataParallel(model), parts, part_masks, weighted)
+    losses = train(DistributedDataParallel(model, **ddp), parts, part_masks, weighted)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     start = built(group=None, **components(None), **options)
     for (name, value), first in zip(whole.named_parameters(), start.parameters(), strict=True):
@@ -239,11 +250,14 @@ def stay_equal(model: nn.Module) -> None:
 def layer() -> None:
     one_against_two()
     one_against_two(masked=True, max_tokens=24)
+    # A bucket for each parameter: DDP's all-reduces before and after the layer's own in the backward pass.
+    one_against_two(ddp={"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True})
     one_against_two(weighted=True, max_tokens=24)
     one_against_two(soft=True, follow_rate=0.0)
     one_against_two(components=lambda group: {"mmd": AnchoredMMDLoss(features=30, group=group)}, max_tokens=24)
     an_uneven_end()
     an_empty_rank()
+    algorithm_1()
     compiled()
 
 
@@ -259,9 +273,8 @@ def an_uneven_end() -> None:
 def an_empty_rank() -> None:
     """Rows of the other rank alone: its gradients are those of one process, over the number of ranks."""
     for options in ({}, {"layout": "b d h w", "max_tokens": 20}):
-        layer = PrototypicalRegularizer(DIM, K, **options)
+        layer, alone = (PrototypicalRegularizer(DIM, K, group=group, **options) for group in ("default", None))
         z = spread(1, *((8, DIM, 2, 3) if options else (48, DIM))).requires_grad_()
-        alone = copy.deepcopy(layer)
         dist.broadcast(layer.head.prototypes.data, 0)
         alone.head.load_state_dict(layer.head.state_dict())
         mine = (z if dist.get_rank() else z[:0]).detach().clone().requires_grad_()
@@ -269,8 +282,6 @@ def an_empty_rank() -> None:
         (out * torch.arange(len(out)).reshape(-1, *[1] * (out.ndim - 1))).sum().backward()
         assert info.scores.shape[0] == len(mine) and mine.grad.shape == mine.shape
         if dist.get_rank():
-            alone.ranks = PrototypicalRegularizer(DIM, K, group=None).ranks
-            alone.assigner, alone.mmd = SinkhornAssigner(group=None), AnchoredMMDLoss(group=None)
             out, expected = alone(z)
             (out * torch.arange(len(out)).reshape(-1, *[1] * (out.ndim - 1))).sum().backward()
             torch.testing.assert_close(info.loss, expected.loss, atol=1e-5, rtol=1e-5)
@@ -281,14 +292,44 @@ def an_empty_rank() -> None:
 
 
 def compiled() -> None:
-    """The collectives of Sinkhorn, the features and the norms are traced; the exact MMD breaks the graph."""
+    """Collectives are traced in both passes; only where rows are counted the graph breaks."""
+    z, anchors, assignments = spread(dist.get_rank(), 16, DIM), spread(9, K, DIM), torch.arange(16) % K
+    for function in (
+        lambda z: SinkhornAssigner().cross_entropy_and_gradient(z, 0.1),
+        lambda z: AnchoredMMDLoss(features=12).value_and_gradient(z, anchors, assignments),
+    ):
+        traced = torch.compile(function, fullgraph=True, backend="aot_eager")(z)
+        for value, expected in zip(traced, function(z), strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+    loss = AnchoredMMDLoss(features=12)
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        function(mine := z.clone().requires_grad_(), anchors, assignments).backward()
+        torch.testing.assert_close(mine.grad, loss.value_and_gradient(z, anchors, assignments)[1])
     x = [spread(dist.get_rank(), 16, 12)]
-    for options in ({}, {"mmd": AnchoredMMDLoss(features=12)}):
-        eager, model = built(**options), built(**options)
-        train(eager, x * 3, [None] * 3, False)
-        train(torch.compile(model, backend="aot_eager"), x * 3, [None] * 3, False)
-        for name, value in eager.state_dict().items():
-            torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    eager, model = built(warmup_steps=0), built(warmup_steps=0)
+    train(eager, x * 2, [None] * 2, False)
+    train(torch.compile(model, backend="aot_eager"), x * 2, [None] * 2, False)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def sharded() -> None:
+    """The layer in a model under FSDP2, on a shard of its own or its parent's: as under DDP, and equal on all ranks."""
+    mesh = init_device_mesh("cpu", (2,))
+    x = [own(spread(5, 64, 12).abs(), (32, 32))] * 4
+    for options, apart in (({}, False), ({"mode": "weighted"}, True), ({"follow_rate": 0.0}, False)):
+        weighted = "mode" in options
+        model, plain = built(**options), built(**options)
+        if apart:
+            fully_shard(model.regularizer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.regularizer.head.init_from(spread(dist.get_rank(), 20, DIM), torch.Generator().manual_seed(1))
+        plain.regularizer.head.init_from(spread(dist.get_rank(), 20, DIM), torch.Generator().manual_seed(1))
+        train(model, x, [None] * 4, weighted)
+        train(DistributedDataParallel(plain), x, [None] * 4, weighted)
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(value.full_tensor(), plain.get_parameter(name), atol=1e-6, rtol=1e-5, msg=name)
+        stay_equal(model)
 
 
 def data(rank: int) -> Tensor:
@@ -316,6 +357,6 @@ def worker(rank: int, store: str, check: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("check", [functions, layer, algorithm_1], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [functions, layer, sharded], ids=lambda check: check.__name__)
 def test_two_processes(check: Callable[[], None], tmp_path: Path) -> None:
     mp.spawn(worker, (str(tmp_path / "store"), check), nprocs=2)

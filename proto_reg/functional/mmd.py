@@ -17,7 +17,7 @@ from .._checks import (
     check_positive_int,
     compute_dtype,
 )
-from .._distributed import Group, SharedLoss, resolve, size
+from .._distributed import Group, resolve, size, with_gradients
 from ..kernels.closed_forms import KERNELS
 from .features import feature_mmd
 from .gathered import gathered_mmd, gathered_weighted_mmd
@@ -139,7 +139,7 @@ def _evaluate(
             return loss, gradient
         loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *options, ranks)
         gradient = gradient * size(ranks)
-        return SharedLoss.apply(loss, z, anchors, gradient, by_anchors), gradient
+        return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
 
     inside = (assignments >= 0) & (assignments < len(anchors))
     inside = inside if mask is None else inside & mask
@@ -165,7 +165,7 @@ def _evaluate(
     weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
     loss, gradient = (values * weights).sum(), gradient * (size(ranks) * weights[index, None])
     if features is not None or ranks is not None:
-        loss = SharedLoss.apply(loss, residuals, gradient)
+        loss = with_gradients(loss, [residuals], [gradient])
     return loss, gradient
 
 

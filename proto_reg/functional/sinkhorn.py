@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from .._checks import check_number
-from .._distributed import Group, SharedLoss, resolve, size
+from .._distributed import Group, resolve, size, with_gradients
 from .problem import operator_arguments
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def sinkhorn_cross_entropy(
             prototype_mask=prototype_mask, mask=mask, weights=weights, nan_policy=nan_policy, backend=backend,
             group=ranks,
         )  # fmt: skip
-        loss = SharedLoss.apply(loss, scores, gradient)
+        loss = with_gradients(loss, [scores], [gradient])
         return (loss, codes) if return_codes else loss
     arguments = operator_arguments(
         scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
