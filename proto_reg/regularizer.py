@@ -183,8 +183,10 @@ class PrototypicalRegularizer(nn.Module):
                 self.follower.observe(tokens.detach(), output.assignments, counted)
             self.steps += 1
             active_steps = self.steps - self.warmup_steps
+            # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
+            prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
             self.watch.at_step(
-                tokens, share.total, self.head.prototypes, output.assignments, output.prototype_loss, active_steps
+                tokens, share.total, prototypes, output.assignments, output.prototype_loss, active_steps
             )
         return z, self._to_layout(output, z)
 
