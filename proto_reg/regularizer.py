@@ -185,9 +185,7 @@ class PrototypicalRegularizer(nn.Module):
             active_steps = self.steps - self.warmup_steps
             # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
             prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
-            self.watch.at_step(
-                tokens, share.total, prototypes, output.assignments, output.prototype_loss, active_steps
-            )
+            self.watch.at_step(tokens, share.total, prototypes, output.assignments, output.prototype_loss, active_steps)
         return z, self._to_layout(output, z)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: _Share) -> RegularizerOutput:

@@ -262,12 +262,13 @@ def layer() -> None:
 
 
 def an_uneven_end() -> None:
-    """A last batch of 32 + 7 hangs nobody."""
-    model = built(max_tokens=24)
-    x = spread(dist.get_rank(), 3, 32, 12)
-    batches = [x[0], x[1], x[2][: (32, 7)[dist.get_rank()]]]
-    train(DistributedDataParallel(model), batches, [None] * 3, False)
-    stay_equal(model)
+    """A last batch of 32 + 7, or of 32 + 0, hangs nobody."""
+    for last in ((32, 7), (32, 0)):
+        model = built(max_tokens=24)
+        x = spread(dist.get_rank(), 3, 32, 12)
+        batches = [x[0], x[1], x[2][: last[dist.get_rank()]]]
+        train(DistributedDataParallel(model), batches, [None] * 3, False)
+        stay_equal(model)
 
 
 def an_empty_rank() -> None:
