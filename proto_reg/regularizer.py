@@ -244,9 +244,10 @@ class PrototypicalRegularizer(nn.Module):
         Bandwidth s^2 = 2 D (the paper leaves it open), losses of weight 1 to be added or stepped on (Algorithm 1);
         every option of the constructor overrides.
         """
+        group = options.get("group", "default")
         choices: dict[str, Any] = {
             "head": PrototypeHead(latent_dim, num_prototypes, scores="dot"),
-            "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum"),
+            "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum", group=group),
             "mode": "weighted",
             "prototype_weight": 1.0,
             "mmd_weight": 1.0,

@@ -172,6 +172,9 @@ def a_chosen_group() -> None:
         assert torch.equal(copied(scores), together)
         assert torch.equal(copied.eval()(scores), alone)
     assert torch.equal(SinkhornAssigner(group=None)(scores), alone)
+    for build in (PrototypicalRegularizer, PrototypicalRegularizer.paper):
+        ranks = [module.ranks.group for module in build(DIM, K, group=None).modules() if hasattr(module, "ranks")]
+        assert ranks == [None] * 4  # the layer, assigner, mmd and follower
     only_me = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     assert torch.equal(sinkhorn(scores, group=only_me), alone)
     for wrong, error in ((7, TypeError), ("world", ValueError)):
