@@ -55,15 +55,18 @@ def check_floating(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def check_matrix(name: str, value: Tensor, columns: int | None = None, *, axes: str) -> Tensor:
-    """Return ``value`` if it is a non-empty floating-point matrix of ``columns`` columns; ``axes`` names its axes."""
+def check_matrix(name: str, value: Tensor, columns: int | None = None, *, axes: str, empty: bool = False) -> Tensor:
+    """Return ``value`` if it is a floating-point matrix of ``columns`` columns with rows, or without if ``empty``.
+
+    ``axes`` names its axes.
+    """
     check_floating(name, value)
     if value.ndim != 2:
         raise ValueError(
             f"{name}: expected shape {axes}, got {tuple(value.shape)}. "
             "Flatten every position to a row of its own, for example with einops.rearrange."
         )
-    if value.shape[0] == 0 or value.shape[1] == 0:
+    if (value.shape[0] == 0 and not empty) or value.shape[1] == 0:
         raise ValueError(f"{name}: expected a non-empty {axes}, got {tuple(value.shape)}. Skip empty batches.")
     if columns is not None and value.shape[1] != columns:
         raise ValueError(

@@ -63,21 +63,30 @@ class LayerWatch:
             )
 
     def at_step(
-        self, tokens: Tensor, prototypes: Tensor, assignments: Tensor, prototype_loss: Tensor, active_steps: Tensor
+        self,
+        tokens: Tensor,
+        total: int,
+        prototypes: Tensor,
+        assignments: Tensor,
+        prototype_loss: Tensor,
+        active_steps: Tensor,
     ) -> None:
-        """Look at a training step of latents (N, D): shapes always, values after 50, 100, 200, ... steps."""
+        """Look at a training step of latents (N, D), ``total`` in all processes.
+
+        Shapes always, values after 50, 100, 200, ... steps.
+        """
         if torch.compiler.is_compiling():
             return
-        if len(tokens) < len(prototypes):
+        if total < len(prototypes):
             self.say(
                 "batch",
-                f"{len(tokens)} latents for {len(prototypes)} prototypes in a training step: most prototypes get one "
+                f"{total} latents for {len(prototypes)} prototypes in a training step: most prototypes get one "
                 "or none, and the MMD needs two. Use larger batches or fewer prototypes; a last, smaller batch does no "
                 "harm.",
             )
         self._read()
         self.looks += 1
-        if self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1:
+        if len(tokens) and self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1:
             self._measure(tokens.detach(), prototypes, assignments, prototype_loss.detach(), active_steps)
 
     def _measure(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_number, check_positive_int
+from ._distributed import Group, Ranks
 from .functional.problem import NAN_POLICIES, as_marginals, check_marginals
 from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
 from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
@@ -24,6 +25,8 @@ class SinkhornAssigner(nn.Module):
         marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
         backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
+        group: the processes whose rows are balanced as one batch in training mode: ``"default"`` (the default process
+            group, if there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
@@ -40,6 +43,7 @@ class SinkhornAssigner(nn.Module):
         marginals: Tensor | Sequence[float] | None = None,
         nan_policy: str = "propagate",
         backend: str = "auto",
+        group: Group = "default",
     ) -> None:
         super().__init__()
         self.epsilon = check_number("epsilon", epsilon, above=0)
@@ -47,6 +51,7 @@ class SinkhornAssigner(nn.Module):
         self.tol = None if tol is None else check_number("tol", tol, above=0)
         self.nan_policy = check_choice("nan_policy", nan_policy, NAN_POLICIES)
         self.backend = check_choice("backend", backend, BACKENDS)
+        self.ranks = Ranks(group)
         if marginals is not None:
             marginals = as_marginals(marginals).to(torch.float32)
             check_marginals(marginals, None)
@@ -58,6 +63,7 @@ class SinkhornAssigner(nn.Module):
             "marginals": self.marginals,
             "nan_policy": self.nan_policy,
             "backend": self.backend,
+            "group": self.ranks.active(self.training),
         }
 
     @torch.no_grad()
@@ -72,7 +78,8 @@ class SinkhornAssigner(nn.Module):
         """
         if self._assigns_otherwise():
             codes = self._own_codes(scores.detach(), mask)
-            return prototype_cross_entropy(scores, codes, temperature, mask=mask), codes
+            group = self.ranks.active(self.training)
+            return prototype_cross_entropy(scores, codes, temperature, mask=mask, group=group), codes
         loss, codes = sinkhorn_cross_entropy(
             scores, self.epsilon, self.num_iters, temperature, mask=mask, return_codes=True, **self._options()
         )
@@ -84,7 +91,8 @@ class SinkhornAssigner(nn.Module):
         """As :meth:`cross_entropy`, and between the two the gradient by ``scores`` in closed form; no graph."""
         if self._assigns_otherwise():
             codes = self._own_codes(scores, mask)
-            loss, gradient = prototype_cross_entropy_and_gradient(scores, codes, temperature, mask=mask)
+            group = self.ranks.active(self.training)
+            loss, gradient = prototype_cross_entropy_and_gradient(scores, codes, temperature, mask=mask, group=group)
             return loss, gradient, codes
         return sinkhorn_cross_entropy_and_gradient(
             scores, self.epsilon, self.num_iters, temperature, mask=mask, **self._options()

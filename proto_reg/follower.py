@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from typing_extensions import Self
 
 from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from ._checks import check_number, compute_dtype
+from ._distributed import Group, Ranks, local_part, sum_
 
 
 class PrototypeFollower(nn.Module):
@@ -27,17 +29,19 @@ class PrototypeFollower(nn.Module):
     Args:
         prototypes: (K, D), for the shape and dtype of the state, which stays float32 or wider.
         rate: share of the way, in [0, 1); 0 leaves prototypes to the optimizer alone and keeps no state.
+        group: the processes whose latents are summed: ``"default"``, None or a ProcessGroup.
     """
 
     sums: Tensor
     counts: Tensor
     seen: Tensor
 
-    def __init__(self, prototypes: Tensor, rate: float) -> None:
+    def __init__(self, prototypes: Tensor, rate: float, *, group: Group = "default") -> None:
         super().__init__()
         self.rate = check_number("follow_rate", rate, at_least=0)
         if self.rate >= 1:
             raise ValueError(f"follow_rate: expected a share in [0, 1), got {rate}. The default is 0.02.")
+        self.ranks = Ranks(group)
         self._seen_version: int | None = None
         if self.rate:
             like = prototypes.detach().to(compute_dtype(prototypes.dtype))
@@ -58,9 +62,15 @@ class PrototypeFollower(nn.Module):
         return self.__dict__ | {"_seen_version": None}
 
     @torch.no_grad()
-    def move(self, prototypes: Tensor) -> None:
-        """Move ``prototypes`` (K, D) in place if they are no longer where they were last seen."""
+    def move(self, prototypes: Tensor, shards: Any = None) -> None:
+        """Move ``prototypes`` (K, D) in place if they are no longer where they were last seen.
+
+        ``shards``: the DTensor that they were gathered from, under FSDP2; it is moved too.
+        """
         if not self.rate or not prototypes.requires_grad:
+            return
+        if shards is not None:
+            self._move_shards(prototypes, shards)
             return
         eager = not torch.compiler.is_compiling()
         # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
@@ -70,11 +80,20 @@ class PrototypeFollower(nn.Module):
         if eager:
             self._seen_version = prototypes._version
 
+    def _move_shards(self, prototypes: Tensor, shards: Any) -> None:
+        """Every rank computes the same move of all prototypes, and makes it in its own part."""
+        moved = prototypes.to(self.seen.dtype, copy=True)
+        before = moved.clone()
+        torch.ops.proto_reg.follow(moved, self.sums, self.counts, self.seen, self.rate)
+        prototypes.copy_(moved)
+        self.seen.copy_(prototypes)  # in the dtype that they are gathered in
+        shards.to_local().add_(local_part(moved - before, shards))
+
     @torch.no_grad()
     def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor) -> None:
         """Remember the finite ones of latents ``tokens`` (N, D) by their prototypes ``assignments`` (N,).
 
-        ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the default group.
+        ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the group.
         """
         if not self.rate:
             return
@@ -82,8 +101,7 @@ class PrototypeFollower(nn.Module):
         tokens = torch.where(usable[:, None], tokens, 0.0).to(self.sums.dtype)
         rows = torch.cat([tokens, usable.to(tokens.dtype)[:, None]], 1)
         both = rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, assignments, rows)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(both)
+        both = sum_(both, self.ranks.active())
         self.sums += both[:, :-1]
         self.counts += both[:, -1]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
+from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve
 from .functional.prototypes import SCORES, prototype_scores, prototype_scores_pull_back
 
 
@@ -31,6 +32,8 @@ class PrototypeHead(nn.Module):
         TypeError, ValueError: an argument out of its range, named.
     """
 
+    shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
+
     def __init__(self, latent_dim: int, num_prototypes: int, *, scores: str = "cosine", init_std: float = 0.5) -> None:
         super().__init__()
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
@@ -39,6 +42,14 @@ class PrototypeHead(nn.Module):
         self.init_std = check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts the gathered prototypes in the place of their shards while a pass lasts. Whoever moves them then
+        # has to move the shards too: these are what the optimizer holds.
+        if name == "prototypes":
+            before = self.__dict__.get("_parameters", {}).get(name)
+            self.__dict__["shards"] = before if is_sharded(before) and not is_sharded(value) else None
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Draw the prototypes anew from N(0, init_std^2 I)."""
@@ -81,13 +92,18 @@ class PrototypeHead(nn.Module):
         return scores, pull_back_through
 
     @torch.no_grad()
-    def init_from(self, z: Tensor, generator: torch.Generator | None = None) -> None:
+    def init_from(self, z: Tensor, generator: torch.Generator | None = None, *, group: Group = "default") -> None:
         """Put the prototypes on K of the latents ``z`` (N, D), chosen by k-means++ (Arthur and Vassilvitskii, 2007).
+
+        In a process group the choice is among the latents of all ranks, made by the first and taken over by the others:
+        all must call; N may differ and be 0. ``group=None`` leaves the choice to this process.
 
         Raises:
             ValueError: fewer than K latents, another D, or latents that are not finite.
         """
-        check_matrix("z", z, self.latent_dim, axes="(N, D)")
+        ranks = resolve(group)
+        check_matrix("z", z, self.latent_dim, axes="(N, D)", empty=ranks is not None)
+        z, _ = gather_rows(z.to(self.prototypes.device), ranks)
         if len(z) < self.num_prototypes:
             raise ValueError(
                 f"z: expected at least {self.num_prototypes} latents, one for each prototype, got {len(z)}. "
@@ -95,8 +111,12 @@ class PrototypeHead(nn.Module):
             )
         if not bool(z.isfinite().all()):
             raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
-        z = z.to(self.prototypes.device)
-        self.prototypes.copy_(z[_kmeans_plus_plus(z, self.num_prototypes, generator)])
+        chosen = z[_kmeans_plus_plus(z, self.num_prototypes, generator)]
+        chosen = broadcast_(chosen, ranks)
+        if is_sharded(self.prototypes):
+            cast(Any, self.prototypes).to_local().copy_(local_part(chosen, self.prototypes))
+        else:
+            self.prototypes.copy_(chosen)
 
     def mixture(self, std: float = 1.0) -> PrototypeMixture:
         """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``."""

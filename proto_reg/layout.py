@@ -27,14 +27,16 @@ class Layout:
         self.latent_axis = self.axes.index("d")
         self.positions = " ".join(axis for axis in self.axes if axis != "d")
 
-    def tokens(self, z: Tensor, mask: Tensor | None, latent_dim: int) -> tuple[Tensor, Tensor | None]:
-        """Latents ``z`` as rows (N, D) and ``mask``, z's shape without d, as (N,) or None.
+    def tokens(
+        self, z: Tensor, mask: Tensor | None, latent_dim: int, *, empty: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents ``z`` as rows (N, D) and ``mask``, z's shape without d, as (N,) or None; ``empty``: N may be 0.
 
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or no latents at all.
         """
         check_floating("z", z)
-        if z.ndim != len(self.axes) or z.shape[self.latent_axis] != latent_dim or z.numel() == 0:
+        if z.ndim != len(self.axes) or z.shape[self.latent_axis] != latent_dim or (z.numel() == 0 and not empty):
             raise ValueError(
                 f"z: expected a non-empty {self.pattern!r} tensor with d = {latent_dim}, got shape {tuple(z.shape)}. "
                 "Set layout= and latent_dim= to what your encoder returns."

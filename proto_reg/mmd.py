@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ._distributed import Group, Ranks
 from .functional.mmd import DEFAULT_SCALES, anchored_mmd, anchored_mmd_and_gradient, check_mmd_options
 
 
@@ -20,6 +21,10 @@ class AnchoredMMDLoss(nn.Module):
         target: ``"analytic"`` or ``"sampled"``.
         statistic: ``"unbiased"`` or ``"biased"``.
         reduction: ``"mean"`` weighs clusters by their size, ``"sum"`` adds them up.
+        features: number of random frequencies that estimate the statistic in linear time; None computes it exactly.
+        seed: of the frequencies.
+        group: the processes whose latents are one batch in training mode: ``"default"`` (the default process group, if
+            there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
 
     Raises:
         TypeError, ValueError: an option that is not one of these, named.
@@ -33,31 +38,41 @@ class AnchoredMMDLoss(nn.Module):
         target: str = "analytic",
         statistic: str = "unbiased",
         reduction: str = "mean",
+        features: int | None = None,
+        seed: int = 0,
+        group: Group = "default",
     ) -> None:
         super().__init__()
-        check_mmd_options(kernel, scales, target, statistic, reduction)
+        check_mmd_options(kernel, scales, target, statistic, reduction, features, seed)
         self.kernel = kernel
         self.scales = tuple(float(s) for s in scales)
         self.target = target
         self.statistic = statistic
         self.reduction = reduction
+        self.features = features
+        self.seed = seed
+        self.ranks = Ranks(group)
 
     def forward(self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scalar loss of latents ``z`` (B, D) around ``anchors`` (K, D).
 
         ``assignments`` are (B,) int64 or (B, K) weights, ``mask`` (B,) bool leaves latents out.
         """
-        return anchored_mmd(z, anchors, assignments, mask=mask, **self._options())
+        return anchored_mmd(
+            z, anchors, assignments, mask=mask, group=self.ranks.active(self.training), **self._options()
+        )
 
     def value_and_gradient(
         self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The loss () and its gradient by ``z`` (B, D), both without autograd history."""
-        return anchored_mmd_and_gradient(z, anchors, assignments, mask=mask, **self._options())
+        return anchored_mmd_and_gradient(
+            z, anchors, assignments, mask=mask, group=self.ranks.active(self.training), **self._options()
+        )
 
     def _options(self) -> dict:
-        names = ("kernel", "scales", "target", "statistic", "reduction")
+        names = ("kernel", "scales", "target", "statistic", "reduction", "features", "seed")
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items() if value is not None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ._checks import check_choice, check_instance, check_number, check_positive_int, compute_dtype
+from ._distributed import Group, Ranks, gather_rows, row_counts, sum_
+from ._random import mix
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
 from .follower import PrototypeFollower
@@ -16,6 +18,9 @@ from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MODES = ("balanced", "weighted")
 
@@ -39,6 +44,14 @@ class RegularizerOutput(NamedTuple):
     scores: Tensor
     codes: Tensor
     assignments: Tensor
+
+
+class _Share(NamedTuple):
+    """This process's share of the batch: rows ``start`` to ``start`` + N of the ``total`` of the group."""
+
+    group: ProcessGroup | None
+    start: int
+    total: int
 
 
 class PrototypicalRegularizer(nn.Module):
@@ -67,6 +80,10 @@ class PrototypicalRegularizer(nn.Module):
             of it; 0 leaves them to the optimizer. See :class:`proto_reg.follower.PrototypeFollower`.
         soft: weigh the MMD by the codes instead of their argmax (costs a B x B product).
         total_steps: length of the training, if known: a warm-up as long is warned of.
+        group: the processes whose latents are one batch in training mode: ``"default"`` (the default process group, if
+            there is one), None (this process alone) or a ProcessGroup. All must call the layer, and run its backward
+            pass, equally often; a process without latents passes an empty batch. The components that are built here
+            get it too; those that are given keep their own.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
@@ -93,11 +110,13 @@ class PrototypicalRegularizer(nn.Module):
         follow_rate: float = 0.02,
         soft: bool = False,
         total_steps: int | None = None,
+        group: Group = "default",
     ) -> None:
         super().__init__()
+        self.ranks = Ranks(group)
         self.head = PrototypeHead(latent_dim, num_prototypes) if head is None else head
-        self.assigner = SinkhornAssigner() if assigner is None else assigner
-        self.mmd = AnchoredMMDLoss() if mmd is None else mmd
+        self.assigner = SinkhornAssigner(group=group) if assigner is None else assigner
+        self.mmd = AnchoredMMDLoss(group=group) if mmd is None else mmd
         self._check_components(latent_dim, num_prototypes, soft)
         self.temperature = check_number("temperature", temperature, above=0)
         self.prototype_weight = check_number("prototype_weight", prototype_weight, at_least=0)
@@ -110,7 +129,7 @@ class PrototypicalRegularizer(nn.Module):
         self.soft = bool(soft)
         if total_steps is not None:
             check_positive_int("total_steps", total_steps)
-        self.follower = PrototypeFollower(self.head.prototypes, follow_rate)
+        self.follower = PrototypeFollower(self.head.prototypes, follow_rate, group=group)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.watch = LayerWatch()
         self.watch.at_construction(
@@ -133,50 +152,56 @@ class PrototypicalRegularizer(nn.Module):
             )
         if self.assigner.marginals is not None:
             check_marginals(self.assigner.marginals, num_prototypes)
-        if soft and self.mmd.target == "sampled":
-            raise ValueError("soft: expected False with a sampled target, got True. Use target='analytic' in mmd.")
+        if soft and (self.mmd.target == "sampled" or self.mmd.features is not None):
+            which, cure = (
+                ("features=", "features=None") if self.mmd.features else ("a sampled target", "target='analytic'")
+            )
+            raise ValueError(f"soft: expected False with {which}, got True. Use {cure} in mmd.")
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
 
-        Returns z itself (in balanced training: the same memory) and what was computed. In a process group each training
-        forward sums the latents of each prototype over the default group; all ranks must take part.
+        Returns z itself (in balanced training: the same memory) and what was computed: losses of the batch of all
+        processes of the group, scores, codes and assignments of this one's.
 
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
         """
-        tokens, keep = self._tokens(z, mask)
+        tokens, keep, share = self._tokens(z, mask)
         learning = self.training and torch.is_grad_enabled()
         if learning:
-            self.follower.move(self.head.prototypes)
+            self.follower.move(self.head.prototypes, self.head.shards)
         with torch.autocast(z.device.type, enabled=False):
             if learning and self.mode == "balanced":
-                z, output = self._balanced(z, tokens.detach(), keep)
+                z, output = self._balanced(z, tokens.detach(), keep, share)
             else:
                 with torch.set_grad_enabled(learning):
-                    output = self._losses(tokens, keep)
+                    output = self._losses(tokens, keep, share)
         if learning:
             if self.prototype_weight and self.head.num_prototypes > 1:
                 counted = self._active() if keep is None else keep & self._active()
                 self.follower.observe(tokens.detach(), output.assignments, counted)
             self.steps += 1
-            self.watch.at_step(
-                tokens, self.head.prototypes, output.assignments, output.prototype_loss, self.steps - self.warmup_steps
-            )
+            active_steps = self.steps - self.warmup_steps
+            # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
+            prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
+            self.watch.at_step(tokens, share.total, prototypes, output.assignments, output.prototype_loss, active_steps)
         return z, self._to_layout(output, z)
 
-    def _losses(self, z: Tensor, keep: Tensor | None) -> RegularizerOutput:
+    def _losses(self, z: Tensor, keep: Tensor | None, share: _Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
         scores = self.head(z)
         prototype_loss, codes = self.assigner.cross_entropy(scores, self.temperature, keep)
         assignments = (codes if self.training else scores).argmax(1)
-        index = self._subsample(len(z), keep)
+        index, keep = self._subsample(len(z), keep, share)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
         loss = loss if self.warmup_steps == 0 else torch.where(self._active(), loss, 0.0)
         return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
-    def _balanced(self, z: Tensor, tokens: Tensor, keep: Tensor | None) -> tuple[Tensor, RegularizerOutput]:
+    def _balanced(
+        self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: _Share
+    ) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
         with torch.no_grad():
             # Both losses and the scores know their gradients in closed form: no graph is built here.
@@ -185,29 +210,32 @@ class PrototypicalRegularizer(nn.Module):
             assignments = codes.argmax(1)
             by_tokens, by_parameters = pull_back(by_scores)
 
-            index = self._subsample(len(tokens), keep)
+            index, chosen = self._subsample(len(tokens), keep, share)
             mmd_loss, by_latents = self.mmd.value_and_gradient(
-                *self._mmd_arguments(tokens, codes, assignments, keep, index)
+                *self._mmd_arguments(tokens, codes, assignments, chosen, index)
             )
             if index is not None:
                 by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-            to_prototypes = self.prototype_weight * _inverse_norm(by_tokens)
-            direction = to_prototypes * by_tokens + self.mmd_weight * _inverse_norm(by_latents) * by_latents
+            inverse = _inverse_norms([by_tokens, by_latents], share.group)
+            to_prototypes = self.prototype_weight * inverse[0]
+            direction = to_prototypes * by_tokens + self.mmd_weight * inverse[1] * by_latents
             active = self._active()
             direction = torch.where(active, direction, 0.0)
             steps = [torch.where(active, to_prototypes * g, 0.0) for g in by_parameters]
             loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
             loss = torch.where(active, loss, 0.0)
             counted = None if keep is None else self.layout.restore(keep[:, None], z)
-        z = _AttachDirection.apply(z, self.layout.restore(direction, z), counted, *steps, *self.head.parameters())
+        z = _AttachDirection.apply(
+            share.group, z, self.layout.restore(direction, z), counted, *steps, *self.head.parameters()
+        )
         return z, RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def losses(self, z: Tensor, mask: Tensor | None = None) -> RegularizerOutput:
         """Both losses of ``z``, differentiable whatever the mode and uncounted: what Algorithm 1 steps on."""
-        tokens, keep = self._tokens(z, mask)
+        tokens, keep, share = self._tokens(z, mask)
         with torch.autocast(z.device.type, enabled=False):
-            return self._to_layout(self._losses(tokens, keep), z)
+            return self._to_layout(self._losses(tokens, keep, share), z)
 
     @classmethod
     def paper(cls, latent_dim: int, num_prototypes: int, **options: Any) -> Self:
@@ -216,9 +244,10 @@ class PrototypicalRegularizer(nn.Module):
         Bandwidth s^2 = 2 D (the paper leaves it open), losses of weight 1 to be added or stepped on (Algorithm 1);
         every option of the constructor overrides.
         """
+        group = options.get("group", "default")
         choices: dict[str, Any] = {
             "head": PrototypeHead(latent_dim, num_prototypes, scores="dot"),
-            "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum"),
+            "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum", group=group),
             "mode": "weighted",
             "prototype_weight": 1.0,
             "mmd_weight": 1.0,
@@ -226,41 +255,51 @@ class PrototypicalRegularizer(nn.Module):
         }
         return cls(latent_dim, num_prototypes, **(choices | options))
 
-    def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Latents as rows (N, D) in the dtype of the computation, and which of them count (N,) or None."""
-        tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim)
+    def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, _Share]:
+        """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
+        group = self.ranks.active(self.training)
+        tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim, empty=group is not None)
+        counts, start = row_counts(len(tokens), group, tokens.device)
+        share = _Share(group, start, sum(counts))
+        if share.total == 0:
+            raise ValueError("z: expected latents in one process of the group at least, got none. Skip empty batches.")
         tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, self.head.prototypes.dtype)))
         if self.assigner.nan_policy == "raise":
-            check_no_nan("z", tokens if keep is None else tokens[keep])
+            check_no_nan("z", tokens if keep is None else tokens[keep], group)
         if self.assigner.nan_policy == "isolate":
             finite = tokens.isfinite().all(1)
             keep = finite if keep is None else keep & finite
         if keep is not None:
             # Whatever stands in a position that is left out, be it NaN, reaches nothing.
             tokens = torch.where(keep[:, None], tokens, 0.0)
-        return tokens, keep
+        return tokens, keep, share
 
     def _mmd_arguments(
         self, z: Tensor, codes: Tensor, assignments: Tensor, keep: Tensor | None, index: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the MMD is taken of: all tokens, or those of ``index``; the anchors held fixed."""
+        """What the MMD is taken of: tokens (those of ``index``), anchors held fixed, members, which tokens count."""
         members = codes if self.soft else assignments
         if index is not None:
-            z, members, keep = z[index], members[index], None if keep is None else keep[index]
+            z, members = z[index], members[index]
         return z, self.head.prototypes.detach(), members, keep
 
-    def _subsample(self, count: int, keep: Tensor | None) -> Tensor | None:
-        """Indices (max_tokens,) of the tokens that enter the MMD, a function of seed and step; None for all."""
-        if count <= self.max_tokens:
-            return None
-        # A hash for each token (splitmix64's mixing) leaves the user's random stream alone and resumes exactly.
-        key = torch.arange(count, device=self.steps.device) + self.steps * 1_000_003 + self.seed % 2**31 * 0x5851F42D
-        for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
-            key = (key ^ (key >> 29)) * multiplier
-        key = key ^ (key >> 32)
+    def _subsample(self, count: int, keep: Tensor | None, share: _Share) -> tuple[Tensor | None, Tensor | None]:
+        """Indices of the tokens that may enter the MMD, None for all, and which of these do; None for all of them.
+
+        A function of seed, step and the tokens' places in the batch of all processes: the ``max_tokens`` of lowest key.
+        """
+        if share.total <= self.max_tokens:
+            return None, keep
+        place = torch.arange(share.start, share.start + count, device=self.steps.device)
+        key = mix(place + self.steps * 1_000_003 + self.seed % 2**31 * 0x5851F42D)
         if keep is not None:
             key = torch.where(keep, key, torch.iinfo(torch.int64).max)
-        return key.topk(self.max_tokens, largest=False).indices
+        lowest, index = key.topk(min(count, self.max_tokens), largest=False)
+        chosen = None if keep is None else keep[index]
+        if share.group is None:
+            return index, chosen
+        limit = gather_rows(lowest, share.group)[0].kthvalue(self.max_tokens).values
+        return index, lowest <= limit if chosen is None else chosen & (lowest <= limit)
 
     def _active(self) -> Tensor:
         """Whether warm-up is over, as a tensor: the answer never leaves the device."""
@@ -281,10 +320,21 @@ class PrototypicalRegularizer(nn.Module):
 
 
 class _AttachDirection(torch.autograd.Function):
-    """Identity whose backward adds |g| times a direction known beforehand, and gives the head |g| times its steps."""
+    """Identity whose backward adds |g| times a direction known beforehand, and gives the head |g| times its steps.
+
+    |g| is over all ranks of the group: one number is all-reduced in the backward pass, as in that of SyncBatchNorm.
+    """
 
     @staticmethod
-    def forward(ctx, z: Tensor, direction: Tensor, counted: Tensor | None, *steps_and_parameters: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        group: ProcessGroup | None,
+        z: Tensor,
+        direction: Tensor,
+        counted: Tensor | None,
+        *steps_and_parameters: Tensor,
+    ) -> Tensor:
+        ctx.group = group
         steps = steps_and_parameters[: len(steps_and_parameters) // 2]
         ctx.save_for_backward(direction, counted, *steps)
         # Not a view, which could not be written to: decoders may begin with an in-place ReLU.
@@ -295,12 +345,21 @@ class _AttachDirection(torch.autograd.Function):
         direction, counted, *steps = ctx.saved_tensors
         # In the direction's float32: the norm of a half-precision gradient under loss scaling overflows its dtype.
         wide = gradient.to(direction.dtype)
-        norm = torch.linalg.vector_norm(wide if counted is None else torch.where(counted, wide, 0.0))
+        (norm,) = _norms([wide if counted is None else torch.where(counted, wide, 0.0)], ctx.group)
         by_z = gradient + (norm * direction).to(gradient.dtype)
-        return by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
+        return None, by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
 
 
-def _inverse_norm(gradient: Tensor) -> Tensor:
-    """1 / |gradient|, and 0 for a gradient of 0."""
-    norm = torch.linalg.vector_norm(gradient)
-    return torch.where(norm > 0, 1 / norm, 0.0)
+def _inverse_norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """1 / |gradient| of each, and 0 for a gradient of 0."""
+    return [torch.where(norm > 0, 1 / norm, 0.0) for norm in _norms(gradients, group)]
+
+
+def _norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """|gradient| of each, over its rows on all ranks."""
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    if group is None:
+        return norms
+    # In float64: squares of small gradients underflow float32.
+    squares = sum_(torch.stack(norms).double().square(), group)
+    return list(squares.sqrt().to(norms[0].dtype).unbind())

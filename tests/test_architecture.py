@@ -19,6 +19,8 @@ PACKAGE = ROOT / "proto_reg"
 # Each room may import from the rooms that stand before it.
 ROOMS = [
     "_checks",
+    "_distributed",
+    "_random",
     "layout",
     "kernels",
     "functional",

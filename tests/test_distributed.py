@@ -1,71 +1,366 @@
-"""Two gloo processes: parameters stay equal, for the layer under DDP and for Algorithm 1."""
+"""Two gloo processes: together they compute what one computes of the whole, and their parameters stay equal."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from proto_reg import PrototypicalRegularizer, PrototypicalTraining
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, PrototypicalTraining, SinkhornAssigner
+from proto_reg.functional import anchored_mmd, latent_metrics, prototype_cross_entropy, sinkhorn, sinkhorn_cross_entropy
+from proto_reg.functional.prototypes import prototype_cross_entropy_and_gradient
 
-DIM, K = 8, 4
+DIM, K = 8, 5
+SPLITS = [(16, 16), (32, 7), (0, 20)]  # rows of the two ranks
+
+
+def own(x: Tensor, split: tuple[int, int]) -> Tensor:
+    """This rank's rows of a whole batch."""
+    return x.split(split)[dist.get_rank()]
+
+
+def spread(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def averaged(gradient: Tensor, split: tuple[int, int]) -> Tensor:
+    """Gradients (n, ...) by each rank's rows, as those of the whole by DDP's rule: over the number of ranks."""
+    whole = gradient.new_zeros(sum(split), *gradient.shape[1:])
+    own(whole, split).copy_(gradient / 2)
+    dist.all_reduce(whole)
+    return whole
+
+
+# ------------------------------------------------------------------------------------------------------- functions
+
+
+def sinkhorn_of_the_global_batch() -> None:
+    for split in SPLITS:
+        n = sum(split)
+        scores = spread(0, n, 6)
+        weights = spread(1, n).exp() * torch.where(torch.arange(n) % 3 > 0, 1.0, 1e-30)
+        mask = spread(2, n) > -0.5
+        rows = {"weights": weights, "mask": mask}
+        variants: list[dict] = [
+            {},
+            {"marginals": [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], "num_iters": 20},
+            {"weights": weights, "mask": mask},
+            {"mask": mask, "tol": 1e-2, "num_iters": 50},
+            {"prototype_mask": torch.tensor([True, True, False, True, True, True])},
+            {"hard": True},
+        ]
+        for options in variants:
+            for at in (scores, 1e4 * scores):
+                whole, potentials = sinkhorn(at, 0.1, return_potentials=True, **options)
+                part = {name: own(v, split) if name in rows else v for name, v in options.items()}
+                part |= {"group": "default", "return_potentials": True}
+                codes, g = sinkhorn(own(at, split), 0.1, **part)
+                torch.testing.assert_close(codes, own(whole, split), atol=2e-6, rtol=0)
+                torch.testing.assert_close(g, potentials, atol=2e-5, rtol=2e-6)
+        groups = spread(3, 2, n, 6)
+        codes = sinkhorn(groups.split(split, 1)[dist.get_rank()], group="default")
+        torch.testing.assert_close(codes, sinkhorn(groups).split(split, 1)[dist.get_rank()], atol=2e-6, rtol=0)
+    out = torch.empty(5, 6)
+    assert sinkhorn(spread(dist.get_rank(), 5, 6), group="default", out=out) is out
+
+
+def bad_rows_of_the_global_batch() -> None:
+    split = (32, 7)
+    scores = spread(0, 39, 6)
+    scores[3, 2] = torch.nan
+    isolated = sinkhorn(own(scores, split), nan_policy="isolate", group="default")
+    whole = own(sinkhorn(scores, nan_policy="isolate"), split)
+    torch.testing.assert_close(isolated, whole, atol=2e-6, rtol=0, equal_nan=True)
+    assert sinkhorn(own(scores, split), group="default").isnan().all()  # propagate: every code of every rank
+    with pytest.raises(ValueError, match="1 rows that hold one"):  # the same on the rank that has none
+        sinkhorn(own(scores, split), nan_policy="raise", group="default")
+    with pytest.raises(ValueError, match="group: expected None with differentiable=True"):
+        sinkhorn(own(scores, split), differentiable=True, group="default")
+
+
+def cross_entropy_of_the_global_batch() -> None:
+    for split in SPLITS:
+        n = sum(split)
+        weights, mask = spread(1, n).exp(), spread(2, n) > -0.5
+        for options in ({}, {"weights": weights}, {"mask": mask, "nan_policy": "isolate"}):
+            scores = spread(0, n, 6).requires_grad_()
+            loss = sinkhorn_cross_entropy(scores, **options)
+            (expected,) = torch.autograd.grad(loss, scores)
+            mine = own(scores.detach(), split).clone().requires_grad_()
+            part = {name: own(v, split) if isinstance(v, Tensor) else v for name, v in options.items()}
+            value, codes = sinkhorn_cross_entropy(mine, group="default", return_codes=True, **part)
+            (gradient,) = torch.autograd.grad(value, mine)
+            torch.testing.assert_close(value, loss.detach(), atol=1e-6, rtol=1e-6, check_stride=False)
+            torch.testing.assert_close(averaged(gradient, split), expected, atol=1e-7, rtol=1e-5)
+            torch.testing.assert_close(codes, own(sinkhorn(scores, **options), split), atol=2e-6, rtol=0)
+        for together in (prototype_cross_entropy, prototype_cross_entropy_and_gradient):
+            scores, codes = spread(0, n, 6).requires_grad_(), spread(1, n, 6).softmax(1)
+            loss = prototype_cross_entropy(scores, codes, mask=mask)
+            (expected,) = torch.autograd.grad(loss, scores)
+            mine = own(scores.detach(), split).clone().requires_grad_()
+            value = together(mine, own(codes, split), mask=own(mask, split), group="default")
+            value, gradient = value if isinstance(value, tuple) else (value, *torch.autograd.grad(value, mine))
+            torch.testing.assert_close(value, loss, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(averaged(gradient, split), expected, atol=1e-7, rtol=1e-5)
+
+
+def mmd_of_the_global_batch() -> None:
+    anchors = spread(9, K, DIM)
+    for split in SPLITS:
+        n = sum(split)
+        latents, mask = spread(0, n, DIM, dtype=torch.float64), spread(2, n) > -0.5
+        assignments = torch.arange(n) % (K + 1) - 1  # -1 leaves a latent out
+        soft = spread(1, n, K).softmax(1)
+        variants: list[tuple[Tensor, dict]] = [
+            (assignments, {}),
+            (assignments, {"kernel": "energy", "mask": mask, "statistic": "biased", "reduction": "sum"}),
+            (assignments, {"features": 24, "mask": mask}),
+            (soft, {"kernel": "imq", "mask": mask}),
+            (assignments.clamp_min(0), {"target": "sampled"}),
+        ]
+        for members, options in variants:
+            drawn = {"generator": torch.Generator().manual_seed(3)} if "target" in options else {}
+            z, v = latents.clone().requires_grad_(), anchors.clone().requires_grad_()
+            loss = anchored_mmd(z, v, members, **options, **drawn)
+            by_z, by_v = torch.autograd.grad(loss, (z, v))
+            drawn = {"generator": torch.Generator().manual_seed(3)} if "target" in options else {}
+            mine, v = own(latents, split).clone().requires_grad_(), anchors.clone().requires_grad_()
+            part = options | ({"mask": own(mask, split)} if "mask" in options else {})
+            value = anchored_mmd(mine, v, own(members, split), group="default", **part, **drawn)
+            gradient, by_anchors = torch.autograd.grad(value, (mine, v))
+            dist.all_reduce(by_anchors)
+            torch.testing.assert_close(value, loss.detach(), atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(averaged(gradient, split), by_z, atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(by_anchors / 2, by_v, atol=1e-6, rtol=1e-6)
+    nobody = anchored_mmd(latents[:0], anchors, assignments[:0], group="default")
+    assert nobody == 0
+
+
+def metrics_and_initialisation() -> None:
+    split = (32, 7)
+    z, labels = spread(0, 39, DIM), torch.arange(39) % 3
+    whole, parts = PrototypeHead(DIM, K), PrototypeHead(DIM, K)
+    if dist.get_rank():
+        torch.rand(7)  # the random streams of the ranks differ; the first rank's counts
+    parts.init_from(own(z, split), torch.Generator().manual_seed(dist.get_rank()))
+    whole.init_from(z, torch.Generator().manual_seed(0), group=None)
+    assert torch.equal(whole.prototypes, parts.prototypes)
+    expected = latent_metrics(z, whole, labels)
+    for name, value in latent_metrics(own(z, split), parts, own(labels, split), group="default").items():
+        torch.testing.assert_close(value, expected[name], equal_nan=True, msg=name)
+    with pytest.raises(ValueError, match="at least 5 latents"):
+        parts.init_from(z[:1])
+
+
+def a_chosen_group() -> None:
+    """Modules work together in training, alone in eval; copies share a ProcessGroup, pickles fall back."""
+    scores = spread(dist.get_rank(), 8, K)
+    together, alone = sinkhorn(scores, group=dist.group.WORLD), sinkhorn(scores)
+    assert not torch.allclose(together, alone, atol=1e-3)
+    assigner = SinkhornAssigner(group=dist.new_group())
+    for copied in (copy.deepcopy(assigner), pickle.loads(pickle.dumps(assigner)), SinkhornAssigner()):
+        assert torch.equal(copied(scores), together)
+        assert torch.equal(copied.eval()(scores), alone)
+    assert torch.equal(SinkhornAssigner(group=None)(scores), alone)
+    for build in (PrototypicalRegularizer, PrototypicalRegularizer.paper):
+        ranks = [module.ranks.group for module in build(DIM, K, group=None).modules() if hasattr(module, "ranks")]
+        assert ranks == [None] * 4  # the layer, assigner, mmd and follower
+    only_me = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    assert torch.equal(sinkhorn(scores, group=only_me), alone)
+    for wrong, error in ((7, TypeError), ("world", ValueError)):
+        with pytest.raises(error, match="group: expected"):
+            AnchoredMMDLoss(group=wrong)
+
+
+def functions() -> None:
+    sinkhorn_of_the_global_batch()
+    bad_rows_of_the_global_batch()
+    cross_entropy_of_the_global_batch()
+    mmd_of_the_global_batch()
+    metrics_and_initialisation()
+    a_chosen_group()
+
+
+# ----------------------------------------------------------------------------------------------------------- layer
 
 
 class Autoencoder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options) -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(12, DIM), nn.Linear(DIM, 12)
-        self.regularizer = PrototypicalRegularizer(DIM, K, warmup_steps=1)
+        self.regularizer = PrototypicalRegularizer(DIM, K, **({"warmup_steps": 1} | options))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.regularizer(self.encoder(x))[0])
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, info = self.regularizer(self.encoder(x), mask)
+        return self.decoder(z), info.loss
 
 
-def data(rank: int) -> torch.Tensor:
+def built(**options) -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(**options)
+
+
+def train(model: nn.Module, batches: list[Tensor], masks: list[Tensor | None], weighted: bool) -> list[float]:
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for x, mask in zip(batches, masks, strict=True):
+        optimizer.zero_grad()
+        y, loss = model(x, mask)
+        ((y - x).square().mean() + (loss if weighted else 0)).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def one_against_two(weighted: bool = False, masked: bool = False, **options) -> None:
+    """A few optimizer steps on batches of 32 + 32, by two processes under DDP and by this one alone."""
+    options |= {"mode": "weighted"} if weighted else {}
+    batches = list(spread(5, 5, 64, 12).abs())
+    masks = [spread(i, 64) > -1 if masked else None for i in range(5)]
+    components, ddp = options.pop("components", lambda group: {}), options.pop("ddp", {})
+    whole = built(group=None, **components(None), **options)
+    expected = train(whole, batches, masks, weighted)
+    model = built(**components("default"), **options)
+    parts = [own(x, (32, 32)) for x in batches]
+    part_masks = [mask if mask is None else own(mask, (32, 32)) for mask in masks]
+    losses = train(DistributedDataParallel(model, **ddp), parts, part_masks, weighted)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    start = built(group=None, **components(None), **options)
+    for (name, value), first in zip(whole.named_parameters(), start.parameters(), strict=True):
+        assert not torch.equal(value, first), name
+        torch.testing.assert_close(dict(model.named_parameters())[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    stay_equal(model)
+
+
+def stay_equal(model: nn.Module) -> None:
+    """Every entry of the state is equal on both ranks, to the bit."""
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        both = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(both, value.contiguous())
+        assert torch.equal(*both), name
+
+
+def layer() -> None:
+    one_against_two()
+    one_against_two(masked=True, max_tokens=24)
+    # A bucket for each parameter: DDP's all-reduces before and after the layer's own in the backward pass.
+    one_against_two(ddp={"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True})
+    one_against_two(weighted=True, max_tokens=24)
+    one_against_two(soft=True, follow_rate=0.0)
+    one_against_two(components=lambda group: {"mmd": AnchoredMMDLoss(features=30, group=group)}, max_tokens=24)
+    an_uneven_end()
+    an_empty_rank()
+    algorithm_1()
+    compiled()
+
+
+def an_uneven_end() -> None:
+    """A last batch of 32 + 7, or of 32 + 0, hangs nobody."""
+    for last in ((32, 7), (32, 0)):
+        model = built(max_tokens=24)
+        x = spread(dist.get_rank(), 3, 32, 12)
+        batches = [x[0], x[1], x[2][: last[dist.get_rank()]]]
+        train(DistributedDataParallel(model), batches, [None] * 3, False)
+        stay_equal(model)
+
+
+def an_empty_rank() -> None:
+    """Rows of the other rank alone: its gradients are those of one process, over the number of ranks."""
+    for options in ({}, {"layout": "b d h w", "max_tokens": 20}):
+        layer, alone = (PrototypicalRegularizer(DIM, K, group=group, **options) for group in ("default", None))
+        z = spread(1, *((8, DIM, 2, 3) if options else (48, DIM))).requires_grad_()
+        dist.broadcast(layer.head.prototypes.data, 0)
+        alone.head.load_state_dict(layer.head.state_dict())
+        mine = (z if dist.get_rank() else z[:0]).detach().clone().requires_grad_()
+        out, info = layer(mine)
+        (out * torch.arange(len(out)).reshape(-1, *[1] * (out.ndim - 1))).sum().backward()
+        assert info.scores.shape[0] == len(mine) and mine.grad.shape == mine.shape
+        if dist.get_rank():
+            out, expected = alone(z)
+            (out * torch.arange(len(out)).reshape(-1, *[1] * (out.ndim - 1))).sum().backward()
+            torch.testing.assert_close(info.loss, expected.loss, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mine.grad, z.grad, atol=1e-4, rtol=1e-5)
+        layer.eval()(mine) if dist.get_rank() else None  # alone in eval: nobody waits
+    with pytest.raises(ValueError, match="in one process of the group at least"):
+        layer.train()(z[:0])
+
+
+def compiled() -> None:
+    """Collectives are traced in both passes; only where rows are counted the graph breaks."""
+    z, anchors, assignments = spread(dist.get_rank(), 16, DIM), spread(9, K, DIM), torch.arange(16) % K
+    for function in (
+        lambda z: SinkhornAssigner().cross_entropy_and_gradient(z, 0.1),
+        lambda z: AnchoredMMDLoss(features=12).value_and_gradient(z, anchors, assignments),
+    ):
+        traced = torch.compile(function, fullgraph=True, backend="aot_eager")(z)
+        for value, expected in zip(traced, function(z), strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+    loss = AnchoredMMDLoss(features=12)
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        function(mine := z.clone().requires_grad_(), anchors, assignments).backward()
+        torch.testing.assert_close(mine.grad, loss.value_and_gradient(z, anchors, assignments)[1])
+    x = [spread(dist.get_rank(), 16, 12)]
+    eager, model = built(warmup_steps=0), built(warmup_steps=0)
+    train(eager, x * 2, [None] * 2, False)
+    train(torch.compile(model, backend="aot_eager"), x * 2, [None] * 2, False)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def sharded() -> None:
+    """The layer in a model under FSDP2, on a shard of its own or its parent's: as under DDP, and equal on all ranks."""
+    mesh = init_device_mesh("cpu", (2,))
+    x = [own(spread(5, 64, 12).abs(), (32, 32))] * 4
+    for options, apart in (({}, False), ({"mode": "weighted"}, True), ({"follow_rate": 0.0}, False)):
+        weighted = "mode" in options
+        model, plain = built(**options), built(**options)
+        if apart:
+            fully_shard(model.regularizer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.regularizer.head.init_from(spread(dist.get_rank(), 20, DIM), torch.Generator().manual_seed(1))
+        plain.regularizer.head.init_from(spread(dist.get_rank(), 20, DIM), torch.Generator().manual_seed(1))
+        train(model, x, [None] * 4, weighted)
+        train(DistributedDataParallel(plain), x, [None] * 4, weighted)
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(value.full_tensor(), plain.get_parameter(name), atol=1e-6, rtol=1e-5, msg=name)
+        stay_equal(model)
+
+
+def data(rank: int) -> Tensor:
     return torch.rand(5, 32, 12, generator=torch.Generator().manual_seed(rank))
 
 
-def ddp(rank: int) -> nn.Module:
-    model = Autoencoder()
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.Adam(wrapped.parameters(), lr=0.05)
-    for x in data(rank):
-        optimizer.zero_grad()
-        (wrapped(x) - x).square().mean().backward()
-        optimizer.step()
-    return model
-
-
-def algorithm_1(rank: int) -> nn.Module:
-    model = Autoencoder()
-    training = PrototypicalTraining(model.encoder, model.decoder, model.regularizer, warmup_epochs=0)
-    for x in data(rank):
+def algorithm_1() -> None:
+    model = built()
+    training = PrototypicalTraining(
+        model.encoder, model.decoder, model.regularizer, warmup_epochs=0, reconstruction=nn.functional.mse_loss
+    )
+    start = copy.deepcopy(model.state_dict())
+    for x in data(dist.get_rank()):
         training.step(x)
-    return model
+    assert all(not torch.equal(start[name], value) for name, value in model.named_parameters())
+    stay_equal(model)
 
 
-def worker(rank: int, store: str, name: str, out: str) -> None:
+def worker(rank: int, store: str, check: Callable[[], None]) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        torch.manual_seed(0)
-        start = [p.clone() for p in Autoencoder().parameters()]
-        torch.manual_seed(0)
-        model = {"ddp": ddp, "algorithm_1": algorithm_1}[name](rank)
-        assert all(not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
-        torch.save(model.state_dict(), f"{out}{rank}")
+        check()
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["ddp", "algorithm_1"])
-def test_ranks_stay_equal(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "rank"
-    mp.spawn(worker, (str(tmp_path / "store"), name, str(out)), nprocs=2)
-    first, second = (torch.load(f"{out}{rank}", weights_only=True) for rank in range(2))
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
+@pytest.mark.parametrize("check", [functions, layer, sharded], ids=lambda check: check.__name__)
+def test_two_processes(check: Callable[[], None], tmp_path: Path) -> None:
+    mp.spawn(worker, (str(tmp_path / "store"), check), nprocs=2)

@@ -10,8 +10,9 @@ from conftest import naive_mmd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto_reg import AnchoredMMDLoss
+from proto_reg import AnchoredMMDLoss, PrototypicalRegularizer
 from proto_reg.functional import anchored_mmd
+from proto_reg.functional.features import frequencies
 from proto_reg.functional.mmd import DEFAULT_SCALES
 from proto_reg.kernels import mmd as operators
 from proto_reg.kernels.closed_forms import KERNELS, attraction, diagonal, pair, self_term
@@ -235,3 +236,67 @@ def test_non_contiguous_and_poisoned_memory() -> None:
         assert anchored_mmd(z.T.contiguous().T, v.T.contiguous().T, assignments) == expected
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_features_estimate_the_exact_statistic(statistic: str, reduction: str) -> None:
+    torch.manual_seed(0)
+    z, v, assignments = random_case(200, 6, 4, requires_grad=True)
+    assignments[-1] = -1
+    options = {"statistic": statistic, "reduction": reduction, "mask": torch.rand(200) > 0.2}
+    exact = anchored_mmd(z, v, assignments, **options)
+    (expected,) = torch.autograd.grad(exact, z)
+    losses = [anchored_mmd(z, v, assignments, features=4000, seed=seed, **options) for seed in range(20)]
+    values = torch.stack(losses).detach()
+    error = values.std() / 20**0.5
+    assert abs(values.mean() - exact) < 4 * error  # unbiased
+    assert error < 0.01 * exact  # and near, at 80,000 frequencies
+    gradient = sum(torch.autograd.grad(loss, z)[0] for loss in losses) / 20
+    assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_features_follow_their_formula_and_its_gradient(statistic: str) -> None:
+    z, v, assignments = random_case(50, 4, 3, requires_grad=True)
+    assignments[1] = 3  # the third may hold one latent, which counts for nothing
+    w, share = frequencies(z, 20, (0.5, 2.0, 1.0), 7)
+    assert share.sum() == pytest.approx(1) and w.shape == (20, 3)
+    expected = torch.zeros((), dtype=torch.float64)
+    for k in range(4):
+        r = (z - v[k])[assignments == k]
+        if (n := len(r)) > 1:
+            phi = torch.exp(1j * (r @ w.T)).mean(0)
+            c = (-0.5 * w.square().sum(1)).exp()
+            squared = (n * phi.abs().square() - 1) / (n - 1) if statistic == "unbiased" else phi.abs().square()
+            expected = expected + n / 50 * ((squared - 2 * phi.real * c + c * c) * share).sum()
+    loss = anchored_mmd(z, v, assignments, features=20, seed=7, scales=(0.5, 2.0, 1.0), statistic=statistic)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (loss, expected)))
+
+
+def test_frequencies_are_normal_and_a_function_of_the_seed() -> None:
+    z = torch.zeros(1, 8)
+    w, _ = frequencies(z, 20_000, (1.0,), 3)
+    u = w * 8**0.5
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        assert u.pow(power).mean() == pytest.approx(moment, abs=0.3 if power == 6 else 0.05)
+    assert (torch.corrcoef(u.T) - torch.eye(8)).abs().max() < 0.03
+    assert torch.equal(w, frequencies(z, 20_000, (1.0,), 3)[0])
+    assert (w - frequencies(z, 20_000, (1.0,), 4)[0]).abs().mean() > 0.2
+
+
+def test_features_say_what_they_cannot_do() -> None:
+    z, v, assignments = random_case(20, 3, 2)
+    for options, message in (
+        ({"kernel": "imq"}, "features: expected None with kernel='imq'"),
+        ({"target": "sampled"}, "features: expected None with kernel='gaussian' and target='sampled'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            anchored_mmd(z, v, assignments, features=20, **options)
+    with pytest.raises(ValueError, match="features: expected None with"):
+        anchored_mmd(z, v, torch.rand(20, 3, dtype=torch.float64), features=20)
+    with pytest.raises(ValueError, match="features: expected an int >= 6, got 5"):
+        AnchoredMMDLoss(features=5)
+    with pytest.raises(ValueError, match="soft: expected False with features="):
+        PrototypicalRegularizer(2, 3, mmd=AnchoredMMDLoss(features=6), soft=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from .._checks import check_matrix, compute_dtype
+from .._distributed import Group, gather_rows, resolve
 from ..kernels.closed_forms import gaussian_null_variance
 from .mmd import DEFAULT_SCALES
 
@@ -16,13 +17,17 @@ SEPARATION = 2.0  # prototypes nearer than this overlap by more than 16 % (Bayes
 
 
 @torch.no_grad()
-def latent_metrics(z: Tensor, head: nn.Module, labels: Tensor | None = None) -> dict[str, float | Tensor]:
+def latent_metrics(
+    z: Tensor, head: nn.Module, labels: Tensor | None = None, *, group: Group = None
+) -> dict[str, float | Tensor]:
     """Diagnose latents around the prototypes of ``head``; each latent belongs to the prototype it scores highest with.
 
     Args:
         z: (N, D) latents, preferably held out.
         head: a :class:`proto_reg.PrototypeHead`, or any module with ``prototypes`` (K, D) that maps z to scores (N, K).
         labels: (N,) class of each latent, for purity, NMI and ACC; needs the extra ``metrics`` (scikit-learn, SciPy).
+        group: a ProcessGroup, or ``"default"``: latents and labels of all its ranks are gathered, and every rank
+            returns the same. Ranks may differ in N, which may be 0; all must call, all with labels or all without.
 
     Returns:
         A dict of floats, and of two tensors (K,):
@@ -43,6 +48,13 @@ def latent_metrics(z: Tensor, head: nn.Module, labels: Tensor | None = None) -> 
         ImportError: labels without the extra.
     """
     prototypes = cast(Tensor, head.prototypes)
+    ranks = resolve(group)
+    if ranks is not None:
+        check_matrix("z", z, prototypes.shape[1], axes="(N, D)", empty=True)
+        if labels is not None:
+            _check_labels(labels, len(z))
+            labels, _ = gather_rows(labels.to(z.device), ranks)
+        z, _ = gather_rows(z, ranks)
     check_matrix("z", z, prototypes.shape[1], axes="(N, D)")
     if not bool(z.isfinite().all()):
         raise ValueError("z: expected finite latents, got NaN or infinity. Drop those rows, or look for the overflow.")
@@ -85,14 +97,18 @@ def _effective_rank(residuals: Tensor) -> float:
     return torch.special.entr(share).sum().exp().item()
 
 
-def _agreement(labels: Tensor, assignments: Tensor) -> dict[str, float | Tensor]:
+def _check_labels(labels: Tensor, count: int) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a torch.Tensor, got {type(labels).__name__}. Wrap it with torch.as_tensor.")
-    if labels.shape != assignments.shape:
+    if labels.shape != (count,):
         raise ValueError(
-            f"labels: expected shape {tuple(assignments.shape)}, one for each latent, got {tuple(labels.shape)}. "
+            f"labels: expected shape {(count,)}, one for each latent, got {tuple(labels.shape)}. "
             "Pass the labels of the same examples."
         )
+
+
+def _agreement(labels: Tensor, assignments: Tensor) -> dict[str, float | Tensor]:
+    _check_labels(labels, len(assignments))
     try:
         from scipy.optimize import linear_sum_assignment
         from sklearn.metrics import normalized_mutual_info_score

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
-from .._checks import check_choice, check_floating, check_mask, check_matrix, check_number, compute_dtype
+from .._checks import (
+    check_choice,
+    check_floating,
+    check_mask,
+    check_matrix,
+    check_number,
+    check_positive_int,
+    compute_dtype,
+)
+from .._distributed import Group, resolve, size, with_gradients
 from ..kernels.closed_forms import KERNELS
+from .features import feature_mmd
+from .gathered import gathered_mmd, gathered_weighted_mmd
 
 DEFAULT_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 TARGETS = ("analytic", "sampled")
@@ -29,6 +40,9 @@ def anchored_mmd(
     reduction: str = "mean",
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    features: int | None = None,
+    seed: int = 0,
+    group: Group = None,
 ) -> Tensor:
     """sum_k c_k MMD^2(latents of prototype k, N(v_k, I)) (paper, eq. 4 and 5).
 
@@ -48,7 +62,15 @@ def anchored_mmd(
         statistic: ``"unbiased"`` (U) or ``"biased"`` (V, which is >= 0 and shrinks clusters: see the README's limits).
         reduction: ``"mean"``: c_k is the share of latents assigned to k; ``"sum"``: 1, the paper's sum.
         mask: (B,) bool, True = the latent counts.
-        generator: for the sampled target.
+        generator: for the sampled target; in a group that of its first rank counts.
+        features: estimate the Gaussian kernel's statistic by so many random frequencies, in time linear in B (hard
+            assignments and analytic target only): unbiased over the draw of frequencies, which is a function of
+            ``seed``; None computes it exactly.
+        seed: of the frequencies.
+        group: a ProcessGroup, or ``"default"``: the latents of all its ranks are one batch. They are gathered, or,
+            with ``features``, summed: K (2 features + 1) numbers. Ranks may differ in B, which may be 0; all must call.
+            The loss is that of all, the same on every rank; gradients are this rank's, scaled so that their average
+            over the ranks is the gradient of the whole.
 
     Returns:
         A scalar. A prototype with fewer than two latents contributes exactly 0, to the gradient too.
@@ -56,7 +78,8 @@ def anchored_mmd(
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
     """
-    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator)[0]
+    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, group)
+    return _evaluate(z, anchors, assignments, *options)[0]
 
 
 @torch.no_grad()
@@ -72,9 +95,13 @@ def anchored_mmd_and_gradient(
     reduction: str = "mean",
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    features: int | None = None,
+    seed: int = 0,
+    group: Group = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`anchored_mmd` and its gradient by ``z`` (B, D), which the operator has already: no graph is built."""
-    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator)
+    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, group)
+    return _evaluate(z, anchors, assignments, *options)
 
 
 def _evaluate(
@@ -88,43 +115,65 @@ def _evaluate(
     reduction: str,
     mask: Tensor | None,
     generator: torch.Generator | None,
+    features: int | None,
+    seed: int,
+    group: Group,
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable, and its gradient by ``z``, which is not."""
-    z, anchors, assignments = check_mmd_inputs(z, anchors, assignments, mask)
-    check_mmd_options(kernel, scales, target, statistic, reduction)
+    ranks = resolve(group)
+    z, anchors, assignments = check_mmd_inputs(z, anchors, assignments, mask, empty=ranks is not None)
+    check_mmd_options(kernel, scales, target, statistic, reduction, features, seed)
     scales = [float(s) for s in scales]
     unbiased, by_mass = statistic == "unbiased", reduction == "mean"
     if assignments.is_floating_point():
-        if target == "sampled":
+        if target == "sampled" or features is not None:
+            name, analytic, came = ("features", "None", features) if features else ("target", "'analytic'", "'sampled'")
             raise ValueError(
-                "target: expected 'analytic' with (B, K) weights, got 'sampled'. Use the analytic target, or hard "
+                f"{name}: expected {analytic} with (B, K) weights, got {came}. Leave the default, or use hard "
                 "assignments such as weights.argmax(1)."
             )
         weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
-        loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, kernel, scales, unbiased, by_mass)
-        return loss, gradient
+        options = (kernel, scales, unbiased, by_mass)
+        if ranks is None:
+            loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *options)
+            return loss, gradient
+        loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *options, ranks)
+        gradient = gradient * size(ranks)
+        return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
 
     inside = (assignments >= 0) & (assignments < len(anchors))
     inside = inside if mask is None else inside & mask
     index = torch.where(inside, assignments, 0)
-    samples = None
-    if target == "sampled":
-        samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-    values, gradient = torch.ops.proto_reg.anchored_mmd(
-        z - anchors[index], torch.where(inside, index, -1), len(anchors), kernel, scales, unbiased, samples
-    )
-    weights = torch.ones_like(values)
-    if by_mass:
+    residuals, members = z - anchors[index], torch.where(inside, index, -1)
+    if features is not None:
+        values, gradient, counts = feature_mmd(
+            residuals.detach(), members, len(anchors), scales, unbiased, features, seed, ranks
+        )
+    elif ranks is not None:
+        sampled = target == "sampled"
+        values, gradient, counts = gathered_mmd(
+            residuals.detach(), members, len(anchors), kernel, scales, unbiased, sampled, generator, ranks
+        )
+    else:
+        samples = None
+        if target == "sampled":
+            samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        values, gradient = torch.ops.proto_reg.anchored_mmd(
+            residuals, members, len(anchors), kernel, scales, unbiased, samples
+        )
         counts = torch.zeros_like(values).index_add_(0, index, inside.to(values.dtype))
-        weights = counts / inside.sum().clamp_min(1)
-    return (values * weights).sum(), gradient * weights[index, None]
+    weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
+    loss, gradient = (values * weights).sum(), gradient * (size(ranks) * weights[index, None])
+    if features is not None or ranks is not None:
+        loss = with_gradients(loss, [residuals], [gradient])
+    return loss, gradient
 
 
 def check_mmd_inputs(
-    z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None
+    z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None, *, empty: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors, checked, the first two in the dtype of the computation."""
-    check_matrix("z", z, axes="(B, D)")
+    """The three tensors, checked, the first two in the dtype of the computation; ``empty``: B may be 0."""
+    check_matrix("z", z, axes="(B, D)", empty=empty)
     check_matrix("anchors", anchors, z.shape[1], axes="(K, D)")
     check_mask("mask", mask, (z.shape[0],))
     if not isinstance(assignments, Tensor):
@@ -143,7 +192,7 @@ def check_mmd_inputs(
             f"{tuple(assignments.shape)}. Pass one {'index' if hard else 'row of K weights'} for each latent"
             f"{'' if hard else ', or convert indices with assignments.long()'}."
         )
-    if not hard and assignments.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not hard and assignments.numel() and assignments.device.type == "cpu" and not torch.compiler.is_compiling():
         lowest = assignments.detach().amin().item()
         if not lowest >= 0:
             raise ValueError(
@@ -152,7 +201,15 @@ def check_mmd_inputs(
     return z.to(dtype), anchors.to(dtype), assignments if hard else check_floating("assignments", assignments).to(dtype)
 
 
-def check_mmd_options(kernel: str, scales: Sequence[float], target: str, statistic: str, reduction: str) -> None:
+def check_mmd_options(
+    kernel: str,
+    scales: Sequence[float],
+    target: str,
+    statistic: str,
+    reduction: str,
+    features: int | None = None,
+    seed: int = 0,
+) -> None:
     """ValueError or TypeError for an option that is not one of the documented ones."""
     check_choice("kernel", kernel, KERNELS)
     check_choice("target", target, TARGETS)
@@ -164,3 +221,12 @@ def check_mmd_options(kernel: str, scales: Sequence[float], target: str, statist
         raise ValueError("scales: expected at least one bandwidth, got none. Leave the default, or pass (1.0,).")
     for scale in scales:
         check_number("scales", scale, above=0)
+    check_positive_int("seed", seed, minimum=0)
+    if features is None:
+        return
+    check_positive_int("features", features, minimum=len(scales))
+    if kernel != "gaussian" or target != "analytic":
+        raise ValueError(
+            f"features: expected None with kernel={kernel!r} and target={target!r}, got {features}. Frequencies are "
+            "drawn for the Gaussian kernel and the analytic target."
+        )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_floating, check_mask, check_number, check_positive_int, compute_dtype
+from .._distributed import max_, sum_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NAN_POLICIES = ("propagate", "isolate", "raise")
 
@@ -24,16 +28,17 @@ def operator_arguments(
     mask: Tensor | None,
     weights: Tensor | None,
     nan_policy: str,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor | None, Tensor | None, float, int, float | None, bool]:
     """Marginals, weights, epsilon, num_iters, tol and isolate, as ``proto_reg::sinkhorn`` takes them.
 
-    Every call comes through here: what is in order passes within a microsecond.
+    Every call comes through here: what is in order passes within a microsecond. In a ``group`` the rows may be none.
 
     Raises:
         TypeError, ValueError: an argument that is not in order, named.
     """
     if not (isinstance(scores, Tensor) and scores.ndim in (2, 3) and scores.numel() and scores.is_floating_point()):
-        _refuse(scores)
+        _check_scores(scores, group)
     if not (type(epsilon) is float and 0.0 < epsilon < math.inf):
         epsilon = check_number("epsilon", epsilon, above=0)
     if not (type(num_iters) is int and num_iters > 0):
@@ -43,21 +48,23 @@ def operator_arguments(
     if nan_policy != "propagate":
         check_choice("nan_policy", nan_policy, NAN_POLICIES)
         if nan_policy == "raise":
-            check_no_nan("scores", scores)
+            check_no_nan("scores", scores, group)
     target = None if marginals is None and prototype_mask is None else _target(scores, marginals, prototype_mask)
-    weights = None if mask is None and weights is None else _row_weights(scores, mask, weights)
+    weights = None if mask is None and weights is None else _row_weights(scores, mask, weights, group)
     return target, weights, epsilon, num_iters, tol, nan_policy == "isolate"
 
 
-def _refuse(scores: Tensor) -> NoReturn:
+def _check_scores(scores: Tensor, group: ProcessGroup | None) -> None:
+    """What is wrong with the scores, if anything: a process without rows still takes part in its group."""
     check_floating("scores", scores)
     shape = tuple(scores.shape)
-    if scores.ndim not in (2, 3):
+    if len(shape) not in (2, 3):
         raise ValueError(
             f"scores: expected shape (B, K) or (G, B, K), got {shape}. Flatten every position to a row of its own, for "
             "example with einops.rearrange."
         )
-    raise ValueError(f"scores: expected a non-empty tensor, got {shape}. Skip empty batches.")
+    if 0 in shape and (group is None or 0 in (*shape[:-2], shape[-1])):
+        raise ValueError(f"scores: expected a non-empty tensor, got {shape}. Skip empty batches.")
 
 
 def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototype_mask: Tensor | None) -> Tensor | None:
@@ -84,7 +91,9 @@ def _target(scores: Tensor, marginals: Tensor | Sequence[float] | None, prototyp
     return target / total
 
 
-def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+def _row_weights(
+    scores: Tensor, mask: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
+) -> Tensor | None:
     """Weights (B,) or (G, B), 0 where the mask is False, in the dtype of the computation."""
     shape = tuple(scores.shape[:-1])
     counted = None if mask is None else check_mask("mask", mask, shape)
@@ -95,7 +104,7 @@ def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) ->
     check_floating("weights", weights)
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights: expected shape {shape}, one for each row, got {tuple(weights.shape)}. Pass (B,).")
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if weights.numel() and weights.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (float(bound) for bound in weights.detach().aminmax())
         if not (low >= 0 and math.isfinite(high)):
             raise ValueError(
@@ -104,7 +113,8 @@ def _row_weights(scores: Tensor, mask: Tensor | None, weights: Tensor | None) ->
             )
     # Only ratios matter; weights far from 1 would take sums out of float32's range.
     weights = weights.detach().to(scores.device, torch.float64)
-    top = weights.amax(-1, keepdim=True)
+    none = weights.shape[-1] == 0
+    top = max_(weights.new_zeros((*weights.shape[:-1], 1)) if none else weights.amax(-1, keepdim=True), group)
     weights = (weights / torch.where(top > 0, top, 1.0)).to(compute_dtype(scores.dtype))
     return weights if counted is None else weights * counted
 
@@ -147,12 +157,17 @@ def check_marginals(
         )
 
 
-def check_no_nan(name: str, value: Tensor) -> None:
-    """ValueError if a row of ``value`` holds a NaN or +inf, or only -inf. Reads one number from the device."""
+def check_no_nan(name: str, value: Tensor, group: ProcessGroup | None = None) -> None:
+    """ValueError, on all ranks of the group, if a row of ``value`` holds a NaN or +inf, or only -inf on any of them.
+
+    Reads one number from the device.
+    """
     bad = ((value.isnan() | (value == torch.inf)).any(-1) | (value == -torch.inf).all(-1)).flatten()
-    if bool(bad.any()):
+    count = int(sum_(bad.sum(), group))
+    if count:
+        where = f"first: row {int(bad.int().argmax())}" if bool(bad.any()) else "all in other processes"
         raise ValueError(
-            f"{name}: expected no NaN, no +inf and no row of only -inf, got {int(bad.sum())} rows that hold one "
-            f"(first: row {int(bad.int().argmax())}). Look for the overflow upstream, or use nan_policy='isolate' to "
+            f"{name}: expected no NaN, no +inf and no row of only -inf, got {count} rows that hold one "
+            f"({where}). Look for the overflow upstream, or use nan_policy='isolate' to "
             "go on without those rows."
         )

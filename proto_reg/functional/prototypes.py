@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_choice, check_mask, check_matrix, check_number, compute_dtype
+from .._distributed import Group, resolve, size, sum_
 
 SCORES = ("cosine", "dot", "euclidean")
 
@@ -67,7 +68,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 def prototype_cross_entropy(
-    scores: Tensor, codes: Tensor, temperature: float = 0.1, *, mask: Tensor | None = None
+    scores: Tensor, codes: Tensor, temperature: float = 0.1, *, mask: Tensor | None = None, group: Group = None
 ) -> Tensor:
     """-(1/B) sum_i sum_k q_ik log softmax_k(S_i / tau) (paper, eq. 10).
 
@@ -76,6 +77,9 @@ def prototype_cross_entropy(
         codes: (B, K) targets, rows summing to 1; no gradient flows through them.
         temperature: tau, > 0.
         mask: (B,) bool, True = the row counts; the mean is over those rows.
+        group: a ProcessGroup, or ``"default"``: the rows of all its ranks are one batch; B may differ and be 0. The
+            loss is that of all, the same on every rank; gradients are this rank's, scaled so that their average over
+            the ranks is the gradient of the whole.
 
     Returns:
         A scalar, float32 or float64; its gradient by the scores is (p - q) / (tau B).
@@ -83,8 +87,9 @@ def prototype_cross_entropy(
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
     """
-    check_matrix("scores", scores, axes="(B, K)")
-    check_matrix("codes", codes, scores.shape[1], axes="(B, K)")
+    ranks = resolve(group)
+    check_matrix("scores", scores, axes="(B, K)", empty=ranks is not None)
+    check_matrix("codes", codes, scores.shape[1], axes="(B, K)", empty=ranks is not None)
     if codes.shape[0] != scores.shape[0]:
         raise ValueError(
             f"codes: expected {scores.shape[0]} rows, one for each row of scores, got {codes.shape[0]}. "
@@ -98,16 +103,25 @@ def prototype_cross_entropy(
         # Before the product: a NaN that is only masked after it would still reach the gradient.
         codes, scores = (torch.where(mask[:, None], x, 0.0) for x in (codes, scores))
     total = -(codes * (scores / temperature).log_softmax(1)).sum()
-    return total / (len(scores) if mask is None else mask.sum().clamp_min(1))
+    if ranks is None:
+        return total / (len(scores) if mask is None else mask.sum().clamp_min(1))
+    count = total.new_full((), len(scores)) if mask is None else mask.sum().to(total)
+    whole, count = sum_(torch.stack([total.detach(), count]), ranks)
+    count = count.clamp_min(1)
+    # The value of all ranks with the slope of this one.
+    return whole / count + (total - total.detach()) * (size(ranks) / count)
 
 
 @torch.no_grad()
 def prototype_cross_entropy_and_gradient(
-    scores: Tensor, codes: Tensor, temperature: float = 0.1, *, mask: Tensor | None = None
+    scores: Tensor, codes: Tensor, temperature: float = 0.1, *, mask: Tensor | None = None, group: Group = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`prototype_cross_entropy` and its gradient by ``scores`` (B, K), in closed form: no graph is built."""
-    loss = prototype_cross_entropy(scores, codes, temperature, mask=mask)
+    ranks = resolve(group)
+    loss = prototype_cross_entropy(scores, codes, temperature, mask=mask, group=ranks)
     gradient = (scores.to(loss.dtype) / temperature).softmax(1) - codes
-    if mask is None:
+    if mask is None and ranks is None:
         return loss, gradient / (temperature * len(scores))
-    return loss, torch.where(mask[:, None], gradient, 0.0) / (temperature * mask.sum().clamp_min(1))
+    count = loss.new_full((), len(scores)) if mask is None else mask.sum().to(loss)
+    share = size(ranks) / sum_(count, ranks).clamp_min(1)
+    return loss, (gradient if mask is None else torch.where(mask[:, None], gradient, 0.0)) * (share / temperature)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from .._checks import check_number
+from .._distributed import Group, resolve, size, with_gradients
 from .problem import operator_arguments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BACKENDS = kernels.backends.NAMES
 
@@ -34,6 +39,7 @@ def sinkhorn(
     differentiable: bool = ...,
     backend: str = ...,
     out: Tensor | None = ...,
+    group: Group = ...,
     return_potentials: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -52,6 +58,7 @@ def sinkhorn(
     differentiable: bool = ...,
     backend: str = ...,
     out: Tensor | None = ...,
+    group: Group = ...,
     return_potentials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def sinkhorn(
@@ -69,6 +76,7 @@ def sinkhorn(
     differentiable: bool = False,
     backend: str = "auto",
     out: Tensor | None = None,
+    group: Group = None,
     return_potentials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Codes Q that maximise Tr(Q^T S) + eps h(Q) with balanced columns (paper, eq. 11 and 12), times B.
@@ -96,6 +104,9 @@ def sinkhorn(
         backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
             (``python -m proto_reg.kernels`` lists them).
         out: contiguous tensor like ``scores`` that receives the codes and is returned.
+        group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, at ``num_iters`` +
+            1 all-reduces of K numbers (and one of 1 with ``weights``), in plain torch. Ranks may differ in B, which
+            may be 0. All must call, with the same options; ``marginals`` and ``prototype_mask`` are those of all.
         return_potentials: also return g (K,) or (G, K), with which ``softmax(S / eps + g)`` assigns new latents.
 
     Returns:
@@ -105,11 +116,15 @@ def sinkhorn(
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
         RuntimeError: a forced backend that is not built, with every reason.
     """
+    ranks = resolve(group)
+    _check_grouped(ranks, backend, differentiable)
     arguments: tuple = operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks
     )
     solve: Callable[..., tuple[Tensor, Tensor]]
-    if differentiable:
+    if ranks is not None:
+        solve = partial(kernels.sinkhorn_distributed.sinkhorn_over_group, ranks)
+    elif differentiable:
         if backend not in ("auto", "torch"):
             raise ValueError(
                 f"backend: expected 'auto' or 'torch' with differentiable=True, got {backend!r}. Only plain torch "
@@ -147,6 +162,7 @@ def sinkhorn_cross_entropy(
     weights: Tensor | None = None,
     nan_policy: str = "propagate",
     backend: str = "auto",
+    group: Group = None,
     return_codes: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``prototype_cross_entropy(scores, sinkhorn(scores), temperature)`` in one pass over the scores.
@@ -158,6 +174,8 @@ def sinkhorn_cross_entropy(
         scores: (B, K), differentiable.
         temperature: tau, > 0.
         return_codes: also return the codes (B, K), which carry no gradient.
+        group: the rows of all its ranks are one batch, see :func:`sinkhorn`. The loss is that of all, the same on every
+            rank; gradients are this rank's, scaled so that their average over the ranks is the gradient of the whole.
         epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend: see :func:`sinkhorn`.
 
     Returns:
@@ -167,6 +185,14 @@ def sinkhorn_cross_entropy(
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
         RuntimeError: a forced backend that is not built, with every reason.
     """
+    if (ranks := resolve(group)) is not None:
+        loss, gradient, codes = sinkhorn_cross_entropy_and_gradient(
+            scores.detach(), epsilon, num_iters, temperature, tol=tol, marginals=marginals,
+            prototype_mask=prototype_mask, mask=mask, weights=weights, nan_policy=nan_policy, backend=backend,
+            group=ranks,
+        )  # fmt: skip
+        loss = with_gradients(loss, [scores], [gradient])
+        return (loss, codes) if return_codes else loss
     arguments = operator_arguments(
         scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
     )
@@ -188,6 +214,7 @@ def sinkhorn_cross_entropy_and_gradient(
     weights: Tensor | None = None,
     nan_policy: str = "propagate",
     backend: str = "auto",
+    group: Group = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and codes at once: :func:`sinkhorn_cross_entropy` for a backward pass of your own.
 
@@ -196,14 +223,28 @@ def sinkhorn_cross_entropy_and_gradient(
     Returns:
         loss: (); its gradient by ``scores`` (B, K) in their dtype; codes (B, K).
     """
+    ranks = resolve(group)
+    _check_grouped(ranks, backend)
     arguments = operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks
     )
     plain, temperature = _cross_entropy_options(scores, temperature, backend)
+    if ranks is not None:
+        return kernels.sinkhorn_distributed.cross_entropy_over_group(ranks, scores, *arguments, temperature)
     loss, gradient, _, codes = kernels.sinkhorn.cross_entropy_without_graph(
         plain, scores, *arguments, temperature, True
     )
     return loss, gradient, codes
+
+
+def _check_grouped(ranks: ProcessGroup | None, backend: str, differentiable: bool = False) -> None:
+    """ValueError for what only one process can do."""
+    if ranks is not None and (differentiable or backend not in ("auto", "torch")):
+        wanted = "differentiable=True" if differentiable else f"backend={backend!r}"
+        raise ValueError(
+            f"group: expected None with {wanted}, got a group of {size(ranks)} processes. Across processes plain torch "
+            "computes, without a graph."
+        )
 
 
 def _cross_entropy_options(scores: Tensor, temperature: float, backend: str) -> tuple[bool, float]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._checks import compute_dtype
+from .._distributed import max_, sum_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # exp(S / eps) and the scaling vectors stay within float32 while S / eps spans less than this.
 SAFE_RANGE = 40.5
@@ -45,7 +49,7 @@ def sinkhorn_reference(
         codes: like ``scores``, rows sum to 1.
         potentials: (K,) or (G, K) g, so that ``softmax(S / eps + g)`` assigns new rows by the same balance.
     """
-    x, weights, usable = _usable(scores, weights, isolate)
+    x, weights, usable = usable_rows(scores, weights, isolate)
     codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol, with_potentials)
     if usable is not None:
         codes = torch.where(usable[..., None], codes, torch.nan)
@@ -71,12 +75,9 @@ def sinkhorn_cross_entropy_reference(
         potentials: (K,)
         codes: (B, K), or (0, K) unless ``with_codes``.
     """
-    x, weights, usable = _usable(scores, weights, isolate)
+    x, weights, usable = usable_rows(scores, weights, isolate)
     codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol)
-    log_p = ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
-    gradient = (log_p.exp() - codes) / temperature
-    # A prototype that gets nothing contributes nothing, even where its score is -inf.
-    loss = -(codes * log_p.clamp_min(torch.finfo(x.dtype).min)).sum(1)
+    loss, gradient = cross_entropy_of_rows(x, codes, temperature)
     if weights is None:
         loss, gradient = loss.mean(), gradient / len(scores)
     else:
@@ -89,6 +90,13 @@ def sinkhorn_cross_entropy_reference(
     return loss, gradient.to(scores.dtype), potentials, codes
 
 
+def cross_entropy_of_rows(x: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """-sum_k q_k log softmax_k(x / tau) of each row (B,), and its gradient by ``x`` (B, K)."""
+    log_p = ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
+    # A prototype that gets nothing contributes nothing, even where its score is -inf.
+    return -(codes * log_p.clamp_min(torch.finfo(x.dtype).min)).sum(1), (log_p.exp() - codes) / temperature
+
+
 def differentiable_sinkhorn(
     scores: Tensor,
     marginals: Tensor | None,
@@ -99,14 +107,14 @@ def differentiable_sinkhorn(
     isolate: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sinkhorn_reference` with a graph: autograd goes back through every iteration."""
-    x, weights, usable = _usable(scores, weights, isolate)
-    codes, potentials = _balance_logits(x, _normalised(marginals, x), weights, epsilon, num_iters, tol)
+    x, weights, usable = usable_rows(scores, weights, isolate)
+    codes, potentials = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol)
     if usable is not None:
         codes = torch.where(usable[..., None], codes, torch.nan)
     return codes.to(scores.dtype), potentials
 
 
-def _usable(scores: Tensor, weights: Tensor | None, isolate: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def usable_rows(scores: Tensor, weights: Tensor | None, isolate: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scores in the dtype of the computation, weights without the rows to isolate, and which rows remain."""
     dtype = compute_dtype(scores.dtype)
     x = scores if scores.dtype == dtype else scores.to(dtype)
@@ -127,7 +135,7 @@ def _solve(
     with_potentials: bool = True,
 ) -> tuple[Tensor, Any]:
     """Codes and potentials in the dtype of ``x``, by the fastest way that is safe for these scores."""
-    marginals = _normalised(marginals, x)
+    marginals = normalised(marginals, x)
     if x.ndim == 2 and x.is_cpu and not torch.compiler.is_compiling():
         # Reading two numbers costs nothing here; elsewhere control flow must not wait for the device.
         if x.numel() < SMALL:
@@ -139,10 +147,10 @@ def _solve(
         narrow = float(high) - float(low) < SAFE_RANGE * epsilon and 1e-30 < epsilon < 1e30
         if narrow and (weights is None or bool(weights.any())):
             return _scale(x, reference, high, marginals, weights, epsilon, num_iters, tol, with_potentials)
-    return _balance_logits(x, marginals, weights, epsilon, num_iters, tol)
+    return balance_logits(x, marginals, weights, epsilon, num_iters, tol)
 
 
-def _normalised(marginals: Tensor | None, x: Tensor) -> Tensor | None:
+def normalised(marginals: Tensor | None, x: Tensor) -> Tensor | None:
     """Marginals in the dtype of ``x``, summing to 1."""
     if marginals is None:
         return None
@@ -207,39 +215,71 @@ def _column_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
     return sums if whole == e.shape[0] else sums + torch.mv(e[whole:].t(), u[whole:])
 
 
-def _balance_logits(
-    x: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, num_iters: int, tol: float | None
+def balance_logits(
+    x: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """For scores of any size, with no control flow that depends on them: one softmax over the rows per iteration.
 
     With f eliminated each iteration is ``P = softmax_k(S / eps + g)``, ``g_k -= log(sum_i w_i P_ik / (W r_k))``. After
     the first step column k of the plan sums to W r_k, so nothing underflows and nothing is clamped.
+
+    With a ``group`` the rows of all its ranks are one batch, at ``num_iters`` + 1 all-reduces of K numbers. A rank
+    without rows takes part.
     """
     counted = None if weights is None else weights > 0
-    x, shift, column_top = _centre(x, counted, epsilon)
+    log_weights = x.new_zeros(()) if weights is None else weights.log().to(x.dtype)[..., None]
+    x, shift, column_top = _centre(x, _column_tops(x, counted, log_weights, epsilon, group), epsilon)
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
-    log_weights = 0.0 if weights is None else weights.log().to(x.dtype)[..., None]
-    total = x.shape[-2] if weights is None else weights.sum(-1, keepdim=True).to(x.dtype)
-    mass = _masked(x + shift + log_weights, counted).logsumexp(-2)
+    mass, total = _column_masses(x + shift + log_weights, counted, weights, group)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
     g = torch.where(mass == -torch.inf, -torch.inf, target.log() - mass)
-    g = _iterate(x, g, total * target, weights, num_iters - 1, tol)
-    if counted is not None:
-        g = torch.where(counted.any(-1, keepdim=True), g, 0.0)
+    g = _iterate(x, g, total * target, weights, num_iters - 1, tol, group)
+    if weights is not None or group is not None:
+        g = torch.where(total > 0, g, 0.0)
     codes = (x + g[..., None, :]).softmax(-1)
     largest = torch.finfo(x.dtype).max
     potentials = torch.where(g == -torch.inf, -torch.inf, (g - column_top / epsilon).clamp(-largest, largest))
     return codes, potentials
 
 
-def _centre(x: Tensor, counted: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def _column_tops(
+    x: Tensor, counted: Tensor | None, log_weights: Tensor, epsilon: float, group: ProcessGroup | None
+) -> Tensor:
+    """Maxima (..., K) of the columns; in a group those of S + eps log w, whose exponentials sum safely across ranks."""
+    if group is not None:
+        x = x + epsilon * log_weights
+    tops = _masked(x, counted).detach()  # a shift has no slope
+    empty = tops.shape[-2] == 0
+    tops = tops.new_full((*tops.shape[:-2], tops.shape[-1]), -torch.inf) if empty else tops.amax(-2)
+    return _finite_or_zero(max_(tops, group))
+
+
+def _column_masses(
+    logits: Tensor, counted: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """log sum_i exp(logits) of each column (..., K), and the sum of all weights (..., 1)."""
+    logits = _masked(logits, counted)
+    rows = logits.new_full((*logits.shape[:-2], 1), logits.shape[-2])
+    total = rows if weights is None else weights.sum(-1, keepdim=True).to(logits.dtype)
+    if group is None:
+        return logits.logsumexp(-2), total
+    both = sum_(torch.cat([logits.exp().sum(-2), total], -1), group)
+    return both[..., :-1].log(), both[..., -1:]
+
+
+def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """S / eps less its row and column maxima, subtracted before the division so that float32 keeps what matters.
 
     Returns the centred scores, the (..., B, 1) shift that was taken off their rows, in units of S / eps, and the column
-    maxima (..., K).
+    maxima (..., K) that were given.
     """
     lowest = torch.finfo(x.dtype).min
-    column_top = _finite_or_zero(_masked(x, counted).amax(-2)).detach()  # a shift has no slope
     columns = column_top[..., None, :]
     less = x - columns
     # What the subtraction rounded away (Knuth's two-sum): scores of hundreds lose 1e-4 of S / eps by it.
@@ -251,13 +291,21 @@ def _centre(x: Tensor, counted: Tensor | None, epsilon: float) -> tuple[Tensor, 
     return centred / epsilon, row_top / epsilon, column_top
 
 
-def _iterate(x: Tensor, g: Tensor, target: Tensor, weights: Tensor | None, passes: int, tol: float | None) -> Tensor:
+def _iterate(
+    x: Tensor,
+    g: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    passes: int,
+    tol: float | None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """``passes`` further iterations of the column potentials g (..., K) towards the column sums ``target``."""
     for _ in range(passes):
         p = (x + g[..., None, :]).softmax(-1)
         if weights is not None:
             p = torch.where(weights[..., None] > 0, p * weights[..., None].to(p), 0.0)
-        column = p.sum(-2)
+        column = sum_(p.sum(-2), group)
         updated = torch.where(column == 0, -torch.inf, g - (column / target).log())
         if tol is None:
             g = updated

@@ -1,0 +1,154 @@
+"""Which processes a component works with, and the few collectives it needs. With no group each is the identity.
+
+The group is ``"default"`` (the default process group, where one of more than one process is initialised), None (this
+process alone) or a ``torch.distributed.ProcessGroup``. Modules work together in training mode and alone in eval mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group: TypeAlias = Union[str, "dist.ProcessGroup", None]
+
+# Of two names the one that does not warn: torch 2.13 renamed it.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+class Ranks:
+    """The processes that a module chose; which they are is looked up at each call.
+
+    Copies share a ProcessGroup. It means nothing to another run, so a pickle keeps ``"default"`` in its place.
+    """
+
+    def __init__(self, group: Group) -> None:
+        _check_group(group)
+        self.group = group
+
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return Ranks, (None if self.group is None else "default",)
+
+    def active(self, together: bool = True) -> dist.ProcessGroup | None:
+        """The process group to work with now; None for this process alone, as without ``together``."""
+        return resolve(self.group) if together else None
+
+
+def resolve(group: Group) -> dist.ProcessGroup | None:
+    """``group`` as a ProcessGroup of more than one process, this one among them; None for this process alone.
+
+    Raises:
+        TypeError, ValueError: neither ``"default"`` nor None nor a ProcessGroup.
+    """
+    _check_group(group)
+    if group is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    members: Any = dist.group.WORLD if isinstance(group, str) else group
+    return members if dist.get_world_size(members) > 1 else None
+
+
+def _check_group(group: Group) -> None:
+    if group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return
+    if not isinstance(group, str):
+        raise TypeError(
+            f"group: expected 'default', None or a torch.distributed.ProcessGroup, got {type(group).__name__}. Of a "
+            "DeviceMesh pass mesh.get_group()."
+        )
+    if group != "default":
+        raise ValueError(f"group: expected 'default', None or a ProcessGroup, got {group!r}. Pass one of these.")
+
+
+def size(group: dist.ProcessGroup | None) -> int:
+    """Number of processes."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def sum_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``x`` summed over the ranks, in place."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def max_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Elementwise maximum of ``x`` over the ranks, in place."""
+    if group is not None:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+    return x
+
+
+def broadcast_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``x`` of the group's first rank, in place."""
+    if group is not None:
+        dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
+    return x
+
+
+def row_counts(count: int, group: dist.ProcessGroup | None, device: torch.device) -> tuple[list[int], int]:
+    """``count`` of every rank, and the sum of those before this one. Reads them on the host.
+
+    A group that reaches CPUs too (gloo, or the default of both) tells them past the ``device``, which goes on working.
+    """
+    if group is None:
+        return [count], 0
+    where = "cpu" if "cpu" in dist.get_backend_config(group) else device
+    counts = torch.empty(size(group), dtype=torch.int64, device=where)
+    _all_gather(counts, torch.tensor([count], device=where), group=group)
+    known = counts.tolist()
+    return known, sum(known[: dist.get_rank(group)])
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """Rows (n, ...) of all ranks in their order (N, ...), and where this rank's begin; any n, 0 too. No gradient."""
+    counts, start = row_counts(len(rows), group, rows.device)
+    longest = max(counts)
+    if group is None or longest == 0:
+        return rows, 0
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everything = rows.new_empty(len(counts) * longest, *rows.shape[1:])
+    _all_gather(everything, padded, group=group)
+    parts = [part[:count] for part, count in zip(everything.split(longest), counts, strict=True)]
+    return torch.cat(parts), start
+
+
+def local_part(whole: Tensor, sharded: Any) -> Tensor:
+    """This rank's part of ``whole``, cut as the DTensor ``sharded`` is; no communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = sharded.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, sharded.placements).to_local()
+
+
+def is_sharded(x: object) -> bool:
+    """Whether ``x`` is a DTensor, as FSDP2's parameters are between the passes; does not import the module for that."""
+    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+
+
+def with_gradients(value: Tensor, tensors: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """``value`` of all ranks, differentiable in ``tensors``, by which this rank knows its gradients; first order only.
+
+    Each rank's gradient is that of its own rows, times the number of ranks: averaged over the ranks, as
+    DistributedDataParallel does, they are the gradient of the value.
+    """
+    return _WithGradients.apply(value, *tensors, *gradients) if torch.is_grad_enabled() else value
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
+        return value.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_value: Tensor):
+        gradients = ctx.saved_tensors
+        return None, *(by_value * gradient for gradient in gradients), *([None] * len(gradients))

@@ -1,0 +1,72 @@
+"""The exact anchored MMD of the latents of all ranks: gathered, computed on each rank, and cut to its own rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
+from .._distributed import broadcast_, gather_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def gathered_mmd(
+    residuals: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    kernel: str,
+    scales: list[float],
+    unbiased: bool,
+    sampled: bool,
+    generator: torch.Generator | None,
+    group: ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``proto_reg::anchored_mmd`` of all ranks' rows: values (K,), gradient by this rank's (N, D), counts (K,).
+
+    The sampled target is drawn on the first rank, for all: ranks with equal seeds would draw equal samples.
+    """
+    with torch.autocast(residuals.device.type, enabled=False):
+        own = torch.nonzero((groups >= 0) & (groups < num_groups))[:, 0]
+        # Indices pass as floats, in one gather with the rows: exact below 2^24.
+        rows, start = gather_rows(torch.cat([residuals, groups[:, None].to(residuals)], 1)[own], group)
+        everything, members = rows[:, :-1].contiguous(), rows[:, -1].long()
+        counts = residuals.new_zeros(num_groups).index_add_(0, members, torch.ones_like(rows[:, -1]))
+        gradient = torch.zeros_like(residuals)
+        if len(rows) == 0:
+            return counts, gradient, counts
+        samples = None
+        if sampled:
+            drawn = torch.empty_like(everything)
+            samples = broadcast_(drawn.normal_(generator=generator) if start == 0 else drawn, group)
+        values, by_rows = torch.ops.proto_reg.anchored_mmd(
+            everything, members, num_groups, kernel, scales, unbiased, samples
+        )
+        return values, gradient.index_copy_(0, own, by_rows[start : start + len(own)]), counts
+
+
+def gathered_weighted_mmd(
+    z: Tensor,
+    anchors: Tensor,
+    weights: Tensor,
+    kernel: str,
+    scales: list[float],
+    unbiased: bool,
+    by_mass: bool,
+    group: ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``proto_reg::weighted_mmd`` of all ranks' rows: loss (), gradients by own z (N, D) and by anchors (K, D)."""
+    with torch.autocast(z.device.type, enabled=False):
+        own = torch.nonzero((weights > 0).any(1))[:, 0]
+        rows, start = gather_rows(torch.cat([z, weights], 1)[own], group)
+        gradient = torch.zeros_like(z)
+        if len(rows) == 0:
+            return z.new_zeros(()), gradient, torch.zeros_like(anchors)
+        everything, members = (part.contiguous() for part in rows.split([z.shape[1], len(anchors)], 1))
+        loss, by_rows, by_anchors = torch.ops.proto_reg.weighted_mmd(
+            everything, anchors, members, kernel, scales, unbiased, by_mass
+        )
+        return loss, gradient.index_copy_(0, own, by_rows[start : start + len(own)]), by_anchors

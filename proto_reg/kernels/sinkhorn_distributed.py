@@ -1,0 +1,67 @@
+"""Balanced assignment of the rows of all ranks as one batch: the plain-torch form, whose column sums are all-reduced.
+
+Potentials come out of all-reduces alone and so are equal on all ranks to the bit; whatever the data, every rank makes
+the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._distributed import size, sum_
+from .sinkhorn_reference import balance_logits, cross_entropy_of_rows, normalised, usable_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@torch.no_grad()
+def sinkhorn_over_group(
+    group: ProcessGroup,
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Codes of this rank's rows (..., B, K) and the potentials of all ranks (..., K); arguments as in one process."""
+    x, weights, usable = usable_rows(scores, weights, isolate)
+    codes, potentials = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol, group)
+    if usable is not None:
+        codes = torch.where(usable[..., None], codes, torch.nan)
+    return codes.to(scores.dtype), potentials
+
+
+@torch.no_grad()
+def cross_entropy_over_group(
+    group: ProcessGroup,
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () of all rows, the same on all ranks; its gradient by this rank's scores (B, K) and their codes (B, K).
+
+    The gradient is ``w_i (p - q) / (tau W)`` times the number of ranks, W over all ranks: what averages to that of one
+    process.
+    """
+    x, weights, usable = usable_rows(scores, weights, isolate)
+    codes, _ = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol, group)
+    loss, gradient = cross_entropy_of_rows(x, codes, temperature)
+    weights = torch.ones_like(loss) if weights is None else weights.to(loss)
+    counted = weights > 0
+    loss, total = sum_(torch.stack([torch.where(counted, weights * loss, 0.0).sum(), weights.sum()]), group)
+    total = torch.where(total > 0, total, 1.0)
+    gradient = torch.where(counted[:, None], (size(group) * weights / total)[:, None] * gradient, 0.0)
+    if usable is not None:
+        codes = torch.where(usable[:, None], codes, torch.nan)
+    return loss / total, gradient.to(scores.dtype), codes.to(scores.dtype)
