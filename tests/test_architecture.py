@@ -31,6 +31,7 @@ ROOMS = [
     "regularizer",
     "training",
     "plots",
+    "attachment",
     "__init__",
 ]
 
@@ -77,6 +78,7 @@ def test_examples_and_integrations_use_public_names_only() -> None:
 def test_public_names() -> None:
     assert set(proto_reg.__all__) == {
         "AnchoredMMDLoss",
+        "Attachment",
         "PrototypeHead",
         "PrototypeMixture",
         "PrototypeWarning",
@@ -85,6 +87,7 @@ def test_public_names() -> None:
         "PrototypicalTraining",
         "RegularizerOutput",
         "SinkhornAssigner",
+        "attach",
         "functional",
     }
     for name in ("sinkhorn", "anchored_mmd", "prototype_cross_entropy", "latent_metrics"):
