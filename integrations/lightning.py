@@ -36,9 +36,9 @@ class PrototypeCallback(Callback):
         module.load_state_dict(torch.load(path)["state_dict"])
 
     Args:
-        encode: name of the submodule whose output is the latent. Of ``"vae.encoder"`` the layer becomes ``vae.prototypes``,
-            which an optimizer of ``self.vae.parameters()`` knows too. None if the module has a layer of its own: then it
-            is only logged and drawn.
+        encode: name of the submodule whose output is the latent. For ``"vae.encoder"`` the layer is ``vae.prototypes``,
+            which an optimizer of ``self.vae.parameters()`` knows too. None if the module has a layer of its own: then
+            it is only logged and drawn.
         decode: latents (n, D) -> images in [0, 1], or the name of a method or submodule of the module that does it.
         image_shape: (C, H, W), if ``decode`` returns flat images.
         every_n_epochs: between pictures.

@@ -64,8 +64,8 @@ class PrototypeTrainerCallback(TrainerCallback):
             )
         if options.get("mode", "balanced") != "balanced":
             raise ValueError(
-                f"mode: expected 'balanced', got {options['mode']!r}: a callback cannot add to your loss. Put the layer "
-                "into the model, add info.loss there, and use PrototypeTrainerCallback(trainer) without encode."
+                f"mode: expected 'balanced', got {options['mode']!r}: a callback cannot add to your loss. Put the "
+                "layer into the model, add info.loss there, and use PrototypeTrainerCallback(trainer) without encode."
             )
 
     def on_epoch_end(

@@ -63,10 +63,11 @@ class PrototypeFollower(nn.Module):
         if not self.rate or not prototypes.requires_grad:
             return
         eager = not torch.compiler.is_compiling()
-        # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
-        if eager and prototypes._version == self._seen_version:
-            return
-        torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
+        # Nobody has touched them by torch's count, which fused optimizers do not keep: the device compares. Its write
+        # of nothing goes past the count too, for graphs that hold the prototypes would mind.
+        untouched = eager and prototypes._version == self._seen_version
+        target = prototypes.data if untouched else prototypes
+        torch.ops.proto_reg.follow(target, self.sums, self.counts, self.seen, self.rate)
         if eager:
             self._seen_version = prototypes._version
 
