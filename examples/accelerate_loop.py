@@ -28,7 +28,7 @@ class Autoencoder(nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--epochs", type=int, default=40)
+parser.add_argument("--epochs", type=int, default=80)
 parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
 args = parser.parse_args()
 set_seed(0)

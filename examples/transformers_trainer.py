@@ -27,7 +27,7 @@ class Autoencoder(nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--epochs", type=int, default=40)
+parser.add_argument("--epochs", type=int, default=60)
 parser.add_argument("--out", default="trainer_output")
 args = parser.parse_args()
 torch.manual_seed(0)
@@ -35,9 +35,8 @@ data, model = load_digits(), Autoencoder()
 arguments = TrainingArguments(
     args.out,
     num_train_epochs=args.epochs,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     per_device_train_batch_size=48,
-    gradient_accumulation_steps=2,
     use_cpu=True,
     report_to="none",
     save_strategy="no",
