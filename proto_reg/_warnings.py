@@ -41,7 +41,14 @@ class LayerWatch:
             warnings.warn(message, PrototypeWarning, stacklevel=_callers_level())
 
     def at_construction(
-        self, *, epsilon: float, temperature: float, latent_dim: int, warmup_steps: int, total_steps: int | None
+        self,
+        *,
+        epsilon: float,
+        temperature: float,
+        latent_dim: int,
+        warmup_steps: int,
+        ramp_steps: int,
+        total_steps: int | None,
     ) -> None:
         """Look at the options."""
         if epsilon == temperature:
@@ -55,6 +62,12 @@ class LayerWatch:
                 "warmup",
                 f"warmup_steps = {warmup_steps} covers all {total_steps} steps of the training: nothing will be "
                 "regularised. Shorten the warm-up.",
+            )
+        elif total_steps is not None and warmup_steps + ramp_steps >= total_steps:
+            self.say(
+                "warmup",
+                f"warmup_steps + ramp_steps = {warmup_steps + ramp_steps} covers all {total_steps} steps of the "
+                "training: the weights never reach their full size. Shorten the ramp.",
             )
         if latent_dim >= 2048:
             self.say(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self
+from torch import Tensor
 
 from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from ._checks import check_number, compute_dtype
+from ._ranks import sum_over_ranks
+from ._state import WideState
 
 
-class PrototypeFollower(nn.Module):
+class PrototypeFollower(WideState):
     """Whenever an optimizer has moved the prototypes, moves them on by a share of the way to their latents' mean.
 
     Cosine scores give prototypes no radial gradient, and an optimizer's step is as small for them as for any weight:
@@ -23,6 +22,9 @@ class PrototypeFollower(nn.Module):
     are no longer where they were last seen. So whatever holds prototypes still holds them still here too: a frozen
     parameter, accumulation between steps, a step that GradScaler skipped. The comparison is made on the device; nothing
     waits for it.
+
+    Where prototypes have been converted to half precision, ``seen`` keeps the digits that they cannot hold: a way too
+    short for bfloat16 adds up there from step to step, until it shows.
 
     Args:
         prototypes: (K, D), for the shape and dtype of the state, which stays float32 or wider.
@@ -45,13 +47,6 @@ class PrototypeFollower(nn.Module):
             self.register_buffer("counts", torch.zeros_like(like[:, 0]))
             # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
             self.register_buffer("seen", torch.zeros_like(like))
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        """As any module's, but a half precision cannot count: the state is kept in float32 then."""
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            setattr(self, name, buffer.to(compute_dtype(buffer.dtype)))
-        return self
 
     def __getstate__(self) -> dict:
         """A copy has other tensors, whose versions count anew."""
@@ -83,10 +78,18 @@ class PrototypeFollower(nn.Module):
         tokens = torch.where(usable[:, None], tokens, 0.0).to(self.sums.dtype)
         rows = torch.cat([tokens, usable.to(tokens.dtype)[:, None]], 1)
         both = rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, assignments, rows)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(both)
+        sum_over_ranks(both)
         self.sums += both[:, :-1]
         self.counts += both[:, -1]
+
+    @torch.no_grad()
+    def forget(self, index: Tensor, prototypes: Tensor) -> None:
+        """Prototypes ``index`` (n,) were put elsewhere: their latents so far are those of others."""
+        if not self.rate:
+            return
+        self.sums[index] = 0
+        self.counts[index] = 0
+        self.seen[index] = prototypes[index].to(self.seen.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

@@ -96,7 +96,7 @@ class PrototypeHead(nn.Module):
         if not bool(z.isfinite().all()):
             raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
         z = z.to(self.prototypes.device)
-        self.prototypes.copy_(z[_kmeans_plus_plus(z, self.num_prototypes, generator)])
+        self.prototypes.copy_(z[kmeans_plus_plus(z, self.num_prototypes, generator)])
 
     def mixture(self, std: float = 1.0) -> PrototypeMixture:
         """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``."""
@@ -178,14 +178,23 @@ class PrototypeMixture(MixtureSameFamily):
         return joint.reshape(*value.shape[:-1], len(mean))
 
 
-def _kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Indices (count,) of rows of ``z`` (N, D), each drawn with probability proportional to its squared distance."""
+def kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None, centres: Tensor | None = None) -> Tensor:
+    """Indices (count,) of rows of ``z`` (N, D), each drawn with probability proportional to its squared distance.
+
+    Of the nearest row drawn before it, or of ``centres`` (M, D) that are there already.
+    """
     # Only ratios of distances matter: at unit size none overflows, whatever the dtype of z.
     z = z.to(compute_dtype(z.dtype))
-    z = z / z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
-    chosen = [torch.randint(len(z), (1,), device=z.device, generator=generator)]
-    squared = (z - z[chosen[0]]).square().sum(1)
-    for _ in range(count - 1):
+    there = z[:0] if centres is None else centres.to(z.dtype)
+    top = torch.cat([z, there]).abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
+    z, there, chosen = z / top, there / top, []
+    if len(there) == 0:
+        chosen.append(torch.randint(len(z), (1,), device=z.device, generator=generator))
+        there = z[chosen[0]]
+    squared = torch.full_like(z[:, 0], torch.inf)
+    for centre in there:
+        squared = torch.minimum(squared, (z - centre).square().sum(1))
+    while len(chosen) < count:
         # All latents on chosen points already: any row is as good as another.
         weight = squared + (squared.sum() == 0)
         chosen.append(torch.multinomial(weight, 1, generator=generator))

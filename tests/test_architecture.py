@@ -19,6 +19,8 @@ PACKAGE = ROOT / "proto_reg"
 # Each room may import from the rooms that stand before it.
 ROOMS = [
     "_checks",
+    "_ranks",
+    "_state",
     "layout",
     "kernels",
     "functional",
@@ -26,7 +28,12 @@ ROOMS = [
     "head",
     "assigner",
     "mmd",
+    "balance",
     "follower",
+    "queue",
+    "usage",
+    "revival",
+    "schedule",
     "_warnings",
     "regularizer",
     "training",
