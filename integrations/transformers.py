@@ -45,9 +45,7 @@ class PrototypeTrainerCallback(TrainerCallback):
         if encode is not None:
             self._check(trainer, options)
             attach(trainer.model, encode, **options)
-        elif trainer.model_init is None and not any(
-            isinstance(m, PrototypicalRegularizer) for m in trainer.model.modules()
-        ):
+        elif trainer.model_init is None and not self._layers():
             raise ValueError("encode: expected the name of a submodule, or a model with a layer. Got neither.")
 
     @staticmethod
@@ -68,13 +66,23 @@ class PrototypeTrainerCallback(TrainerCallback):
                 "layer into the model, add info.loss there, and use PrototypeTrainerCallback(trainer) without encode."
             )
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start counting anew, except where a run is resumed within an epoch."""
+        if float(state.epoch or 0).is_integer():
+            for layer in self._layers().values():
+                layer.reset_metrics()
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log the epoch's metrics, which start anew."""
-        values = {}
-        for name, layer in self.trainer.model.named_modules():
-            if isinstance(layer, PrototypicalRegularizer):
-                values |= {f"{name}/{key}": value for key, value in layer.metrics().items()}
-                layer.reset_metrics()
-        self.trainer.log(values)
+        """Log the epoch's metrics."""
+        wanted = control.should_log
+        layers = self._layers().items()
+        self.trainer.log({f"{name}/{key}": value for name, layer in layers for key, value in layer.metrics().items()})
+        control.should_log = wanted  # the Trainer's own log is still to come
+
+    def _layers(self) -> dict[str, PrototypicalRegularizer]:
+        modules = self.trainer.model.named_modules()
+        return {name: module for name, module in modules if isinstance(module, PrototypicalRegularizer)}

@@ -256,11 +256,17 @@ class PrototypicalRegularizer(nn.Module):
         )
         return z, output
 
-    def losses(self, z: Tensor, mask: Tensor | None = None) -> RegularizerOutput:
-        """Both losses of ``z``, differentiable whatever the mode and uncounted: what Algorithm 1 steps on."""
+    def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
+        """Both losses of ``z``, differentiable whatever the mode: what Algorithm 1 steps on.
+
+        ``count``: as a training forward does, with ``tracking``; but prototypes are not moved.
+        """
         tokens, keep = self._tokens(z, mask)
         with torch.autocast(z.device.type, enabled=False):
-            return self._to_layout(self._losses(tokens, keep), z)
+            output = self._losses(tokens, keep)
+        if count and self.tracking:
+            self._track(tokens.detach(), keep, output)
+        return self._to_layout(output, z)
 
     @property
     def usage(self) -> Tensor:

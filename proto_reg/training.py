@@ -143,9 +143,9 @@ class PrototypicalTraining(nn.Module):
             return losses
         with frozen_batch_statistics(self.encoder):
             for name in ("prototype", "mmd"):
-                loss = getattr(self.regularizer.losses(self.encode(x)), f"{name}_loss")
-                losses[name] = self._take(name, loss)
-        self.regularizer.steps += 1  # a new subsample for the next batch
+                # Counted once a batch; that brings a new subsample for the next, too.
+                output = self.regularizer.losses(self.encode(x), count=name == "mmd")
+                losses[name] = self._take(name, getattr(output, f"{name}_loss"))
         return losses
 
     def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -122,8 +122,9 @@ def test_fit_with_clipping_and_accumulation(tmp_path: Path) -> None:
     assert "prototypes/perplexity" in rows[0]
 
 
+@pytest.mark.parametrize("saved_at", ["epoch", "step"])
 @pytest.mark.parametrize("algorithm", ["callback", "paper", "balanced"])
-def test_a_resumed_run_ends_with_the_same_numbers(tmp_path: Path, algorithm: str) -> None:
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path: Path, algorithm: str, saved_at: str) -> None:
     def build() -> L.LightningModule:
         torch.manual_seed(1)
         return AE() if algorithm == "callback" else Paper(schedule=algorithm, warmup_epochs=3)
@@ -131,24 +132,21 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path: Path, algorithm: str
     def ours() -> PrototypeCallback:
         return callback(warmup_steps=5) if algorithm == "callback" else PrototypeCallback()
 
-    epochs = []
-
     class Reseed(L.Callback):  # the paper's sampled target draws numbers, and Lightning keeps no random state
-        def on_train_epoch_start(self, run: L.Trainer, module: L.LightningModule) -> None:
-            torch.manual_seed(run.current_epoch)
-            epochs.append(run.current_epoch)
+        def on_train_batch_start(self, run: L.Trainer, *others: Any) -> None:
+            torch.manual_seed(run.global_step)
 
-    def fit(module: L.LightningModule, max_epochs: int, ckpt_path: Path | None = None) -> L.Trainer:
-        saving = ModelCheckpoint(tmp_path / f"until {max_epochs}", save_last=True)
+    def fit(module: L.LightningModule, folder: str, max_epochs: int, ckpt_path: Path | None = None) -> L.Trainer:
+        when = {"every_n_train_steps": 20} if saved_at == "step" else {}  # the last of an epoch, before its end
+        saving = ModelCheckpoint(tmp_path / folder, save_last=True, **when)
         run = trainer(tmp_path, ours(), Reseed(), saving, max_epochs=max_epochs, enable_checkpointing=True)
         run.fit(module, loader(), ckpt_path=ckpt_path)
         return run
 
     whole, resumed = build(), build()
-    uninterrupted = fit(whole, EPOCHS)
-    fit(build(), 2)
-    again = fit(resumed, EPOCHS, tmp_path / "until 2" / "last.ckpt")
-    assert epochs == [0, 1, 2, 3, 0, 1, 2, 3]
+    uninterrupted = fit(whole, "whole", EPOCHS)
+    fit(build(), "halves", 2)
+    again = fit(resumed, "halves", EPOCHS, tmp_path / "halves" / "last.ckpt")
     assert again.global_step == uninterrupted.global_step == EPOCHS * 10
     assert_equal_states(whole, resumed)
     for key, value in uninterrupted.callback_metrics.items():
@@ -191,6 +189,7 @@ def test_algorithm_1_counts_a_batch_once_and_takes_every_flag(tmp_path: Path, sc
     assert module.prototypical.regularizer.steps == (EPOCHS - 1) * 10
     assert not torch.equal(module.prototypical.regularizer.head.prototypes, start)
     assert {"train/reconstruction", "train/prototype", "train/mmd"} <= set(run.callback_metrics)
+    assert module.prototypical.regularizer.metrics()["perplexity"] >= 1  # the isolated steps are counted too
 
 
 def test_the_layer_goes_where_the_users_optimizer_finds_it(tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_pictures_change_nothing_in_the_training(tmp_path: Path) -> None:
         torch.manual_seed(1)
         modules.append(AE())
         folder = tmp_path / str(number)
-        trainer(folder, callback(**drawing), logger=logger).fit(modules[-1], loader(shuffle=True))
+        trainer(folder, callback(num_prototypes=3, **drawing), logger=logger).fit(modules[-1], loader(shuffle=True))
         drawn = sorted(path.name for path in (folder / "prototypes").glob("*.png"))
         assert drawn == (["prototypes-0001.png", "prototypes-0003.png"] if number == 1 else [])
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["prototypes-at-20.png", "prototypes-at-40.png"]
