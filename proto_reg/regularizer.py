@@ -17,6 +17,7 @@ from .balance import AttachDirection, inverse_norm
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
+from .kernels.snapshot import snapshot
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
 from .queue import LatentQueue
@@ -390,7 +391,7 @@ class PrototypicalRegularizer(nn.Module):
         if count <= self.max_tokens:
             return None
         # A hash for each token (splitmix64's mixing) leaves the user's random stream alone and resumes exactly.
-        key = torch.arange(count, device=self.steps.device) + self.steps * 1_000_003 + self.seed % 2**31 * 0x5851F42D
+        key = torch.arange(count, device=self.steps.device) + snapshot(self.steps) * 1_000_003 + self.seed % 2**31 * 0x5851F42D
         for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
             key = (key ^ (key >> 29)) * multiplier
         key = key ^ (key >> 32)
@@ -400,13 +401,12 @@ class PrototypicalRegularizer(nn.Module):
 
     def _ramp(self) -> Tensor:
         """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
-        return ramp(self.steps, self.warmup_steps, self.ramp_steps)
+        return ramp(snapshot(self.steps), self.warmup_steps, self.ramp_steps)
 
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""
-        return sharpness(
-            self.steps, self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps
-        )
+        steps = snapshot(self.steps)
+        return sharpness(steps, self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps)
 
     def _check_transforms(self, tracking: bool) -> None:
         """RuntimeError under a ``torch.func`` transform that this layer, as it is set, cannot go through."""
