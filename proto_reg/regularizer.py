@@ -17,6 +17,7 @@ from .balance import AttachDirection, inverse_norm
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
+from .kernels.snapshot import snapshot
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
 from .queue import LatentQueue
@@ -213,13 +214,13 @@ class PrototypicalRegularizer(nn.Module):
         sharpened, options = self._assigner_arguments(scores, keep)
         prototype_loss, codes = self.assigner.cross_entropy(sharpened, self.temperature, **options)
         assignments = (codes if self.training else scores).argmax(1)
-        index = self._subsample(len(z), keep)
+        index = self._subsample(z.shape[0], keep)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
         if self.warmup_steps or self.ramp_steps:
             weight = self._ramp()
             loss = torch.where(weight > 0, weight * loss, 0.0)
-        return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes[: len(z)], assignments[: len(z)])
+        return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes[: z.shape[0]], assignments[: z.shape[0]])
 
     def _balanced(self, z: Tensor, tokens: Tensor, keep: Tensor | None) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
@@ -233,11 +234,11 @@ class PrototypicalRegularizer(nn.Module):
             assignments = codes.argmax(1)
             by_tokens, by_parameters = pull_back(by_scores * self._sharpness() if self.temperature_steps else by_scores)
 
-            index = self._subsample(len(tokens), keep)
+            index = self._subsample(tokens.shape[0], keep)
             mmd_loss, by_latents = self.mmd.value_and_gradient(
                 *self._mmd_arguments(tokens, codes, assignments, keep, index)
             )
-            by_latents = by_latents[: len(tokens) if index is None else len(index)]  # past latents stay
+            by_latents = by_latents[: tokens.shape[0] if index is None else index.shape[0]]  # past latents stay
             if index is not None:
                 by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
@@ -252,7 +253,7 @@ class PrototypicalRegularizer(nn.Module):
         attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
         z = AttachDirection.apply(z, attached, counted, *steps, *self.head.parameters())
         output = RegularizerOutput(
-            loss, prototype_loss, mmd_loss, scores, codes[: len(tokens)], assignments[: len(tokens)]
+            loss, prototype_loss, mmd_loss, scores, codes[: tokens.shape[0]], assignments[: tokens.shape[0]]
         )
         return z, output
 
@@ -370,7 +371,7 @@ class PrototypicalRegularizer(nn.Module):
         Past latents are scored by the prototypes of today. They enter the balance, not the loss.
         """
         options: dict[str, Any] = {"mask": keep}
-        rows = len(scores)
+        rows = scores.shape[0]
         if self.queue is not None and self.training:
             with torch.no_grad():
                 past = self.head(self.queue.latents.to(scores.dtype))
@@ -383,11 +384,11 @@ class PrototypicalRegularizer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What the MMD is taken of: all tokens, or those of ``index``, and past ones; the anchors held fixed."""
         members = codes if self.soft else assignments
-        members, past = members[: len(z)], members[len(z) :]
+        members, past = members[: z.shape[0]], members[z.shape[0] :]
         if index is not None:
             z, members, keep = z[index], members[index], None if keep is None else keep[index]
         if self.queue is not None and self.queue_mmd and self.training:
-            keep = self.queue.below(keep, len(z))
+            keep = self.queue.below(keep, z.shape[0])
             z, members = torch.cat([z, self.queue.latents.to(z.dtype)]), torch.cat([members, past])
         return z, self.head.prototypes.detach(), members, keep
 
@@ -396,7 +397,7 @@ class PrototypicalRegularizer(nn.Module):
         if count <= self.max_tokens:
             return None
         # A hash for each token (splitmix64's mixing) leaves the user's random stream alone and resumes exactly.
-        key = torch.arange(count, device=self.steps.device) + self.steps * 1_000_003 + self.seed % 2**31 * 0x5851F42D
+        key = torch.arange(count, device=self.steps.device) + self._now() * 1_000_003 + self.seed % 2**31 * 0x5851F42D
         for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
             key = (key ^ (key >> 29)) * multiplier
         key = key ^ (key >> 32)
@@ -404,14 +405,18 @@ class PrototypicalRegularizer(nn.Module):
             key = torch.where(keep, key, torch.iinfo(torch.int64).max)
         return key.topk(self.max_tokens, largest=False).indices
 
+    def _now(self) -> Tensor:
+        """() int64: the step count, also for the backward pass of this step, when it will have moved on."""
+        return snapshot(self.steps) if self.training else self.steps
+
     def _ramp(self) -> Tensor:
         """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
-        return ramp(self.steps, self.warmup_steps, self.ramp_steps)
+        return ramp(self._now(), self.warmup_steps, self.ramp_steps)
 
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""
         return sharpness(
-            self.steps, self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps
+            self._now(), self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps
         )
 
     def _check_transforms(self, tracking: bool) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from .._checks import check_choice, check_floating, check_mask, check_matrix, check_number, compute_dtype
 from ..kernels.closed_forms import KERNELS
+from ..kernels.mmd import anchored_mmd_reference, weighted_mmd_reference
+from ..kernels.once import WithSlope, transforming
 
 DEFAULT_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 TARGETS = ("analytic", "sampled")
@@ -101,6 +103,11 @@ def _evaluate(
                 "assignments such as weights.argmax(1)."
             )
         weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
+        if transforming():
+            loss, gradient, _ = weighted_mmd_reference(
+                z.detach(), anchors.detach(), weights, kernel, scales, unbiased, by_mass
+            )
+            return WithSlope.apply(z, loss, gradient), gradient
         loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, kernel, scales, unbiased, by_mass)
         return loss, gradient
 
@@ -110,14 +117,18 @@ def _evaluate(
     samples = None
     if target == "sampled":
         samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-    values, gradient = torch.ops.proto_reg.anchored_mmd(
-        z - anchors[index], torch.where(inside, index, -1), len(anchors), kernel, scales, unbiased, samples
-    )
+    residuals = z - anchors[index]
+    options = torch.where(inside, index, -1), len(anchors), kernel, scales, unbiased, samples
+    if transforming():
+        values, gradient = anchored_mmd_reference(residuals.detach(), *options)
+    else:
+        values, gradient = torch.ops.proto_reg.anchored_mmd(residuals, *options)
     weights = torch.ones_like(values)
     if by_mass:
         counts = torch.zeros_like(values).index_add_(0, index, inside.to(values.dtype))
         weights = counts / inside.sum().clamp_min(1)
-    return (values * weights).sum(), gradient * weights[index, None]
+    loss, gradient = (values * weights).sum(), gradient * weights[index, None]
+    return WithSlope.apply(residuals, loss, gradient) if transforming() else loss, gradient
 
 
 def check_mmd_inputs(

@@ -98,7 +98,7 @@ def prototype_cross_entropy(
         # Before the product: a NaN that is only masked after it would still reach the gradient.
         codes, scores = (torch.where(mask[:, None], x, 0.0) for x in (codes, scores))
     total = -(codes * (scores / temperature).log_softmax(1)).sum()
-    return total / (len(scores) if mask is None else mask.sum().clamp_min(1))
+    return total / (scores.shape[0] if mask is None else mask.sum().clamp_min(1))
 
 
 @torch.no_grad()
@@ -109,5 +109,5 @@ def prototype_cross_entropy_and_gradient(
     loss = prototype_cross_entropy(scores, codes, temperature, mask=mask)
     gradient = (scores.to(loss.dtype) / temperature).softmax(1) - codes
     if mask is None:
-        return loss, gradient / (temperature * len(scores))
+        return loss, gradient / (temperature * scores.shape[0])
     return loss, torch.where(mask[:, None], gradient, 0.0) / (temperature * mask.sum().clamp_min(1))

@@ -70,9 +70,11 @@ def sinkhorn_cross_entropy_reference(
         gradient: (B, K) by the scores, codes held fixed: ``w_i (p - q) / (tau W)``.
         potentials: (K,)
         codes: (B, K), or (0, K) unless ``with_codes``.
+
+    The loss is differentiable by autograd and ``torch.func`` where they look on; the codes are constants to them.
     """
     x, weights, usable = _usable(scores, weights, isolate)
-    codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol)
+    codes, potentials = _solve(x.detach(), marginals, weights, epsilon, num_iters, tol)
     log_p = ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
     gradient = (log_p.exp() - codes) / temperature
     # A prototype that gets nothing contributes nothing, even where its score is -inf.
