@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -77,6 +78,12 @@ class PrototypeCallback(Callback):
         owner, encode = _owner(pl_module, self.encode)
         if not isinstance(getattr(owner, self.options.get("name", "prototypes"), None), PrototypicalRegularizer):
             attach(owner, encode, **self.options)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the layers the length of the training, if it has one."""
+        total = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        for layer in layers(pl_module).values():
+            layer.expect(int(total) if 0 < total < math.inf else None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's metrics, which start anew, and draw the prototypes."""

@@ -66,6 +66,13 @@ class PrototypeTrainerCallback(TrainerCallback):
                 "layer into the model, add info.loss there, and use PrototypeTrainerCallback(trainer) without encode."
             )
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the layers the length of the training."""
+        for layer in self._layers().values():
+            layer.expect(state.max_steps * args.gradient_accumulation_steps)
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -133,8 +133,6 @@ class PrototypicalRegularizer(nn.Module):
         self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)
         self.seed = check_positive_int("seed", seed, minimum=0)
         self.soft = bool(soft)
-        if total_steps is not None:
-            check_positive_int("total_steps", total_steps)
         self.tracking = bool(tracking)
         check_positive_int("queue_size", queue_size, minimum=0)
         if queue_mmd and not queue_size:
@@ -145,12 +143,18 @@ class PrototypicalRegularizer(nn.Module):
         self.follower = PrototypeFollower(self.head.prototypes, follow_rate)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.watch = LayerWatch()
+        self.expect(total_steps)
+
+    def expect(self, total_steps: int | None) -> None:
+        """Say how many training steps there will be, which frameworks know later; a warm-up as long is warned of."""
+        if total_steps is not None:
+            check_positive_int("total_steps", total_steps)
         self.watch.at_construction(
             epsilon=self.assigner.epsilon,
             temperature=self.temperature,
-            latent_dim=latent_dim,
-            warmup_steps=warmup_steps,
-            ramp_steps=ramp_steps,
+            latent_dim=self.head.latent_dim,
+            warmup_steps=self.warmup_steps,
+            ramp_steps=self.ramp_steps,
             total_steps=total_steps,
         )
 

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from proto_reg import PrototypicalRegularizer, attach
+from proto_reg import PrototypeWarning, PrototypicalRegularizer, attach
 from proto_reg.integrations.lightning import PrototypeCallback, PrototypicalModuleMixin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,10 +28,9 @@ pytestmark = [
     for text in (
         "The number of training batches",
         "The '.*' does not have many workers",
-        r"`isinstance\(treespec, LeafSpec\)`",
         "Checkpoint directory .* exists and is not empty",
     )
-]
+] + [pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")]
 
 
 class AE(L.LightningModule):
@@ -248,6 +247,16 @@ def test_pictures_change_nothing_in_the_training(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["prototypes-at-20.png", "prototypes-at-40.png"]
     assert_equal_states(modules[0], modules[1])
     assert_equal_states(modules[0], modules[2])
+
+
+def test_a_warm_up_as_long_as_the_training_is_warned_of(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callback(warmup_steps=20), max_epochs=2)
+    with pytest.warns(PrototypeWarning, match="warmup_steps = 20 covers all 20 steps of the training"):
+        run.fit(AE(), loader())
+    endless = trainer(
+        tmp_path, callback(warmup_steps=20), max_epochs=-1, limit_train_batches=2, max_time={"seconds": 0}
+    )
+    endless.fit(AE(), loader())
 
 
 def test_errors_name_the_cure(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from proto_reg import PrototypicalRegularizer, attach
+from proto_reg import PrototypeWarning, PrototypicalRegularizer, attach
 from proto_reg.integrations.transformers import PrototypeTrainerCallback
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +114,13 @@ def test_a_layer_of_the_model_itself(tmp_path: Path) -> None:
         run.train()
         assert run.model.prototypes.steps == BATCHES
         assert any("prototypes/perplexity" in row for row in run.state.log_history)
+
+
+def test_a_warm_up_as_long_as_the_training_is_warned_of(tmp_path: Path) -> None:
+    run = trainer(tmp_path, AE(), num_train_epochs=1)
+    add(run, warmup_steps=BATCHES)
+    with pytest.warns(PrototypeWarning, match="warmup_steps = 10 covers all 10 steps of the training"):
+        run.train()
 
 
 def test_errors_name_the_cure(tmp_path: Path) -> None:
