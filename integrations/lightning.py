@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from proto_reg import PrototypicalRegularizer, PrototypicalTrainerMixin, attach
+from proto_reg import PrototypeWarning, PrototypicalRegularizer, PrototypicalTrainerMixin, attach
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -72,7 +73,7 @@ class PrototypeCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach the layer unless it is there. Runs before ``configure_optimizers`` and before weights are loaded."""
         if self.encode is None:
-            if not layers(pl_module):
+            if not _layers(pl_module):
                 raise ValueError("encode: expected the name of a submodule, or a module with a layer. Got neither.")
             return
         owner, encode = _owner(pl_module, self.encode)
@@ -82,12 +83,12 @@ class PrototypeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the layers the length of the training, if it has one."""
         total = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-        for layer in layers(pl_module).values():
+        for layer in _layers(pl_module).values():
             layer.expect(int(total) if 0 < total < math.inf else None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's metrics, which start anew, and draw the prototypes."""
-        for name, layer in layers(pl_module).items():
+        for name, layer in _layers(pl_module).items():
             pl_module.log_dict({f"{name}/{key}": value for key, value in layer.metrics().items()})
             layer.reset_metrics()
         if self.decode is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
@@ -99,10 +100,10 @@ class PrototypeCallback(Callback):
         from proto_reg import plots
 
         decode = attrgetter(self.decode)(pl_module) if isinstance(self.decode, str) else self.decode
-        name, layer = next(iter(layers(pl_module).items()))
+        name, layer = next(iter(_layers(pl_module).items()))
         # A generator of its own: the training's random numbers are the same with and without pictures.
         generator = torch.Generator(layer.head.prototypes.device).manual_seed(0)
-        with evaluating(pl_module):
+        with _evaluating(pl_module):
             figure = plots.prototypes(decode, layer.head, image_shape=self.image_shape, generator=generator)
         taken = False
         for logger in trainer.loggers:
@@ -146,17 +147,25 @@ class PrototypicalModuleMixin(PrototypicalTrainerMixin):
 
     def on_fit_start(self) -> None:
         """The other two optimizers' state, restored before the module moved, follows it to its device."""
-        for optimizer in self._prototypical().optimizers.values():
+        training, epochs = self._prototypical(), self.trainer.max_epochs
+        for optimizer in training.optimizers.values():
             optimizer.load_state_dict(optimizer.state_dict())
+        if epochs is not None and 0 < epochs <= training.warmup_epochs:
+            warnings.warn(
+                f"warmup_epochs = {training.warmup_epochs} covers all {epochs} epochs: nothing will be regularised. "
+                "Shorten the warm-up.",
+                PrototypeWarning,
+                stacklevel=2,
+            )
 
 
-def layers(module: nn.Module) -> dict[str, PrototypicalRegularizer]:
+def _layers(module: nn.Module) -> dict[str, PrototypicalRegularizer]:
     """The layers in ``module`` by their names."""
     return {name: m for name, m in module.named_modules() if isinstance(m, PrototypicalRegularizer)}
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode, and afterwards as it was."""
     training = [m for m in module.modules() if m.training]
     try:

@@ -34,7 +34,8 @@ def attach(
     A forward hook passes what the submodule ``encode`` returns through a :class:`PrototypicalRegularizer`, which is now
     a submodule of ``model``: part of its parameters, its ``state_dict``, its copies and pickles. Attach before the
     optimizer is built, before DistributedDataParallel and before ``torch.compile``; for an optimizer that is there
-    already, ``optimizer.add_param_group({"params": attachment.layer.parameters()})``.
+    already, ``optimizer.add_param_group({"params": attachment.layer.parameters()})``. To load what was saved, build the
+    model, attach, then ``load_state_dict``: the class alone, or ``from_pretrained``, does not know the layer.
 
     Every call of ``encode`` is a step of its own: called twice in a forward pass it counts two, and ``output`` and
     ``loss`` are those of the last. So is its second run in a backward pass, where ``torch.utils.checkpoint`` has it:
