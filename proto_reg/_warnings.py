@@ -77,17 +77,23 @@ class LayerWatch:
             )
 
     def at_step(
-        self, tokens: Tensor, prototypes: Tensor, assignments: Tensor, prototype_loss: Tensor, active_steps: Tensor
+        self,
+        tokens: Tensor,
+        prototypes: Tensor,
+        assignments: Tensor,
+        prototype_loss: Tensor,
+        active_steps: Tensor,
+        queue_size: int = 0,
     ) -> None:
         """Look at a training step of latents (N, D): shapes always, values after 50, 100, 200, ... steps."""
         if torch.compiler.is_compiling():
             return
-        if len(tokens) < len(prototypes):
+        if len(tokens) + queue_size < len(prototypes):
             self.say(
                 "batch",
                 f"{len(tokens)} latents for {len(prototypes)} prototypes in a training step: most prototypes get one "
-                "or none, and the MMD needs two. Use larger batches or fewer prototypes; a last, smaller batch does no "
-                "harm.",
+                "or none, and the MMD needs two. Use larger batches, queue_size= or fewer prototypes; a last, smaller "
+                "batch does no harm.",
             )
         self._read()
         self.looks += 1

@@ -209,8 +209,9 @@ class PrototypicalRegularizer(nn.Module):
         if self.queue is not None:
             self.queue.push(tokens, keep)
         self.steps += 1
+        past = 0 if self.queue is None else self.queue.size
         since = self.steps - self.warmup_steps
-        self.watch.at_step(tokens, self.head.prototypes, output.assignments, output.prototype_loss, since)
+        self.watch.at_step(tokens, self.head.prototypes, output.assignments, output.prototype_loss, since, past)
 
     def _losses(self, z: Tensor, keep: Tensor | None) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""

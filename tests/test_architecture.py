@@ -142,5 +142,5 @@ def test_the_wheels_package_list_is_the_tree() -> None:
 
 
 def test_ops_are_registered_once_and_have_no_surprises() -> None:
-    for name in ("sinkhorn", "anchored_mmd", "weighted_mmd", "follow"):
+    for name in ("sinkhorn", "anchored_mmd", "weighted_mmd", "follow", "snapshot"):
         assert getattr(torch.ops.proto_reg, name).default is not None

@@ -57,6 +57,8 @@ def test_fewer_latents_than_prototypes_is_legitimate_and_said_once() -> None:
     layer = PrototypicalRegularizer(DIM, 8)
     (text,) = spoken(lambda: walk(layer, torch.randn(3, DIM), 3))
     assert text.startswith("3 latents for 8 prototypes")
+    queued = PrototypicalRegularizer(DIM, 8, queue_size=20)
+    assert spoken(lambda: walk(queued, torch.randn(3, DIM), 3)) == []
 
 
 def one_of(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int, beginning: str) -> str:

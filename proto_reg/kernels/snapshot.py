@@ -1,6 +1,6 @@
 """``proto_reg::snapshot``: the value that a buffer has now, for graphs that go on to overwrite it.
 
-torch.compile keeps a buffer itself for the backward pass, and recomputes what follows from it, where that is cheap: from
+torch.compile keeps a buffer itself for the backward pass and recomputes what follows from it where that is cheap, from
 the value it has by then. What an operator like this one returned is kept.
 """
 
