@@ -1,7 +1,8 @@
-"""The measurements behind two defaults: how prototypes learn, and what becomes of a VAE's KL term and noise.
+"""The measurements behind three choices: how prototypes learn, what becomes of a VAE's KL term and noise, and a queue.
 
 python examples/ablations.py prototypes --data-dir DIR        # V by gradient, faster, from data, by running mean
 python examples/ablations.py kl --data-dir DIR                # the layer on mu or on the sample, KL dropped or kept
+python examples/ablations.py queue --data-dir DIR             # batches of 16 latents, with and without past ones
 
 One line a run, then the mean over seeds of each variant. Without --data-dir: scikit-learn's digits.
 """
@@ -102,6 +103,25 @@ def kl_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[],
     }
 
 
+def queue_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
+    """What past latents add to small batches; all on mu, without noise and KL."""
+
+    def build(**layer) -> Callable[[], Variant]:
+        return lambda: Variant(pixels, args, on="mu", noise=False, kl=False, **layer)
+
+    return {
+        "autoencoder": lambda: Variant(pixels, args, on=None, noise=False, kl=False),
+        "no queue": build(),
+        "queue 256": build(queue_size=256),
+        "queue 1024": build(queue_size=1024),
+        "queue 256, MMD too": build(queue_size=256, queue_mmd=True),
+        "queue 1024, MMD too": build(queue_size=1024, queue_mmd=True),
+    }
+
+
+STUDIES = {"prototypes": prototype_variants, "kl": kl_variants, "queue": queue_variants}
+
+
 def train(name: str, model: Variant, data: Images, args: argparse.Namespace) -> None:
     """An ordinary loop; the two variants that need more than the layer get it here."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -128,21 +148,23 @@ def train(name: str, model: Variant, data: Images, args: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prototypes", "kl"))
+    parser.add_argument("what", choices=STUDIES)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="default: 100 for the digits, 8 for larger data")
     parser.add_argument("--prototypes", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, help="default: 64 for the digits, 256 for larger data; queue: 16")
     parser.add_argument("--only", nargs="*", help="names of the variants to run")
     args = parser.parse_args()
     data = load(args.data_dir)
     small = len(data.train) < 10_000
     args.epochs = args.epochs or (100 if small else 8)
-    args.latent_dim, args.hidden, args.batch_size = (32, 256, 64) if small else (256, 512, 256)
+    args.latent_dim, args.hidden = (32, 256) if small else (256, 512)
+    args.batch_size = args.batch_size or (16 if args.what == "queue" else 64 if small else 256)
     args.warmup = (args.epochs // 8) * -(-len(data.train) // args.batch_size)
     judge = train_judge(data, 60 if small else 5, torch.Generator().manual_seed(0))
 
-    variants = (prototype_variants if args.what == "prototypes" else kl_variants)(data.train.shape[1], args)
+    variants = STUDIES[args.what](data.train.shape[1], args)
     means: list[dict[str, float | str]] = []
     for name in args.only or variants:
         rows: list[dict[str, float | str]] = []

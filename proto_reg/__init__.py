@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import functional
 from ._warnings import PrototypeWarning
 from .assigner import SinkhornAssigner
+from .attachment import Attachment, attach
 from .head import PrototypeHead, PrototypeMixture
 from .mmd import AnchoredMMDLoss
 from .regularizer import PrototypicalRegularizer, RegularizerOutput
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnchoredMMDLoss",
+    "Attachment",
     "PrototypeHead",
     "PrototypeMixture",
     "PrototypeWarning",
@@ -22,5 +24,6 @@ __all__ = [
     "PrototypicalTraining",
     "RegularizerOutput",
     "SinkhornAssigner",
+    "attach",
     "functional",
 ]

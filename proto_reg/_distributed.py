@@ -6,7 +6,7 @@ process alone) or a ``torch.distributed.ProcessGroup``. Modules work together in
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, Union
+from typing import Any, TypeAlias, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -130,6 +130,11 @@ def local_part(whole: Tensor, sharded: Any) -> Tensor:
 def is_sharded(x: object) -> bool:
     """Whether ``x`` is a DTensor, as FSDP2's parameters are between the passes; does not import the module for that."""
     return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+
+
+def whole(x: Tensor) -> Tensor:
+    """``x``; a DTensor gathered from its shards, which all ranks must ask for."""
+    return cast(Any, x).full_tensor() if is_sharded(x) else x
 
 
 def with_gradients(value: Tensor, tensors: list[Tensor], gradients: list[Tensor]) -> Tensor:

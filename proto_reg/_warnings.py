@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,11 +28,11 @@ class LayerWatch:
     def __init__(self) -> None:
         self.said: set[str] = set()
         self.looks = 0
-        self._version: int | None = None  # of the prototypes at the last look: whoever writes to them raises it
-        self._pending: tuple[Tensor, bool, torch.cuda.Event | None] | None = None
+        self._last: Tensor | None = None  # the prototypes at the last look
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def __getstate__(self) -> dict:
-        return {"said": set(self.said), "looks": self.looks, "_version": None, "_pending": None}
+        return {"said": set(self.said), "looks": self.looks, "_last": None, "_pending": None}
 
     def say(self, key: str, message: str) -> None:
         """Warn with ``message`` unless this watch already spoke of ``key``."""
@@ -40,7 +41,14 @@ class LayerWatch:
             warnings.warn(message, PrototypeWarning, stacklevel=_callers_level())
 
     def at_construction(
-        self, *, epsilon: float, temperature: float, latent_dim: int, warmup_steps: int, total_steps: int | None
+        self,
+        *,
+        epsilon: float,
+        temperature: float,
+        latent_dim: int,
+        warmup_steps: int,
+        ramp_steps: int,
+        total_steps: int | None,
     ) -> None:
         """Look at the options."""
         if epsilon == temperature:
@@ -54,6 +62,12 @@ class LayerWatch:
                 "warmup",
                 f"warmup_steps = {warmup_steps} covers all {total_steps} steps of the training: nothing will be "
                 "regularised. Shorten the warm-up.",
+            )
+        elif total_steps is not None and warmup_steps + ramp_steps >= total_steps:
+            self.say(
+                "warmup",
+                f"warmup_steps + ramp_steps = {warmup_steps + ramp_steps} covers all {total_steps} steps of the "
+                "training: the weights never reach their full size. Shorten the ramp.",
             )
         if latent_dim >= 2048:
             self.say(
@@ -70,6 +84,7 @@ class LayerWatch:
         assignments: Tensor,
         prototype_loss: Tensor,
         active_steps: Tensor,
+        queue_size: int = 0,
     ) -> None:
         """Look at a training step of latents (N, D), ``total`` in all processes.
 
@@ -77,12 +92,12 @@ class LayerWatch:
         """
         if torch.compiler.is_compiling():
             return
-        if total < len(prototypes):
+        if total + queue_size < len(prototypes):
             self.say(
                 "batch",
                 f"{total} latents for {len(prototypes)} prototypes in a training step: most prototypes get one "
-                "or none, and the MMD needs two. Use larger batches or fewer prototypes; a last, smaller batch does no "
-                "harm.",
+                "or none, and the MMD needs two. Use larger batches, queue_size= or fewer prototypes; a last, smaller "
+                "batch does no harm.",
             )
         self._read()
         self.looks += 1
@@ -94,35 +109,38 @@ class LayerWatch:
     ) -> None:
         """Queue the figures to look at; on a GPU they arrive while it works on."""
         learns, prototypes = prototypes.requires_grad, prototypes.detach()
-        several = len(prototypes) > 1
-        untouched, self._version = learns and prototypes._version == self._version, prototypes._version
+        several, shown = len(prototypes) > 1, prototypes[:MANY]
+        last, self._last = self._last, shown.clone()
+        known = learns and last is not None and last.device == shown.device
+        untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros(())
         figures = torch.stack(
             [
                 prototype_loss / math.log(max(2, len(prototypes))),
                 tokens.amin(),
                 (tokens - prototypes[assignments]).square().mean(),
-                torch.pdist(prototypes[:MANY].float()).amin() if several else prototypes.new_full((), torch.inf),
+                torch.pdist(shown.float()).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
+                untouched,
             ]
         ).float()
         if figures.device.type != "cuda":
-            self._pending = figures.cpu(), untouched, None
+            self._pending = figures.cpu(), None
             self._read()
             return
         host = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending = host, untouched, event
+        self._pending = host, event
 
     def _read(self) -> None:
         """Judge the figures if they have arrived."""
         if self._pending is None:
             return
-        figures, untouched, event = self._pending
+        figures, event = self._pending
         if event is not None and not event.query():
             return
         self._pending = None
-        loss, lowest, radius, separation, active_steps = figures.tolist()
+        loss, lowest, radius, separation, active_steps, untouched = figures.tolist()
         if untouched and active_steps > FIRST_LOOK:
             self.say(
                 "optimizer",

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._checks import check_choice, check_number, check_positive_int
 from ._distributed import Group, Ranks
+from ._state import WideState
 from .functional.problem import NAN_POLICIES, as_marginals, check_marginals
 from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
 from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
 
-class SinkhornAssigner(nn.Module):
+class SinkhornAssigner(WideState):
     """Codes that share a batch out among the prototypes; see :func:`proto_reg.functional.sinkhorn`.
 
     Args:
@@ -71,28 +72,33 @@ class SinkhornAssigner(nn.Module):
         """Codes like ``scores`` (B, K) or (G, B, K): rows sum to 1, no gradient. ``mask`` (B,) bool leaves rows out."""
         return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, **self._options())
 
-    def cross_entropy(self, scores: Tensor, temperature: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, scores: Tensor, temperature: float, mask: Tensor | None = None, *, rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of softmax(S / tau) against the codes, differentiable in ``scores`` (B, K), and the codes.
 
         One call of the fused operator. A subclass that assigns by a ``forward`` of its own is asked for its codes.
+        With ``rows`` only the first so many enter the loss; all of them enter the balance and get codes.
         """
-        if self._assigns_otherwise():
+        if rows is not None or self._assigns_otherwise():
             codes = self._own_codes(scores.detach(), mask)
-            group = self.ranks.active(self.training)
-            return prototype_cross_entropy(scores, codes, temperature, mask=mask, group=group), codes
+            kept, group = mask if mask is None else mask[:rows], self.ranks.active(self.training)
+            return prototype_cross_entropy(scores[:rows], codes[:rows], temperature, mask=kept, group=group), codes
         loss, codes = sinkhorn_cross_entropy(
             scores, self.epsilon, self.num_iters, temperature, mask=mask, return_codes=True, **self._options()
         )
         return loss, codes
 
     def cross_entropy_and_gradient(
-        self, scores: Tensor, temperature: float, mask: Tensor | None = None
+        self, scores: Tensor, temperature: float, mask: Tensor | None = None, *, rows: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`cross_entropy`, and between the two the gradient by ``scores`` in closed form; no graph."""
-        if self._assigns_otherwise():
+        """As :meth:`cross_entropy`, and between the two the gradient by ``scores[:rows]`` in closed form; no graph."""
+        if rows is not None or self._assigns_otherwise():
             codes = self._own_codes(scores, mask)
-            group = self.ranks.active(self.training)
-            loss, gradient = prototype_cross_entropy_and_gradient(scores, codes, temperature, mask=mask, group=group)
+            kept, group = mask if mask is None else mask[:rows], self.ranks.active(self.training)
+            loss, gradient = prototype_cross_entropy_and_gradient(
+                scores[:rows], codes[:rows], temperature, mask=kept, group=group
+            )
             return loss, gradient, codes
         return sinkhorn_cross_entropy_and_gradient(
             scores, self.epsilon, self.num_iters, temperature, mask=mask, **self._options()

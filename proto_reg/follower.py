@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self
+from torch import Tensor
 
 from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from ._checks import check_number, compute_dtype
 from ._distributed import Group, Ranks, local_part, sum_
+from ._state import WideState
 
 
-class PrototypeFollower(nn.Module):
+class PrototypeFollower(WideState):
     """Whenever an optimizer has moved the prototypes, moves them on by a share of the way to their latents' mean.
 
     Cosine scores give prototypes no radial gradient, and an optimizer's step is as small for them as for any weight:
@@ -25,6 +24,9 @@ class PrototypeFollower(nn.Module):
     are no longer where they were last seen. So whatever holds prototypes still holds them still here too: a frozen
     parameter, accumulation between steps, a step that GradScaler skipped. The comparison is made on the device; nothing
     waits for it.
+
+    Where prototypes have been converted to half precision, ``seen`` keeps the digits that they cannot hold: a way too
+    short for bfloat16 adds up there from step to step, until it shows.
 
     Args:
         prototypes: (K, D), for the shape and dtype of the state, which stays float32 or wider.
@@ -50,13 +52,6 @@ class PrototypeFollower(nn.Module):
             # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
             self.register_buffer("seen", torch.zeros_like(like))
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        """As any module's, but a half precision cannot count: the state is kept in float32 then."""
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            setattr(self, name, buffer.to(compute_dtype(buffer.dtype)))
-        return self
-
     def __getstate__(self) -> dict:
         """A copy has other tensors, whose versions count anew."""
         return self.__dict__ | {"_seen_version": None}
@@ -73,10 +68,11 @@ class PrototypeFollower(nn.Module):
             self._move_shards(prototypes, shards)
             return
         eager = not torch.compiler.is_compiling()
-        # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
-        if eager and prototypes._version == self._seen_version:
-            return
-        torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
+        # Nobody has touched them by torch's count, which fused optimizers do not keep: the device compares. Its write
+        # of nothing goes past the count too, for graphs that hold the prototypes would mind.
+        untouched = eager and prototypes._version == self._seen_version
+        target = prototypes.data if untouched else prototypes
+        torch.ops.proto_reg.follow(target, self.sums, self.counts, self.seen, self.rate)
         if eager:
             self._seen_version = prototypes._version
 
@@ -104,6 +100,15 @@ class PrototypeFollower(nn.Module):
         both = sum_(both, self.ranks.active())
         self.sums += both[:, :-1]
         self.counts += both[:, -1]
+
+    @torch.no_grad()
+    def forget(self, index: Tensor, prototypes: Tensor) -> None:
+        """Prototypes ``index`` (n,) were put elsewhere: their latents so far are those of others."""
+        if not self.rate:
+            return
+        self.sums[index] = 0
+        self.counts[index] = 0
+        self.seen[index] = prototypes[index].to(self.seen.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

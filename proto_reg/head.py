@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
-from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve
+from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
 from .functional.prototypes import SCORES, prototype_scores, prototype_scores_pull_back
 
 
@@ -111,12 +111,19 @@ class PrototypeHead(nn.Module):
             )
         if not bool(z.isfinite().all()):
             raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
-        chosen = z[_kmeans_plus_plus(z, self.num_prototypes, generator)]
+        chosen = z[kmeans_plus_plus(z, self.num_prototypes, generator)]
         chosen = broadcast_(chosen, ranks)
+        self.place(slice(None), chosen)
+
+    @torch.no_grad()
+    def place(self, index: Tensor | slice, points: Tensor) -> None:
+        """Put the prototypes ``index`` on ``points`` (n, D), in this rank's shard where FSDP2 has cut them."""
         if is_sharded(self.prototypes):
-            cast(Any, self.prototypes).to_local().copy_(local_part(chosen, self.prototypes))
+            every = whole(self.prototypes)
+            every[index] = points.to(every.dtype)
+            cast(Any, self.prototypes).to_local().copy_(local_part(every, self.prototypes))
         else:
-            self.prototypes.copy_(chosen)
+            self.prototypes[index] = points.to(self.prototypes.dtype)
 
     def mixture(self, std: float = 1.0) -> PrototypeMixture:
         """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``."""
@@ -198,14 +205,23 @@ class PrototypeMixture(MixtureSameFamily):
         return joint.reshape(*value.shape[:-1], len(mean))
 
 
-def _kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Indices (count,) of rows of ``z`` (N, D), each drawn with probability proportional to its squared distance."""
+def kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None, centres: Tensor | None = None) -> Tensor:
+    """Indices (count,) of rows of ``z`` (N, D), each drawn with probability proportional to its squared distance.
+
+    Of the nearest row drawn before it, or of ``centres`` (M, D) that are there already.
+    """
     # Only ratios of distances matter: at unit size none overflows, whatever the dtype of z.
     z = z.to(compute_dtype(z.dtype))
-    z = z / z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
-    chosen = [torch.randint(len(z), (1,), device=z.device, generator=generator)]
-    squared = (z - z[chosen[0]]).square().sum(1)
-    for _ in range(count - 1):
+    there = z[:0] if centres is None else centres.to(z.dtype)
+    top = torch.cat([z, there]).abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
+    z, there, chosen = z / top, there / top, []
+    if len(there) == 0:
+        chosen.append(torch.randint(len(z), (1,), device=z.device, generator=generator))
+        there = z[chosen[0]]
+    squared = torch.full_like(z[:, 0], torch.inf)
+    for centre in there:
+        squared = torch.minimum(squared, (z - centre).square().sum(1))
+    while len(chosen) < count:
         # All latents on chosen points already: any row is as good as another.
         weight = squared + (squared.sum() == 0)
         chosen.append(torch.multinomial(weight, 1, generator=generator))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import Self
 
 from ._checks import check_choice, check_instance, check_number, check_positive_int, compute_dtype
-from ._distributed import Group, Ranks, gather_rows, row_counts, sum_
+from ._distributed import Group, Ranks, gather_rows, row_counts, whole
 from ._random import mix
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
+from .balance import AttachDirection, inverse_norms
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
+from .kernels.snapshot import snapshot
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
+from .queue import LatentQueue, below
+from .revival import revive
+from .schedule import check_temperature, ramp, sharpness
+from .usage import UsageMeter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,11 +75,15 @@ class PrototypicalRegularizer(nn.Module):
         latent_dim: D.
         num_prototypes: K.
         head, assigner, mmd: components to use instead of the default ones.
-        temperature: tau of eq. 10, > 0.
+        temperature: tau of eq. 10, > 0; or ``(start, end)``, from one to the other in ``temperature_steps`` steps after
+            warm-up. The assigner's epsilon belongs to ``end`` and goes along in proportion: were it fixed, codes and
+            predictions would part at the start, or meet, where the gradient is 0.
+        temperature_steps: see there; 0 for one temperature.
         prototype_weight, mmd_weight: lambda_p and lambda_r, >= 0: the size of each regularising gradient relative to
             the reconstruction's (balanced) or the factor of each loss (weighted).
         mode: ``"balanced"`` or ``"weighted"``.
         warmup_steps: training forward passes (with gradients enabled) of reconstruction only.
+        ramp_steps: passes after those in which both weights grow linearly from 0.
         layout: einops pattern of the latents with the axis ``d``; every other position is a latent of its own:
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
         max_tokens: at most this many latents enter the MMD, a new subsample each step, fixed by ``seed`` and the step.
@@ -79,6 +91,12 @@ class PrototypicalRegularizer(nn.Module):
         follow_rate: share of the way to the mean of their latents that prototypes go with each optimizer step, on top
             of it; 0 leaves them to the optimizer. See :class:`proto_reg.follower.PrototypeFollower`.
         soft: weigh the MMD by the codes instead of their argmax (costs a B x B product).
+        queue_size: past latents that are balanced together with those of the batch; 0 for none. The prototype loss is
+            that of the batch alone. See :class:`proto_reg.queue.LatentQueue`.
+        queue_mmd: past latents enter the MMD too, as constants and beside ``max_tokens``.
+        tracking: count steps, usage and losses, move prototypes by ``follow_rate``, fill the queue. Without it a
+            training forward changes nothing in the layer, and ``mode="weighted"`` can be differentiated by
+            ``torch.func``. An attribute: it may be changed at any time.
         total_steps: length of the training, if known: a warm-up as long is warned of.
         group: the processes whose latents are one batch in training mode: ``"default"`` (the default process group, if
             there is one), None (this process alone) or a ProcessGroup. All must call the layer, and run its backward
@@ -99,16 +117,21 @@ class PrototypicalRegularizer(nn.Module):
         head: PrototypeHead | None = None,
         assigner: SinkhornAssigner | None = None,
         mmd: AnchoredMMDLoss | None = None,
-        temperature: float = 0.1,
+        temperature: float | Sequence[float] = 0.1,
+        temperature_steps: int = 0,
         prototype_weight: float = 0.1,
         mmd_weight: float = 0.1,
         mode: str = "balanced",
         warmup_steps: int = 0,
+        ramp_steps: int = 0,
         layout: str = "b d",
         max_tokens: int = 4096,
         seed: int = 0,
         follow_rate: float = 0.02,
         soft: bool = False,
+        queue_size: int = 0,
+        queue_mmd: bool = False,
+        tracking: bool = True,
         total_steps: int | None = None,
         group: Group = "default",
     ) -> None:
@@ -118,25 +141,39 @@ class PrototypicalRegularizer(nn.Module):
         self.assigner = SinkhornAssigner(group=group) if assigner is None else assigner
         self.mmd = AnchoredMMDLoss(group=group) if mmd is None else mmd
         self._check_components(latent_dim, num_prototypes, soft)
-        self.temperature = check_number("temperature", temperature, above=0)
+        self.temperature_steps = check_positive_int("temperature_steps", temperature_steps, minimum=0)
+        self.start_temperature, self.temperature = check_temperature(temperature, temperature_steps)
         self.prototype_weight = check_number("prototype_weight", prototype_weight, at_least=0)
         self.mmd_weight = check_number("mmd_weight", mmd_weight, at_least=0)
         self.mode = check_choice("mode", mode, MODES)
         self.warmup_steps = check_positive_int("warmup_steps", warmup_steps, minimum=0)
+        self.ramp_steps = check_positive_int("ramp_steps", ramp_steps, minimum=0)
         self.layout = Layout(layout)
         self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)
         self.seed = check_positive_int("seed", seed, minimum=0)
         self.soft = bool(soft)
-        if total_steps is not None:
-            check_positive_int("total_steps", total_steps)
+        self.tracking = bool(tracking)
+        check_positive_int("queue_size", queue_size, minimum=0)
+        if queue_mmd and not queue_size:
+            raise ValueError("queue_mmd: expected False without a queue, got True. Pass queue_size > 0.")
+        self.queue_mmd = bool(queue_mmd)
+        self.queue = LatentQueue(queue_size, latent_dim, group=group) if queue_size else None
+        self.meter = UsageMeter(num_prototypes, group=group)
         self.follower = PrototypeFollower(self.head.prototypes, follow_rate, group=group)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.watch = LayerWatch()
+        self.expect(total_steps)
+
+    def expect(self, total_steps: int | None) -> None:
+        """Say how many training steps there will be, which frameworks know later; a warm-up as long is warned of."""
+        if total_steps is not None:
+            check_positive_int("total_steps", total_steps)
         self.watch.at_construction(
             epsilon=self.assigner.epsilon,
-            temperature=temperature,
-            latent_dim=latent_dim,
-            warmup_steps=warmup_steps,
+            temperature=self.temperature,
+            latent_dim=self.head.latent_dim,
+            warmup_steps=self.warmup_steps,
+            ramp_steps=self.ramp_steps,
             total_steps=total_steps,
         )
 
@@ -169,7 +206,9 @@ class PrototypicalRegularizer(nn.Module):
         """
         tokens, keep, share = self._tokens(z, mask)
         learning = self.training and torch.is_grad_enabled()
-        if learning:
+        tracking = learning and self.tracking
+        self._check_transforms(tracking)
+        if tracking:
             self.follower.move(self.head.prototypes, self.head.shards)
         with torch.autocast(z.device.type, enabled=False):
             if learning and self.mode == "balanced":
@@ -177,27 +216,40 @@ class PrototypicalRegularizer(nn.Module):
             else:
                 with torch.set_grad_enabled(learning):
                     output = self._losses(tokens, keep, share)
-        if learning:
-            if self.prototype_weight and self.head.num_prototypes > 1:
-                counted = self._active() if keep is None else keep & self._active()
-                self.follower.observe(tokens.detach(), output.assignments, counted)
-            self.steps += 1
-            active_steps = self.steps - self.warmup_steps
-            # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
-            prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
-            self.watch.at_step(tokens, share.total, prototypes, output.assignments, output.prototype_loss, active_steps)
+        if tracking:
+            self._track(tokens.detach(), keep, share, output)
         return z, self._to_layout(output, z)
+
+    @torch.no_grad()
+    def _track(self, tokens: Tensor, keep: Tensor | None, share: _Share, output: RegularizerOutput) -> None:
+        """Count a training forward of ``tokens`` (N, D)."""
+        if self.prototype_weight and self.head.num_prototypes > 1:
+            active = self._ramp() > 0
+            self.follower.observe(tokens, output.assignments, active if keep is None else keep & active)
+        losses = output.prototype_loss, output.mmd_loss
+        self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
+        if self.queue is not None:
+            self.queue.push(tokens, keep)
+        self.steps += 1
+        past = 0 if self.queue is None else self.queue.size
+        since = self.steps - self.warmup_steps
+        # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
+        prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
+        self.watch.at_step(tokens, share.total, prototypes, output.assignments, output.prototype_loss, since, past)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: _Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
         scores = self.head(z)
-        prototype_loss, codes = self.assigner.cross_entropy(scores, self.temperature, keep)
+        sharpened, options = self._assigner_arguments(scores, keep)
+        prototype_loss, codes = self.assigner.cross_entropy(sharpened, self.temperature, **options)
         assignments = (codes if self.training else scores).argmax(1)
-        index, keep = self._subsample(len(z), keep, share)
+        index, keep = self._subsample(z.shape[0], keep, share)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-        loss = loss if self.warmup_steps == 0 else torch.where(self._active(), loss, 0.0)
-        return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+        if self.warmup_steps or self.ramp_steps:
+            weight = self._ramp()
+            loss = torch.where(weight > 0, weight * loss, 0.0)
+        return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes[: z.shape[0]], assignments[: z.shape[0]])
 
     def _balanced(
         self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: _Share
@@ -206,36 +258,114 @@ class PrototypicalRegularizer(nn.Module):
         with torch.no_grad():
             # Both losses and the scores know their gradients in closed form: no graph is built here.
             scores, pull_back = self.head.scores_and_pull_back(tokens)
-            prototype_loss, by_scores, codes = self.assigner.cross_entropy_and_gradient(scores, self.temperature, keep)
+            sharpened, options = self._assigner_arguments(scores, keep)
+            prototype_loss, by_scores, codes = self.assigner.cross_entropy_and_gradient(
+                sharpened, self.temperature, **options
+            )
             assignments = codes.argmax(1)
-            by_tokens, by_parameters = pull_back(by_scores)
+            by_tokens, by_parameters = pull_back(by_scores * self._sharpness() if self.temperature_steps else by_scores)
 
-            index, chosen = self._subsample(len(tokens), keep, share)
+            index, chosen = self._subsample(tokens.shape[0], keep, share)
             mmd_loss, by_latents = self.mmd.value_and_gradient(
                 *self._mmd_arguments(tokens, codes, assignments, chosen, index)
             )
+            by_latents = by_latents[: tokens.shape[0] if index is None else index.shape[0]]  # past latents stay
             if index is not None:
                 by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-            inverse = _inverse_norms([by_tokens, by_latents], share.group)
+            inverse = inverse_norms([by_tokens, by_latents], share.group)
             to_prototypes = self.prototype_weight * inverse[0]
             direction = to_prototypes * by_tokens + self.mmd_weight * inverse[1] * by_latents
-            active = self._active()
-            direction = torch.where(active, direction, 0.0)
-            steps = [torch.where(active, to_prototypes * g, 0.0) for g in by_parameters]
+            weight = self._ramp()
+            direction = torch.where(weight > 0, weight * direction, 0.0)
+            steps = [torch.where(weight > 0, weight * to_prototypes * g, 0.0) for g in by_parameters]
             loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-            loss = torch.where(active, loss, 0.0)
+            loss = torch.where(weight > 0, weight * loss, 0.0)
             counted = None if keep is None else self.layout.restore(keep[:, None], z)
-        z = _AttachDirection.apply(
-            share.group, z, self.layout.restore(direction, z), counted, *steps, *self.head.parameters()
+        attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
+        z = AttachDirection.apply(share.group, z, attached, counted, *steps, *self.head.parameters())
+        output = RegularizerOutput(
+            loss, prototype_loss, mmd_loss, scores, codes[: tokens.shape[0]], assignments[: tokens.shape[0]]
         )
-        return z, RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+        return z, output
 
-    def losses(self, z: Tensor, mask: Tensor | None = None) -> RegularizerOutput:
-        """Both losses of ``z``, differentiable whatever the mode and uncounted: what Algorithm 1 steps on."""
+    def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
+        """Both losses of ``z``, differentiable whatever the mode: what Algorithm 1 steps on.
+
+        ``count``: as a training forward does, with ``tracking``; but prototypes are not moved.
+        """
         tokens, keep, share = self._tokens(z, mask)
         with torch.autocast(z.device.type, enabled=False):
-            return self._to_layout(self._losses(tokens, keep, share), z)
+            output = self._losses(tokens, keep, share)
+        if count and self.tracking:
+            self._track(tokens.detach(), keep, share, output)
+        return self._to_layout(output, z)
+
+    @property
+    def usage(self) -> Tensor:
+        """(K,) float32 share of the latents nearest to each prototype since the last reset; zeros if none."""
+        return self.meter.usage
+
+    def metrics(self) -> dict[str, float]:
+        """What the layer saw in training since the last reset, over all ranks; one read from the device.
+
+        Returns:
+            A dict of floats, NaN where nothing was seen:
+
+            * ``prototype_loss``, ``mmd_loss``: means over training forward passes.
+            * ``perplexity``: exp of the entropy of :attr:`usage`, at most K; ``dead``: prototypes without a latent.
+            * ``duplicates``: prototypes less than 2 from another; ``separation``: distance of the nearest two.
+            * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, I).
+            * ``active``: share of their full size that the weights have now: 0 in warm-up, 1 after the ramp.
+        """
+        return self.meter.metrics(whole(self.head.prototypes.detach()), active=self._ramp())
+
+    def reset_metrics(self) -> None:
+        """Start counting anew, for example with each epoch."""
+        self.meter.reset()
+
+    @torch.no_grad()
+    def revive(
+        self,
+        z: Tensor | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        threshold: float | None = None,
+        duplicates: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Put prototypes that hardly any latent is near to on latents far from the others, by k-means++.
+
+        Call it between optimizer steps when there is enough to judge by, best at the end of an epoch; in a process
+        group on all ranks, which take what rank 0 draws. The follower and ``optimizer`` forget those prototypes' past;
+        the queue holds no past of prototypes. Counting starts anew: read :meth:`metrics` before.
+
+        Args:
+            z: latents in the layer's layout to choose from; those of the queue by default.
+            optimizer: whose state of the revived prototypes, such as Adam's moments, is set to 0.
+            threshold: share of the latents since the last reset below which a prototype is dead; a tenth of an equal
+                share, .1 / K, by default: a hundred epochs of balanced training do not end there by chance.
+            duplicates: also revive prototypes less than 2 from one with more latents.
+            generator: of the draw.
+
+        Returns:
+            (n,) int64 indices of the revived prototypes.
+
+        Raises:
+            RuntimeError: nothing was counted since the last reset.
+            ValueError, TypeError: no latents to choose from or too few, another optimizer; nothing has changed then.
+        """
+        if z is not None:
+            latents, _ = self.layout.tokens(z, None, self.head.latent_dim)
+        elif self.queue is not None:
+            latents = self.queue.latents[self.queue.in_use]
+        else:
+            raise ValueError("z: expected latents to choose from, got None and no queue. Pass z, or queue_size > 0.")
+        group = self.ranks.active()
+        index = revive(self.head, self.usage, latents, optimizer, threshold, duplicates, generator, group)
+        self.follower.forget(index, whole(self.head.prototypes))
+        self.reset_metrics()
+        return index
 
     @classmethod
     def paper(cls, latent_dim: int, num_prototypes: int, **options: Any) -> Self:
@@ -274,13 +404,33 @@ class PrototypicalRegularizer(nn.Module):
             tokens = torch.where(keep[:, None], tokens, 0.0)
         return tokens, keep, share
 
+    def _assigner_arguments(self, scores: Tensor, keep: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        """Scores (N [+ Q], K) as the assigner takes them, and its mask: at this step's temperature, past ones below.
+
+        Past latents are scored by the prototypes of today. They enter the balance, not the loss.
+        """
+        options: dict[str, Any] = {"mask": keep}
+        rows = scores.shape[0]
+        if self.queue is not None and self.training:
+            latents, in_use = self.queue.part(self.assigner.ranks.active(self.training))
+            with torch.no_grad():
+                past = self.head(latents.to(scores.dtype))
+            scores = torch.cat([scores, past])
+            options = {"mask": below(keep, rows, in_use), "rows": rows}
+        return scores * self._sharpness() if self.temperature_steps else scores, options
+
     def _mmd_arguments(
         self, z: Tensor, codes: Tensor, assignments: Tensor, keep: Tensor | None, index: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the MMD is taken of: tokens (those of ``index``), anchors held fixed, members, which tokens count."""
+        """What the MMD is taken of: tokens (of ``index``) and past ones, the anchors, members, and which of all count."""
         members = codes if self.soft else assignments
+        members, past = members[: z.shape[0]], members[z.shape[0] :]
         if index is not None:
             z, members = z[index], members[index]
+        if self.queue is not None and self.queue_mmd and self.training:
+            latents, in_use = self.queue.part(self.mmd.ranks.active(self.training))
+            keep = below(keep, z.shape[0], in_use)
+            z, members = torch.cat([z, latents.to(z.dtype)]), torch.cat([members, past])
         return z, self.head.prototypes.detach(), members, keep
 
     def _subsample(self, count: int, keep: Tensor | None, share: _Share) -> tuple[Tensor | None, Tensor | None]:
@@ -291,7 +441,7 @@ class PrototypicalRegularizer(nn.Module):
         if share.total <= self.max_tokens:
             return None, keep
         place = torch.arange(share.start, share.start + count, device=self.steps.device)
-        key = mix(place + self.steps * 1_000_003 + self.seed % 2**31 * 0x5851F42D)
+        key = mix(place + self._now() * 1_000_003 + self.seed % 2**31 * 0x5851F42D)
         if keep is not None:
             key = torch.where(keep, key, torch.iinfo(torch.int64).max)
         lowest, index = key.topk(min(count, self.max_tokens), largest=False)
@@ -301,9 +451,30 @@ class PrototypicalRegularizer(nn.Module):
         limit = gather_rows(lowest, share.group)[0].kthvalue(self.max_tokens).values
         return index, lowest <= limit if chosen is None else chosen & (lowest <= limit)
 
-    def _active(self) -> Tensor:
-        """Whether warm-up is over, as a tensor: the answer never leaves the device."""
-        return self.steps >= self.warmup_steps
+    def _now(self) -> Tensor:
+        """() int64: the step count, also for the backward pass of this step, when it will have moved on."""
+        return snapshot(self.steps) if self.training else self.steps
+
+    def _ramp(self) -> Tensor:
+        """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
+        return ramp(self._now(), self.warmup_steps, self.ramp_steps)
+
+    def _sharpness(self) -> Tensor:
+        """() what scores are multiplied with at this step to be at its temperature under the final one."""
+        return sharpness(
+            self._now(), self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps
+        )
+
+    def _check_transforms(self, tracking: bool) -> None:
+        """RuntimeError under a ``torch.func`` transform that this layer, as it is set, cannot go through."""
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return
+        if tracking or (self.training and self.mode == "balanced"):
+            raise RuntimeError(
+                f"torch.func: expected a layer with mode='weighted' and tracking=False, got mode={self.mode!r} and "
+                f"tracking={self.tracking}. A pure function keeps no count and acts on no other gradient; layer.losses "
+                "does neither."
+            )
 
     def _to_layout(self, output: RegularizerOutput, z: Tensor) -> RegularizerOutput:
         return output._replace(
@@ -317,49 +488,3 @@ class PrototypicalRegularizer(nn.Module):
             f"mode={self.mode!r}, temperature={self.temperature:g}, prototype_weight={self.prototype_weight:g}, "
             f"mmd_weight={self.mmd_weight:g}, warmup_steps={self.warmup_steps}, layout={self.layout.pattern!r}"
         )
-
-
-class _AttachDirection(torch.autograd.Function):
-    """Identity whose backward adds |g| times a direction known beforehand, and gives the head |g| times its steps.
-
-    |g| is over all ranks of the group: one number is all-reduced in the backward pass, as in that of SyncBatchNorm.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        group: ProcessGroup | None,
-        z: Tensor,
-        direction: Tensor,
-        counted: Tensor | None,
-        *steps_and_parameters: Tensor,
-    ) -> Tensor:
-        ctx.group = group
-        steps = steps_and_parameters[: len(steps_and_parameters) // 2]
-        ctx.save_for_backward(direction, counted, *steps)
-        # Not a view, which could not be written to: decoders may begin with an in-place ReLU.
-        return z.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        direction, counted, *steps = ctx.saved_tensors
-        # In the direction's float32: the norm of a half-precision gradient under loss scaling overflows its dtype.
-        wide = gradient.to(direction.dtype)
-        (norm,) = _norms([wide if counted is None else torch.where(counted, wide, 0.0)], ctx.group)
-        by_z = gradient + (norm * direction).to(gradient.dtype)
-        return None, by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
-
-
-def _inverse_norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
-    """1 / |gradient| of each, and 0 for a gradient of 0."""
-    return [torch.where(norm > 0, 1 / norm, 0.0) for norm in _norms(gradients, group)]
-
-
-def _norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
-    """|gradient| of each, over its rows on all ranks."""
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    if group is None:
-        return norms
-    # In float64: squares of small gradients underflow float32.
-    squares = sum_(torch.stack(norms).double().square(), group)
-    return list(squares.sqrt().to(norms[0].dtype).unbind())

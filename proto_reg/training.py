@@ -116,6 +116,7 @@ class PrototypicalTraining(nn.Module):
             "balanced": _distinct(encoding + decoding + prototypes),
         }
         steps = ("prototype", "mmd", "reconstruction") if schedule == "paper" else ("balanced",)
+        self.last_step = steps[-1]
         build = optimizer or partial(torch.optim.Adam, lr=1e-3)
         self.optimizers = {step: build(self._parameters_of[step]) for step in steps}
 
@@ -130,17 +131,34 @@ class PrototypicalTraining(nn.Module):
 
     def step(self, x: Tensor) -> dict[str, Tensor]:
         """Train on one batch; returns its losses, detached: ``reconstruction`` and, after warm-up, the other two."""
-        if self.schedule == "balanced":
-            return self._balanced_step(x)
-        losses = {}
-        if not self.warming_up:
-            with frozen_batch_statistics(self.encoder):
-                for name in ("prototype", "mmd"):
-                    loss = getattr(self.regularizer.losses(self.encode(x)), f"{name}_loss")
-                    losses[name] = self._take(name, loss)
-            self.regularizer.steps += 1  # a new subsample for the next batch
-        loss = self.reconstruction(self.decoder(self.encode(x)), x)
-        return losses | {"reconstruction": self._take("reconstruction", loss)}
+        losses = self.regularizing_steps(x)
+        loss, parts = self.loss(x)
+        self._take(self.last_step, loss)
+        return losses | parts
+
+    def regularizing_steps(self, x: Tensor) -> dict[str, Tensor]:
+        """The paper's prototype step and MMD step on one batch; none in warm-up or with the balanced schedule."""
+        losses: dict[str, Tensor] = {}
+        if self.schedule == "balanced" or self.warming_up:
+            return losses
+        with frozen_batch_statistics(self.encoder):
+            for name in ("prototype", "mmd"):
+                # Counted once a batch; that brings a new subsample for the next, too.
+                output = self.regularizer.losses(self.encode(x), count=name == "mmd")
+                losses[name] = self._take(name, getattr(output, f"{name}_loss"))
+        return losses
+
+    def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the last step of a batch descends on, for ``optimizers[last_step]``; beside it its parts, detached."""
+        z = self.encode(x)
+        if self.schedule == "paper" or self.warming_up:
+            reconstruction = self.reconstruction(self.decoder(z), x)
+            return reconstruction, {"reconstruction": reconstruction.detach()}
+        z, info = self.regularizer(z)
+        reconstruction = self.reconstruction(self.decoder(z), x)
+        parts = {"prototype": info.prototype_loss, "mmd": info.mmd_loss, "reconstruction": reconstruction}
+        loss = reconstruction if self.regularizer.mode == "balanced" else reconstruction + info.loss
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     def end_epoch(self) -> None:
         """Count an epoch; :meth:`fit` does it by itself."""
@@ -173,17 +191,6 @@ class PrototypicalTraining(nn.Module):
             history.append({key: torch.stack([row[key] for row in losses]).mean().item() for key in losses[0]})
             self.end_epoch()
         return history
-
-    def _balanced_step(self, x: Tensor) -> dict[str, Tensor]:
-        z = self.encode(x)
-        if self.warming_up:
-            reconstruction = self.reconstruction(self.decoder(z), x)
-            return {"reconstruction": self._take("balanced", reconstruction)}
-        z, info = self.regularizer(z)
-        reconstruction = self.reconstruction(self.decoder(z), x)
-        self._take("balanced", reconstruction if self.regularizer.mode == "balanced" else reconstruction + info.loss)
-        losses = {"prototype": info.prototype_loss, "mmd": info.mmd_loss, "reconstruction": reconstruction}
-        return {name: loss.detach() for name, loss in losses.items()}
 
     def _take(self, name: str, loss: Tensor) -> Tensor:
         self.skipped_steps += not isolated_step(loss, self._parameters_of[name], self.optimizers[name])

@@ -21,6 +21,7 @@ ROOMS = [
     "_checks",
     "_distributed",
     "_random",
+    "_state",
     "layout",
     "kernels",
     "functional",
@@ -28,11 +29,17 @@ ROOMS = [
     "head",
     "assigner",
     "mmd",
+    "balance",
     "follower",
+    "queue",
+    "usage",
+    "revival",
+    "schedule",
     "_warnings",
     "regularizer",
     "training",
     "plots",
+    "attachment",
     "__init__",
 ]
 
@@ -73,12 +80,14 @@ def test_examples_and_integrations_use_public_names_only() -> None:
     for path in [*(ROOT / "examples").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("proto_reg"):
-                assert node.module == "proto_reg", path
+                adapter = path.parent.name == "examples" and node.module.startswith("proto_reg.integrations.")
+                assert node.module == "proto_reg" or adapter, path
 
 
 def test_public_names() -> None:
     assert set(proto_reg.__all__) == {
         "AnchoredMMDLoss",
+        "Attachment",
         "PrototypeHead",
         "PrototypeMixture",
         "PrototypeWarning",
@@ -87,6 +96,7 @@ def test_public_names() -> None:
         "PrototypicalTraining",
         "RegularizerOutput",
         "SinkhornAssigner",
+        "attach",
         "functional",
     }
     for name in ("sinkhorn", "anchored_mmd", "prototype_cross_entropy", "latent_metrics"):
@@ -134,5 +144,5 @@ def test_the_wheels_package_list_is_the_tree() -> None:
 
 
 def test_ops_are_registered_once_and_have_no_surprises() -> None:
-    for name in ("sinkhorn", "anchored_mmd", "weighted_mmd", "follow"):
+    for name in ("sinkhorn", "anchored_mmd", "weighted_mmd", "follow", "snapshot"):
         assert getattr(torch.ops.proto_reg, name).default is not None

@@ -174,7 +174,7 @@ def a_chosen_group() -> None:
     assert torch.equal(SinkhornAssigner(group=None)(scores), alone)
     for build in (PrototypicalRegularizer, PrototypicalRegularizer.paper):
         ranks = [module.ranks.group for module in build(DIM, K, group=None).modules() if hasattr(module, "ranks")]
-        assert ranks == [None] * 4  # the layer, assigner, mmd and follower
+        assert ranks == [None] * 5  # the layer, assigner, mmd, usage and follower
     only_me = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     assert torch.equal(sinkhorn(scores, group=only_me), alone)
     for wrong, error in ((7, TypeError), ("world", ValueError)):
@@ -352,6 +352,44 @@ def algorithm_1() -> None:
     stay_equal(model)
 
 
+def lifecycle() -> None:
+    """Usage, queue and revival are those of all ranks; past latents are balanced once, not once for each rank."""
+    layer = PrototypicalRegularizer(DIM, K, queue_size=40, queue_mmd=True)
+    dist.broadcast(layer.head.prototypes.data, 0)
+    layer.head.prototypes.data.abs_()[3] *= -1
+    alone = PrototypicalRegularizer(DIM, K, queue_size=40, queue_mmd=True, group=None)
+    alone.load_state_dict(layer.state_dict())
+    sizes = ((16, 7), (9, 20), (12, 0))
+    batches = [1 + spread(i, sum(counts), DIM) for i, counts in enumerate(sizes)]
+    wrapped = DistributedDataParallel(layer)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (layer, alone)]
+    for batch, counts in zip(batches, sizes, strict=True):
+        for model, z in ((wrapped, own(batch, counts)), (alone, batch)):
+            scale = 2 if model is wrapped else 1  # DistributedDataParallel takes the mean over two
+            (model(z.clone().requires_grad_())[0].sum() * scale).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(layer.head.prototypes, alone.head.prototypes, atol=1e-5, rtol=1e-5)
+    assert torch.equal(layer.queue.latents, alone.queue.latents) and torch.equal(layer.meter.counts, alone.meter.counts)
+    order = torch.cat(batches)
+    assert torch.equal(layer.queue.latents.roll(-int(layer.queue.position), 0), order[-40:])
+    torch.testing.assert_close(layer.metrics(), alone.metrics(), atol=1e-5, rtol=1e-5)
+    # Only rank 1 has too few: neither goes on alone.
+    with pytest.raises(ValueError, match="finite latents, one for each prototype"):
+        layer.revive(torch.full((9, DIM), torch.nan if dist.get_rank() else 1.0))
+    assert layer.revive(spread(dist.get_rank(), 9, DIM)).tolist() == [3]
+    stay_equal(layer)
+    switched_off()
+
+
+def switched_off() -> None:
+    """Weights of 0 leave the prototypes without a gradient; DistributedDataParallel waits for none."""
+    model = built(prototype_weight=0.0, mmd_weight=0.0)
+    train(DistributedDataParallel(model), list(data(dist.get_rank())), [None] * 5, False)
+    stay_equal(model)
+
+
 def worker(rank: int, store: str, check: Callable[[], None]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -361,6 +399,6 @@ def worker(rank: int, store: str, check: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("check", [functions, layer, sharded], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [functions, layer, lifecycle, sharded], ids=lambda check: check.__name__)
 def test_two_processes(check: Callable[[], None], tmp_path: Path) -> None:
     mp.spawn(worker, (str(tmp_path / "store"), check), nprocs=2)

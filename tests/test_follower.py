@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from proto_reg.follower import PrototypeFollower
@@ -43,3 +44,16 @@ def test_prototypes_that_nobody_touched_are_not_written_to() -> None:
         v += 1
     follower.move(v)
     assert follower.counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_prototypes_follow_whatever_optimizer_moves_them(optimizer: type, fused: bool) -> None:
+    v = torch.nn.Parameter(torch.zeros(3, 2))
+    follower, steps = PrototypeFollower(v, 0.5), optimizer([v], lr=1.0, fused=fused)
+    follower.move(v)
+    follower.observe(torch.full((3, 2), 8.0), torch.arange(3), torch.tensor(True))
+    v.grad = torch.ones(3, 2)
+    steps.step()  # to -1, from where the mean of 8 is 9 away
+    follower.move(v)
+    assert torch.allclose(v, torch.full((3, 2), 3.5))

@@ -22,8 +22,8 @@ def spoken(act) -> list[str]:
     return [str(w.message) for w in record if issubclass(w.category, proto_reg.PrototypeWarning)]
 
 
-def walk(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int) -> None:
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-6)
+def walk(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int, **options) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-6, **options)
     for _ in range(steps):
         layer(z.requires_grad_())[0].sum().backward()
         optimizer.step()
@@ -57,6 +57,8 @@ def test_fewer_latents_than_prototypes_is_legitimate_and_said_once() -> None:
     layer = PrototypicalRegularizer(DIM, 8)
     (text,) = spoken(lambda: walk(layer, torch.randn(3, DIM), 3))
     assert text.startswith("3 latents for 8 prototypes")
+    queued = PrototypicalRegularizer(DIM, 8, queue_size=20)
+    assert spoken(lambda: walk(queued, torch.randn(3, DIM), 3)) == []
 
 
 def one_of(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int, beginning: str) -> str:
@@ -84,6 +86,9 @@ def test_prototypes_that_no_optimizer_knows() -> None:
     z = layer.head.sample(64).requires_grad_()
     texts = spoken(lambda: [layer(z) for _ in range(250)])
     assert len([text for text in texts if "No optimizer has touched the prototypes" in text]) == 1
+    stepped = PrototypicalRegularizer(DIM, K, follow_rate=0.0)
+    # Fused, an optimizer writes without raising torch's version counters.
+    assert not any("No optimizer" in text for text in spoken(lambda: walk(stepped, z, 250, fused=True)))
     frozen = PrototypicalRegularizer(DIM, K)
     frozen.head.requires_grad_(False)
     assert not any("No optimizer" in text for text in spoken(lambda: [frozen(z) for _ in range(250)]))

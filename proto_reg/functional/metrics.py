@@ -64,14 +64,14 @@ def latent_metrics(
     counts = torch.bincount(assignments, minlength=len(v))
     usage = counts.to(dtype) / len(z)
     residuals = z - v[assignments]
-    apart = torch.cdist(v, v).fill_diagonal_(torch.inf)
+    apart = nearest_other(v)
     standardised = _standardised_mmd(residuals, assignments, counts)
     measured = standardised[~standardised.isnan()]
     metrics: dict[str, float | Tensor] = {
         "usage": usage,
         "perplexity": torch.special.entr(usage).sum().exp().item(),
         "dead": float((counts == 0).sum()),
-        "duplicates": float((apart.amin(1) < SEPARATION).sum()),
+        "duplicates": float((apart < SEPARATION).sum()),
         "separation": apart.amin().item(),
         "r2_per_dim": residuals.square().mean().item(),
         "effective_rank": _effective_rank(residuals),
@@ -81,6 +81,20 @@ def latent_metrics(
     if labels is not None:
         metrics |= _agreement(labels, assignments)
     return metrics
+
+
+def nearest_other(prototypes: Tensor) -> Tensor:
+    """(K,) distance of each prototype from the nearest other one, inf for K = 1; in slabs, for K of any size."""
+    v = prototypes.detach().to(compute_dtype(prototypes.dtype))
+    v = v - v.mean(0)  # products of coordinates far from the origin would swamp their differences
+    rows = max(1, (1 << 22) // len(v))
+    slabs = [torch.cdist(slab, v) for slab in v.split(rows)]
+    return torch.cat([_off_diagonal(slab, i * rows).amin(1) for i, slab in enumerate(slabs)])
+
+
+def _off_diagonal(slab: Tensor, start: int) -> Tensor:
+    slab.diagonal(start).fill_(torch.inf)
+    return slab
 
 
 def _standardised_mmd(residuals: Tensor, assignments: Tensor, counts: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .._checks import (
 )
 from .._distributed import Group, resolve, size, with_gradients
 from ..kernels.closed_forms import KERNELS
+from ..kernels.mmd import anchored_mmd_reference, weighted_mmd_reference
+from ..kernels.once import WithSlope, transforming
 from .features import feature_mmd
 from .gathered import gathered_mmd, gathered_weighted_mmd
 
@@ -134,12 +136,15 @@ def _evaluate(
             )
         weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
         options = (kernel, scales, unbiased, by_mass)
-        if ranks is None:
-            loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *options)
-            return loss, gradient
-        loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *options, ranks)
-        gradient = gradient * size(ranks)
-        return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
+        if ranks is not None:
+            loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *options, ranks)
+            gradient = gradient * size(ranks)
+            return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
+        if transforming():
+            loss, gradient, _ = weighted_mmd_reference(z.detach(), anchors.detach(), weights, *options)
+            return WithSlope.apply(z, loss, gradient), gradient
+        loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *options)
+        return loss, gradient
 
     inside = (assignments >= 0) & (assignments < len(anchors))
     inside = inside if mask is None else inside & mask
@@ -158,15 +163,17 @@ def _evaluate(
         samples = None
         if target == "sampled":
             samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-        values, gradient = torch.ops.proto_reg.anchored_mmd(
-            residuals, members, len(anchors), kernel, scales, unbiased, samples
-        )
+        evaluate: Callable = torch.ops.proto_reg.anchored_mmd
+        x = residuals
+        if transforming():
+            evaluate, x = anchored_mmd_reference, residuals.detach()
+        values, gradient = evaluate(x, members, len(anchors), kernel, scales, unbiased, samples)
         counts = torch.zeros_like(values).index_add_(0, index, inside.to(values.dtype))
     weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
     loss, gradient = (values * weights).sum(), gradient * (size(ranks) * weights[index, None])
     if features is not None or ranks is not None:
-        loss = with_gradients(loss, [residuals], [gradient])
-    return loss, gradient
+        return with_gradients(loss, [residuals], [gradient]), gradient
+    return WithSlope.apply(residuals, loss, gradient) if transforming() else loss, gradient
 
 
 def check_mmd_inputs(

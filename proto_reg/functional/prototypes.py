@@ -104,8 +104,8 @@ def prototype_cross_entropy(
         codes, scores = (torch.where(mask[:, None], x, 0.0) for x in (codes, scores))
     total = -(codes * (scores / temperature).log_softmax(1)).sum()
     if ranks is None:
-        return total / (len(scores) if mask is None else mask.sum().clamp_min(1))
-    count = total.new_full((), len(scores)) if mask is None else mask.sum().to(total)
+        return total / (scores.shape[0] if mask is None else mask.sum().clamp_min(1))
+    count = total.new_full((), scores.shape[0]) if mask is None else mask.sum().to(total)
     whole, count = sum_(torch.stack([total.detach(), count]), ranks)
     count = count.clamp_min(1)
     # The value of all ranks with the slope of this one.
@@ -121,7 +121,7 @@ def prototype_cross_entropy_and_gradient(
     loss = prototype_cross_entropy(scores, codes, temperature, mask=mask, group=ranks)
     gradient = (scores.to(loss.dtype) / temperature).softmax(1) - codes
     if mask is None and ranks is None:
-        return loss, gradient / (temperature * len(scores))
-    count = loss.new_full((), len(scores)) if mask is None else mask.sum().to(loss)
+        return loss, gradient / (temperature * scores.shape[0])
+    count = loss.new_full((), scores.shape[0]) if mask is None else mask.sum().to(loss)
     share = size(ranks) / sum_(count, ranks).clamp_min(1)
     return loss, (gradient if mask is None else torch.where(mask[:, None], gradient, 0.0)) * (share / temperature)

@@ -197,6 +197,10 @@ def sinkhorn_cross_entropy(
         scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
     )
     plain, temperature = _cross_entropy_options(scores, temperature, backend)
+    if kernels.once.transforming():
+        reference = kernels.sinkhorn_reference.sinkhorn_cross_entropy_reference
+        loss, _, _, codes = reference(scores, *arguments, temperature, return_codes)
+        return (loss, codes.detach()) if return_codes else loss
     loss, _, _, codes = kernels.sinkhorn.CrossEntropy.apply(plain, scores, *arguments, temperature, return_codes)
     return (loss, codes) if return_codes else loss
 

@@ -16,15 +16,17 @@ def follow_reference(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Ten
     Args:
         prototypes: (K, D), moved in place.
         sums, counts: (K, D) and (K,), latents observed since the last move, zeroed in place.
-        seen: (K, D), set in place to where the prototypes are now.
+        seen: (K, D), set in place to where the prototypes are now, with all its digits where it is the wider.
     """
-    moved = (prototypes.to(seen.dtype) != seen).any()
-    way = sums / counts.clamp_min(1)[:, None] - prototypes
+    there = prototypes != seen.to(prototypes.dtype)
+    moved = there.any()
+    position = torch.where(there, prototypes.to(seen.dtype), seen)
+    way = sums / counts.clamp_min(1)[:, None] - position
     way = torch.where(moved & (counts > 0)[:, None], way, 0.0)
-    prototypes.add_(way.to(prototypes.dtype), alpha=rate)
+    seen.copy_(position.add(way, alpha=rate))
+    prototypes.copy_(seen)
     sums.copy_(torch.where(moved, 0.0, sums))
     counts.copy_(torch.where(moved, 0.0, counts))
-    seen.copy_(prototypes)
 
 
 torch.library.define(

@@ -74,9 +74,11 @@ def sinkhorn_cross_entropy_reference(
         gradient: (B, K) by the scores, codes held fixed: ``w_i (p - q) / (tau W)``.
         potentials: (K,)
         codes: (B, K), or (0, K) unless ``with_codes``.
+
+    The loss is differentiable by autograd and ``torch.func`` where they look on; the codes are constants to them.
     """
     x, weights, usable = usable_rows(scores, weights, isolate)
-    codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol)
+    codes, potentials = _solve(x.detach(), marginals, weights, epsilon, num_iters, tol)
     loss, gradient = cross_entropy_of_rows(x, codes, temperature)
     if weights is None:
         loss, gradient = loss.mean(), gradient / len(scores)

@@ -1,0 +1,33 @@
+"""Hugging Face accelerate: the layer needs nothing in your loop; its metrics need one line an epoch.
+
+Build the layer into the model, or :func:`proto_reg.attach` it, before ``accelerator.prepare``. Gradients, accumulation,
+mixed precision, ``save_state`` and ``load_state`` then go as without it: the layer's state is the model's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from proto_reg import PrototypicalRegularizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def log_metrics(accelerator: Accelerator, model: nn.Module, step: int | None = None) -> dict[str, float]:
+    """Log the metrics of every layer in ``model``, prepared or not, to the trackers; counting starts anew.
+
+    Call it on every process, at the end of an epoch.
+
+    Returns:
+        ``{"prototypes/perplexity": ..., ...}``, the layers' names before the slash.
+    """
+    values = {}
+    for name, layer in accelerator.unwrap_model(model).named_modules():
+        if isinstance(layer, PrototypicalRegularizer):
+            values |= {f"{name}/{key}": value for key, value in layer.metrics().items()}
+            layer.reset_metrics()
+    accelerator.log(values, step)
+    return values

@@ -1,0 +1,185 @@
+"""PyTorch Lightning (extra ``lightning``): prototypes by a callback, and Algorithm 1 of the paper by a mixin."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from proto_reg import PrototypeWarning, PrototypicalRegularizer, PrototypicalTrainerMixin, attach
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(
+        "proto_reg.integrations.lightning needs Lightning. Run: pip install 'proto_reg[lightning]'"
+    ) from error
+
+
+class PrototypeCallback(Callback):
+    """Prototypes in a LightningModule that knows nothing of them: ``Trainer(callbacks=[PrototypeCallback(...)])``.
+
+    Attaches the layer before the optimizers are built, in every stage; from there it is a part of the module and of
+    its checkpoints. Optimisation stays automatic: clipping, accumulation, precision and strategy are yours. After each
+    epoch the layer's metrics are logged as ``prototypes/...`` and, with ``decode``, the prototypes drawn.
+
+    To use a checkpoint without a Trainer, attach as here, then load::
+
+        module = MyModule()
+        proto_reg.attach(module, "encoder", latent_dim=32, num_prototypes=30)
+        module.load_state_dict(torch.load(path)["state_dict"])
+
+    Args:
+        encode: name of the submodule whose output is the latent. For ``"vae.encoder"`` the layer is ``vae.prototypes``,
+            which an optimizer of ``self.vae.parameters()`` knows too. None if the module has a layer of its own: then
+            it is only logged and drawn.
+        decode: latents (n, D) -> images in [0, 1], or the name of a method or submodule of the module that does it.
+        image_shape: (C, H, W), if ``decode`` returns flat images.
+        every_n_epochs: between pictures.
+        folder: for pictures, ``prototypes`` in the trainer's root by default; not used if a logger takes them
+            (``experiment.add_figure`` as TensorBoard, ``log_image`` as W&B).
+        options: of :func:`proto_reg.attach`: ``latent_dim``, ``num_prototypes``, ``name``, ``select``, ``layout``, ...
+
+    Raises:
+        ValueError: ``mode="weighted"``; and what :func:`proto_reg.attach` raises, when the trainer sets up.
+    """
+
+    def __init__(
+        self,
+        encode: str | None = None,
+        *,
+        decode: str | Callable[[Tensor], Tensor] | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        every_n_epochs: int = 1,
+        folder: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        if options.get("mode", "balanced") != "balanced":
+            raise ValueError(
+                f"mode: expected 'balanced', got {options['mode']!r}: a callback cannot add to your loss. Call "
+                "proto_reg.attach in the module's __init__, add attachment.loss, and use PrototypeCallback()."
+            )
+        self.encode, self.options = encode, options
+        self.decode, self.image_shape, self.every_n_epochs, self.folder = decode, image_shape, every_n_epochs, folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach the layer unless it is there. Runs before ``configure_optimizers`` and before weights are loaded."""
+        if self.encode is None:
+            if not _layers(pl_module):
+                raise ValueError("encode: expected the name of a submodule, or a module with a layer. Got neither.")
+            return
+        owner, encode = _owner(pl_module, self.encode)
+        if not isinstance(getattr(owner, self.options.get("name", "prototypes"), None), PrototypicalRegularizer):
+            attach(owner, encode, **self.options)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the layers the length of the training, if it has one."""
+        total = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        for layer in _layers(pl_module).values():
+            layer.expect(int(total) if 0 < total < math.inf else None)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's metrics, which start anew, and draw the prototypes."""
+        for name, layer in _layers(pl_module).items():
+            pl_module.log_dict({f"{name}/{key}": value for key, value in layer.metrics().items()})
+            layer.reset_metrics()
+        if self.decode is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        from proto_reg import plots
+
+        decode = attrgetter(self.decode)(pl_module) if isinstance(self.decode, str) else self.decode
+        name, layer = next(iter(_layers(pl_module).items()))
+        # A generator of its own: the training's random numbers are the same with and without pictures.
+        generator = torch.Generator(layer.head.prototypes.device).manual_seed(0)
+        with _evaluating(pl_module):
+            figure = plots.prototypes(decode, layer.head, image_shape=self.image_shape, generator=generator)
+        taken = False
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_figure"):
+                logger.experiment.add_figure(name, figure, trainer.global_step)
+            elif hasattr(logger, "log_image"):
+                logger.log_image(name, [figure])
+            else:
+                continue
+            taken = True
+        if self.folder is not None or not taken:
+            folder = Path(trainer.default_root_dir) / "prototypes" if self.folder is None else Path(self.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{name}-{trainer.current_epoch:04d}.png")
+
+
+class PrototypicalModuleMixin(PrototypicalTrainerMixin):
+    """The paper's Algorithm 1 in a LightningModule: ``class Paper(PrototypicalModuleMixin, LightningModule)``.
+
+    Call ``self.init_prototypical(encoder, decoder, layer, warmup_epochs=...)`` in ``__init__``; the rest is here. The
+    prototype and the MMD step are isolated ones within ``training_step``; the reconstruction step is Lightning's, by
+    automatic optimisation. So ``global_step`` counts a batch once, clipping and accumulation act on the reconstruction
+    step, and checkpoints hold all three optimizers; the epoch of the warm-up is the trainer's.
+    """
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Both regularising steps on x, the batch or its first entry; returns the loss of the reconstruction step."""
+        training = self._prototypical()
+        training.epoch = self.current_epoch
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        losses = training.regularizing_steps(x)
+        loss, parts = training.loss(x)
+        self.log_dict({f"train/{name}": value for name, value in (losses | parts).items()})
+        # Prototypes are stepped on above. DistributedDataParallel wants them in this graph too, with gradient 0.
+        return loss + 0.0 * torch.stack([p.sum() for p in training.regularizer.parameters()]).sum()
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer of the reconstruction step (of the one step, with ``schedule="balanced"``)."""
+        training = self._prototypical()
+        return training.optimizers[training.last_step]
+
+    def on_fit_start(self) -> None:
+        """The other two optimizers' state, restored before the module moved, follows it to its device."""
+        training, epochs = self._prototypical(), self.trainer.max_epochs
+        for optimizer in training.optimizers.values():
+            optimizer.load_state_dict(optimizer.state_dict())
+        if epochs is not None and 0 < epochs <= training.warmup_epochs:
+            warnings.warn(
+                f"warmup_epochs = {training.warmup_epochs} covers all {epochs} epochs: nothing will be regularised. "
+                "Shorten the warm-up.",
+                PrototypeWarning,
+                stacklevel=2,
+            )
+
+
+def _layers(module: nn.Module) -> dict[str, PrototypicalRegularizer]:
+    """The layers in ``module`` by their names."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, PrototypicalRegularizer)}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode, and afterwards as it was."""
+    training = [m for m in module.modules() if m.training]
+    try:
+        module.eval()
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _owner(module: nn.Module, encode: str) -> tuple[nn.Module, str]:
+    """Where the layer goes, and the name of the encoder from there."""
+    first, _, rest = encode.partition(".")
+    child = getattr(module, first, None)
+    if rest and isinstance(child, nn.Module) and not isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return child, rest
+    return module, encode

@@ -1,0 +1,63 @@
+"""The gradient of one loss, scaled to the size of another's that is known only in the backward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ._distributed import sum_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class AttachDirection(torch.autograd.Function):
+    """Identity whose backward adds |g| times a direction known beforehand, and gives the head |g| times its steps.
+
+    ``direction`` like z, or None to add nothing at all; ``counted`` bool, what of g its norm is taken of, or None for
+    all; then the steps of the head's parameters, and those parameters. |g| is over all ranks of the group: one number
+    is all-reduced in the backward pass, as in that of SyncBatchNorm.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        group: ProcessGroup | None,
+        z: Tensor,
+        direction: Tensor | None,
+        counted: Tensor | None,
+        *steps_and_parameters: Tensor,
+    ) -> Tensor:
+        ctx.group = group
+        steps = steps_and_parameters[: len(steps_and_parameters) // 2]
+        ctx.save_for_backward(direction, counted, *steps)
+        # Not a view, which could not be written to: decoders may begin with an in-place ReLU.
+        return z.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        direction, counted, *steps = ctx.saved_tensors
+        if direction is None:  # both weights are 0: not even an added zero, and prototypes without a gradient
+            return None, gradient, None, None, *([None] * 2 * len(steps))
+        # In the direction's float32: the norm of a half-precision gradient under loss scaling overflows its dtype.
+        wide = gradient.to(direction.dtype)
+        (norm,) = _norms([wide if counted is None else torch.where(counted, wide, 0.0)], ctx.group)
+        by_z = gradient + (norm * direction).to(gradient.dtype)
+        return None, by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
+
+
+def inverse_norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """1 / |gradient| of each, and 0 for a gradient of 0."""
+    return [torch.where(norm > 0, 1 / norm, 0.0) for norm in _norms(gradients, group)]
+
+
+def _norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """|gradient| of each, over its rows on all ranks."""
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    if group is None:
+        return norms
+    # In float64: squares of small gradients underflow float32.
+    squares = sum_(torch.stack(norms).double().square(), group)
+    return list(squares.sqrt().to(norms[0].dtype).unbind())

@@ -1,0 +1,108 @@
+"""Past latents, for batches that are too small to say what the latent space looks like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._checks import check_positive_int
+from ._distributed import Group, Ranks, size, sum_
+from ._state import WideState
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class LatentQueue(WideState):
+    """The last ``size`` latents of training, oldest overwritten first; slots not yet filled are marked so.
+
+    It keeps latents, not their assignments: prototypes move, and each step assigns the past anew. No shape depends on
+    the data, so it can be compiled. In a process group the ranks enqueue into one queue, rank after rank, and all hold
+    the same: one sum of (size, D + 1) numbers a step.
+
+    Args:
+        size: Q, number of slots.
+        latent_dim: D.
+        group: the processes that share the queue: ``"default"``, None or a ProcessGroup.
+
+    Attributes:
+        latents: (Q, D) float32.
+        filled: () int64 number of slots in use, those with the lowest index.
+        position: () int64 slot of the next latent.
+    """
+
+    latents: Tensor
+    filled: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, latent_dim: int, *, group: Group = "default") -> None:
+        super().__init__()
+        self.ranks = Ranks(group)
+        self.size = check_positive_int("queue_size", size)
+        self.register_buffer("latents", torch.zeros(size, latent_dim, dtype=torch.float32))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def in_use(self) -> Tensor:
+        """(Q,) bool: slots that hold a latent."""
+        return torch.arange(self.size, device=self.filled.device) < self.filled
+
+    def part(self, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """Latents (q, D) that this process adds to a batch of ``group``, each latent by one of them; which are in use.
+
+        All slots where there is no group.
+        """
+        if group is None:
+            return self.latents, self.in_use
+        first, step = dist.get_rank(group), dist.get_world_size(group)
+        return self.latents[first::step], self.in_use[first::step]
+
+    @torch.no_grad()
+    def push(self, tokens: Tensor, counted: Tensor | None = None) -> None:
+        """Enqueue the finite ones of ``tokens`` (N, D), those where ``counted`` (N,) bool is True; the last Q of them.
+
+        The rows come in their order: of more rows than slots the last remain.
+        """
+        group = self.ranks.active()
+        usable = tokens.isfinite().all(1)
+        usable = usable if counted is None else usable & counted
+        if len(tokens) == 0:  # of a process without latents
+            tokens, usable = self.latents[:1], usable.new_zeros(1)
+        number = usable.cumsum(0)  # of each usable row, from 1
+        before, total = _rows_before(number[-1], group)
+        # Of all new rows the last `kept` stay; slot j takes the new row number `row`, or none.
+        kept = total.clamp(max=self.size)
+        offset = (torch.arange(self.size, device=total.device) - self.position) % self.size
+        row = offset + (total - kept) - before
+        fresh = (offset < kept) & (row >= 0) & (row < number[-1])
+        source = torch.searchsorted(number, row + 1).clamp(max=len(tokens) - 1)
+        rows = torch.where(fresh[:, None], tokens[source].to(self.latents.dtype), 0.0)
+        if group is not None:
+            both = sum_(torch.cat([rows, fresh[:, None].to(rows.dtype)], 1), group)
+            rows, fresh = both[:, :-1], both[:, -1] > 0
+        self.latents.copy_(torch.where(fresh[:, None], rows, self.latents))
+        self.position.copy_((self.position + kept) % self.size)
+        self.filled.copy_((self.filled + kept).clamp(max=self.size))
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, {self.latents.shape[1]}"
+
+
+def below(counted: Tensor | None, rows: int, in_use: Tensor) -> Tensor:
+    """Which of ``rows`` latents (all, or where ``counted`` (rows,) is True) and of the slots (q,) below them count."""
+    return torch.cat([in_use.new_ones(rows) if counted is None else counted, in_use])
+
+
+def _rows_before(count: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """How many rows the ranks before this one have, and all together, where this one has ``count``; both () int64."""
+    if group is None:
+        return torch.zeros_like(count), count
+    rank = dist.get_rank(group)
+    counts = torch.zeros(size(group), dtype=torch.int64, device=count.device)
+    counts[rank] = count
+    counts = sum_(counts, group)
+    return counts[:rank].sum(), counts.sum()

@@ -1,0 +1,92 @@
+"""What a layer saw since the last reset: how often each prototype was nearest, and the mean losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._distributed import Group, Ranks, sum_
+from ._state import WideState
+from .functional.metrics import SEPARATION, nearest_other
+
+
+class UsageMeter(WideState):
+    """Counts over the training forward passes since the last reset, on their device; nobody waits until they are read.
+
+    A latent counts for the prototype that it scores highest with, which is where inference puts it. Balanced codes
+    would hide what they are looked at for: they give a prototype its share even where no latent is near.
+
+    In a process group each pass is summed over the ranks as it is counted. So all ranks hold the same state, any of
+    them may read it alone, DistributedDataParallel's broadcast of buffers does no harm, and the checkpoint of one
+    rank resumes all.
+
+    Args:
+        num_prototypes: K.
+        group: the processes: ``"default"``, None or a ProcessGroup.
+
+    Attributes:
+        counts: (K,) int64 latents of each prototype.
+        totals: (4,) float32 sums of prototype loss, MMD loss, passes, and squared distance from the prototype per
+            dimension.
+    """
+
+    counts: Tensor
+    totals: Tensor
+
+    def __init__(self, num_prototypes: int, *, group: Group = "default") -> None:
+        super().__init__()
+        self.ranks = Ranks(group)
+        self.register_buffer("counts", torch.zeros(num_prototypes, dtype=torch.int64))
+        self.register_buffer("totals", torch.zeros(4, dtype=torch.float32))
+
+    @torch.no_grad()
+    def observe(
+        self,
+        tokens: Tensor,
+        scores: Tensor,
+        prototypes: Tensor,
+        losses: tuple[Tensor, Tensor],
+        counted: Tensor | None = None,
+    ) -> None:
+        """Count a pass of latents ``tokens`` (N, D) with ``scores`` (N, K): the finite ones where ``counted`` (N,)."""
+        usable = tokens.isfinite().all(1)
+        usable = usable if counted is None else usable & counted
+        nearest = scores.argmax(1)
+        distance = torch.where(usable, (tokens - prototypes.to(tokens.dtype)[nearest]).square().mean(1), 0.0).sum()
+        counts = torch.zeros_like(self.counts).index_add(0, nearest, usable.to(torch.int64))
+        totals = torch.stack([losses[0], losses[1], torch.ones_like(distance), distance]).to(self.totals.dtype)
+        group = self.ranks.active()
+        if group is not None:
+            both = sum_(torch.cat([counts.double(), totals.double()]), group)
+            counts, totals = both[: len(counts)].to(torch.int64), both[len(counts) :].to(totals.dtype)
+        self.counts += counts
+        self.totals += totals
+
+    def reset(self) -> None:
+        """Forget everything that was counted."""
+        self.counts.zero_()
+        self.totals.zero_()
+
+    @property
+    def usage(self) -> Tensor:
+        """(K,) float32 share of the latents at each prototype; zeros where none was counted."""
+        return self.counts / self.counts.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def metrics(self, prototypes: Tensor, **others: Tensor) -> dict[str, float]:
+        """Everything as floats, NaN where nothing was counted, and ``others``; one read from the device."""
+        usage, latents = self.usage, self.counts.sum()
+        prototype_loss, mmd_loss, passes, distance = self.totals.unbind()
+        apart = nearest_other(prototypes)
+        nothing = latents == 0
+        figures = {
+            "prototype_loss": prototype_loss / passes,
+            "mmd_loss": mmd_loss / passes,
+            "perplexity": torch.where(nothing, torch.nan, torch.special.entr(usage).sum().exp()),
+            "dead": torch.where(nothing, torch.nan, (self.counts == 0).sum()),
+            "duplicates": (apart < SEPARATION).sum(),
+            "separation": apart.amin(),
+            "r2_per_dim": distance / latents,
+        } | others
+        values = torch.stack([figure.to(torch.float32) for figure in figures.values()])
+        return dict(zip(figures, values.tolist(), strict=True))

@@ -1,0 +1,318 @@
+"""attach(): the layer in a model that knows nothing of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from proto_reg import Attachment, PrototypeHead, PrototypicalRegularizer, attach
+
+DIM, K = 8, 4
+
+
+class Model(nn.Module):
+    """A user's: nothing of ours in it."""
+
+    def __init__(self, width: int = DIM) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, width))
+        self.decoder = nn.Linear(DIM, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x)[:, :DIM])
+
+
+class ByHand(Model):
+    """The same, the layer written into its source."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.prototypes = PrototypicalRegularizer(DIM, K, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, self.info = self.prototypes(self.encoder(x))
+        return self.decoder(z)
+
+
+def attached(**options) -> tuple[Model, Attachment]:
+    model = Model()
+    return model, attach(model, encode="encoder", latent_dim=DIM, num_prototypes=K, **options)
+
+
+def train(model: nn.Module, loss_of=lambda: 0.0, steps: int = 6) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for x in torch.rand(steps, 32, 12, generator=torch.Generator().manual_seed(1)):
+        loss = (model(x) - x).square().mean() + loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
+    first, second = a.state_dict(), b.state_dict()
+    assert list(first) == list(second)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_training_equals_that_of_the_layer_in_the_source(mode: str) -> None:
+    torch.manual_seed(1)
+    by_hand = ByHand(mode=mode, warmup_steps=2)
+    torch.manual_seed(1)
+    model, attachment = attached(mode=mode, warmup_steps=2)
+    if mode == "balanced":
+        train(by_hand)
+        train(model)
+    else:
+        train(by_hand, lambda: by_hand.info.loss)
+        train(model, lambda: attachment.loss)
+        assert torch.equal(attachment.loss, attachment.output.loss)
+    assert attachment.layer is model.prototypes
+    assert model.prototypes.steps == 6
+    assert_equal_states(model, by_hand)
+
+
+def test_detach_restores_the_model() -> None:
+    model = Model()
+    keys, x = list(model.state_dict()), torch.rand(5, 12)
+    before = model(x)
+    with attach(model, "encoder.2", DIM, K, name="prior") as attachment:
+        assert any(key.startswith("prior.head") for key in model.state_dict())
+        model(x)
+        assert attachment.output.assignments.shape == (5,)
+    assert list(model.state_dict()) == keys
+    assert not model.encoder[2]._forward_hooks
+    assert not hasattr(model, "prior")
+    assert torch.equal(model(x), before)
+    attachment.detach()  # nothing left to take back
+    attach(model, model.encoder[2], DIM, K, name="prior")
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "averaged": lambda model: AveragedModel(model).module,
+}
+
+
+@pytest.mark.parametrize("form", COPIES)
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_a_copy_uses_its_own_layer(form: str, mode: str) -> None:
+    model, attachment = attached(mode=mode)
+    train(model, (lambda: attachment.loss) if mode == "weighted" else lambda: 0.0)
+    twin = COPIES[form](model)
+    theirs = Attachment.of(twin)
+    assert theirs.layer is twin.prototypes is not model.prototypes
+    assert_equal_states(model, twin)
+    steps = model.prototypes.steps.clone()
+    twin.train()(torch.rand(32, 12)).sum().backward()
+    assert (model.prototypes.steps, twin.prototypes.steps) == (steps, steps + 1)
+    assert model.prototypes.head.prototypes.grad is not twin.prototypes.head.prototypes.grad
+    theirs.detach()
+    assert not hasattr(twin, "prototypes")
+    assert Attachment.of(model).layer is model.prototypes
+
+
+def test_a_model_saved_whole_takes_other_hooks_in_a_new_process(tmp_path: Path) -> None:
+    model, _ = attached()
+    torch.save(model, tmp_path / "model.pt")
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+called = []
+for _ in range(200):  # ids of hooks count from 0 in this process
+    model.encoder.register_forward_hook(lambda *arguments: called.append(1))
+model(torch.rand(9, 12)).sum().backward()
+assert len(called) == 200 and model.prototypes.steps == 1
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_safetensors() -> None:
+    model, _ = attached()
+    train(model)
+    stored = safetensors.torch.load(safetensors.torch.save(model.state_dict()))
+    other, _ = attached()
+    other.load_state_dict(stored)
+    assert_equal_states(model, other)
+
+
+class Pair(NamedTuple):
+    mu: Tensor
+    logvar: Tensor
+
+
+@dataclass(frozen=True)
+class Frozen:
+    mu: Tensor
+    logvar: Tensor
+
+
+class Bag:
+    def __init__(self, mu: Tensor, logvar: Tensor) -> None:
+        self.mu, self.logvar = mu, logvar
+
+
+FORMS = {
+    "tuple": (lambda a, b: (a, b), 0, lambda out: out[0]),
+    "list": (lambda a, b: [b, a], -1, lambda out: out[-1]),
+    "named tuple": (Pair, 0, lambda out: out.mu),
+    "dict": (lambda a, b: {"mu": a, "logvar": b}, "mu", lambda out: out["mu"]),
+    "ordered dict": (lambda a, b: OrderedDict(mu=a, logvar=b), "mu", lambda out: out["mu"]),
+    "dataclass": (Frozen, "mu", lambda out: out.mu),
+    "object": (Bag, "mu", lambda out: out.mu),
+    "tensor": (lambda a, b: torch.cat([b, a], 1), slice(DIM, None), lambda out: out[:, DIM:]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_of_other_forms(form: str) -> None:
+    build, select, read = FORMS[form]
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mu, self.logvar = nn.Linear(12, DIM), nn.Linear(12, DIM)
+
+        def forward(self, x: Tensor):
+            self.given = build(self.mu(x), self.logvar(x))
+            return self.given
+
+    model = nn.Module()
+    model.heads, x = Heads(), torch.rand(32, 12)
+    attachment = attach(model, "heads", DIM, K, select=select)
+    output = model.heads(x)
+    assert type(output) is type(model.heads.given)
+    assert output is not model.heads.given
+    assert torch.equal(read(output), model.heads.mu(x))
+    assert torch.equal(attachment.output.scores, attachment.layer.head(model.heads.mu(x)))
+    # The latent in the output is the regularised one: the prototypes are in its graph.
+    read(output).square().sum().backward()
+    assert attachment.layer.head.prototypes.grad.abs().sum() > 0
+
+
+def test_maps_of_moments() -> None:
+    model = nn.Module()
+    model.encoder = nn.Conv2d(1, 2 * DIM, 3)
+    attachment = attach(model, "encoder", DIM, K, select=slice(DIM), layout="b d h w")
+    x = torch.rand(2, 1, 6, 6)
+    assert torch.equal(model.encoder(x), nn.functional.conv2d(x, model.encoder.weight, model.encoder.bias))
+    assert attachment.output.assignments.shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_compiles_in_one_graph(moments: bool) -> None:
+    models = []
+    for compiled in (False, True):
+        torch.manual_seed(2)
+        model = Model(2 * DIM if moments else DIM)
+        attachment = attach(model, "encoder", DIM, K, select=slice(DIM) if moments else None, mode="weighted")
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        x = torch.rand(32, 12, generator=torch.Generator().manual_seed(3))
+        loss = (forward(x) - x).square().mean() + attachment.loss
+        loss.backward()
+        models.append((model, loss, attachment.output.scores))
+    (eager, first, scores), (compiled, second, other_scores) = models
+    assert torch.allclose(first, second) and torch.allclose(scores, other_scores)
+    for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+    assert compiled.prototypes.steps == 1
+
+
+def test_called_twice_in_a_forward_pass_is_two_steps() -> None:
+    model, attachment = attached()
+    loss = model(torch.rand(32, 12)).sum() + model(torch.rand(7, 12)).sum()
+    assert attachment.layer.steps == 2
+    assert len(attachment.output.assignments) == 7
+    loss.backward()
+    torch.utils.checkpoint.checkpoint(model, torch.rand(32, 12), use_reentrant=False).sum().backward()
+    assert attachment.layer.steps == 4  # as documented: the second run, in the backward pass, counts too
+
+
+def test_layer_comes_to_the_models_mode_and_device() -> None:
+    with torch.device("meta"):
+        model = Model().eval()
+    layer = attach(model, "encoder", DIM, K).layer
+    assert not layer.training
+    assert {t.device.type for t in [*layer.parameters(), *layer.buffers()]} == {"meta"}
+
+
+def test_components_are_options() -> None:
+    head = PrototypeHead(DIM, K, scores="euclidean")
+    assert attached(head=head)[1].layer.head is head
+
+
+def test_errors_name_the_cure_and_change_nothing() -> None:
+    model = Model()
+    keys = list(model.state_dict())
+    wrong = {
+        "model: expected a Module": (nn.Linear, "encoder", DIM, K, {}),
+        "model: expected a module with a forward of its own, got Sequential": (nn.Sequential(model), "0", DIM, K, {}),
+        "not wrapped yet, got OptimizedModule": (torch.compile(model), "_orig_mod.encoder", DIM, K, {}),
+        r"encode: expected the name of a submodule, got 'encode'. Choose from \['encoder'": (
+            model,
+            "encode",
+            DIM,
+            K,
+            {},
+        ),
+        "encode: expected a submodule of the model, got another": (model, nn.Linear(2, 2), DIM, K, {}),
+        "select: expected an int, str or slice, got list": (model, "encoder", DIM, K, {"select": [0]}),
+        "select: expected a slice without a step": (model, "encoder", DIM, K, {"select": slice(0, 8, 2)}),
+        "name: expected a new attribute of the model, got 'decoder'": (model, "encoder", DIM, K, {"name": "decoder"}),
+        "name: expected a new attribute": (model, "encoder", DIM, K, {"name": "a.b"}),
+        "num_prototypes: expected an int >= 1, got 0": (model, "encoder", DIM, 0, {}),
+        "mode: expected one of": (model, "encoder", DIM, K, {"mode": "heavy"}),
+    }
+    for message, (where, encode, dim, k, options) in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            attach(where, encode, dim, k, **options)
+    assert list(model.state_dict()) == keys and not model.encoder._forward_hooks
+    with pytest.raises(ValueError, match=r"name: expected a layer that attach\(\) put into the model"):
+        Attachment.of(model)
+    attachment = attach(model, "encoder", DIM, K)
+    with pytest.raises(RuntimeError, match="expected a forward pass first"):
+        _ = attachment.loss
+    with pytest.raises(ValueError, match=r"encode: expected a submodule without a layer.*detach\(\)"):
+        attach(model, "encoder", DIM, K, name="second")
+
+
+def test_errors_of_the_first_forward_pass() -> None:
+    model = Model(width=2 * DIM)
+    with attach(model, "encoder", DIM, K), pytest.raises(ValueError, match="Set layout= and latent_dim="):
+        model(torch.rand(5, 12))
+    for select in (0, "mu"):
+        with (
+            attach(model, "encoder", DIM, K, select=select),
+            pytest.raises(TypeError, match=f"(select={select!r})".replace("(", r"\(").replace(")", r"\)")),
+        ):
+            model(torch.rand(5, 12))
+    recurrent = nn.Module()
+    recurrent.encoder = nn.LSTM(12, DIM)
+    with attach(recurrent, "encoder", DIM, K), pytest.raises(TypeError, match=r"got tuple of 2\. Say where"):
+        recurrent.encoder(torch.rand(5, 12))
+
+
+def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(Model())
+        with pytest.raises(ValueError, match="not wrapped yet, got DistributedDataParallel"):
+            attach(model, "module.encoder", DIM, K)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,134 @@
+"""Past latents: what the queue holds, and what it changes for the assignment and the MMD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import log_sinkhorn, naive_mmd
+
+from proto_reg import PrototypicalRegularizer, SinkhornAssigner
+from proto_reg.functional import prototype_cross_entropy, sinkhorn
+from proto_reg.functional.mmd import DEFAULT_SCALES
+from proto_reg.queue import LatentQueue
+
+DIM, K, BATCH = 8, 4, 12
+
+
+def test_it_holds_the_last_latents_whatever_the_batches() -> None:
+    size = 7
+    queue, past = LatentQueue(size, 2), []
+    for count in (3, 1, 20, 7, 6, 2, 9):
+        z, counted = torch.randn(count, 2), torch.rand(count) > 0.3
+        z[torch.rand(count) > 0.9] = torch.nan
+        queue.push(z, counted)
+        usable = counted & z.isfinite().all(1)
+        past = (past + z[usable].tolist())[-size:]
+        assert int(queue.filled) == int(queue.in_use.sum()) == len(past)
+        # From the oldest on: it stands where the next one goes once all slots are taken.
+        oldest = int(queue.position) if len(past) == size else 0
+        held = queue.latents[: len(past)].roll(-oldest, 0)
+        assert torch.equal(held, torch.tensor(past).reshape(-1, 2))
+
+
+def test_a_batch_without_latents_changes_nothing() -> None:
+    queue = LatentQueue(4, 2)
+    queue.push(torch.randn(3, 2))
+    before = {name: value.clone() for name, value in queue.state_dict().items()}
+    queue.push(torch.randn(3, 2), torch.zeros(3, dtype=torch.bool))
+    queue.push(torch.full((3, 2), torch.inf))
+    assert all(torch.equal(value, before[name]) for name, value in queue.state_dict().items())
+
+
+def test_no_slot_counts_before_it_is_filled() -> None:
+    plain = PrototypicalRegularizer(DIM, K)
+    queued = PrototypicalRegularizer(DIM, K, queue_size=64, queue_mmd=True, head=plain.head)
+    z = torch.randn(BATCH, DIM)
+    results = []
+    for layer in (plain, queued):
+        leaf = z.clone().requires_grad_()
+        out, info = layer(leaf)
+        out.sum().backward()
+        results.append((leaf.grad, info.codes, info.prototype_loss, info.mmd_loss))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_past_enters_the_balance_and_not_the_loss(masked: bool) -> None:
+    layer = PrototypicalRegularizer(DIM, K, queue_size=20).double()
+    past, z = torch.randn(20, DIM), torch.randn(BATCH, DIM, dtype=torch.float64)
+    layer.queue.push(past)
+    mask = torch.rand(BATCH) > 0.3 if masked else None
+    info = layer.losses(z, mask)
+    kept = torch.ones(BATCH, dtype=torch.bool) if mask is None else mask
+    scores = layer.head(torch.cat([z[kept], layer.queue.latents]))
+    codes = log_sinkhorn(scores.detach(), 0.05, 3)[: int(kept.sum())]
+    torch.testing.assert_close(info.codes[kept], codes)
+    torch.testing.assert_close(info.prototype_loss, prototype_cross_entropy(scores[: len(codes)], codes, 0.1))
+    assert info.scores.shape == info.codes.shape == (BATCH, K)
+    assert info.assignments.shape == (BATCH,)
+
+
+def test_the_balanced_gradient_with_a_queue_is_that_of_the_losses() -> None:
+    layer = PrototypicalRegularizer(DIM, K, queue_size=20, queue_mmd=True).double()
+    layer.queue.push(torch.randn(20, DIM))
+    z, g = torch.randn(2, BATCH, DIM, dtype=torch.float64)
+    leaf = z.clone().requires_grad_()
+    g_p, by_v = torch.autograd.grad(layer.losses(leaf).prototype_loss, [leaf, layer.head.prototypes])
+    (g_r,) = torch.autograd.grad(layer.losses(leaf).mmd_loss, leaf)
+    out, _ = layer(leaf)
+    (out * g).sum().backward()
+    torch.testing.assert_close(leaf.grad, g + g.norm() * (0.1 * g_p / g_p.norm() + 0.1 * g_r / g_r.norm()))
+    torch.testing.assert_close(layer.head.prototypes.grad, 0.1 * g.norm() / g_p.norm() * by_v)
+
+
+def test_the_mmd_takes_past_latents_as_constants() -> None:
+    layer = PrototypicalRegularizer(DIM, K, queue_size=40, queue_mmd=True).double()
+    layer.queue.push(torch.randn(40, DIM))
+    z = torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
+    loss = layer.losses(z).mmd_loss
+    both = torch.cat([z, layer.queue.latents])
+    assignments = sinkhorn(layer.head(both).detach()).argmax(1)
+    expected = naive_mmd(both, layer.head.prototypes.detach(), assignments, "gaussian", DEFAULT_SCALES, True)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (loss, expected)))
+
+
+@pytest.mark.parametrize("options", [{"soft": True}, {"max_tokens": 6}, {"layout": "b d h w"}], ids=str)
+def test_it_goes_with_the_other_options(options: dict) -> None:
+    layer = PrototypicalRegularizer(DIM, K, queue_size=30, queue_mmd=True, **options)
+    shape = (3, DIM, 2, 2) if "layout" in options else (BATCH, DIM)
+    for _ in range(4):
+        z = torch.randn(shape, requires_grad=True)
+        out, info = layer(z)
+        out.square().sum().backward()
+        assert z.grad.isfinite().all()
+        assert info.mmd_loss.isfinite()
+    assert int(layer.queue.filled) == 30
+
+
+def test_an_assigner_of_ones_own_sees_the_past() -> None:
+    class Nearest(SinkhornAssigner):
+        rows: int
+
+        def forward(self, scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            self.rows = int(mask.sum())
+            return torch.nn.functional.one_hot(scores.argmax(1), K).to(scores.dtype)
+
+    layer = PrototypicalRegularizer(DIM, K, queue_size=10, assigner=Nearest())
+    for rows in (BATCH, BATCH + 10):
+        layer(torch.randn(BATCH, DIM, requires_grad=True))
+        assert layer.assigner.rows == rows
+
+
+def test_eval_and_untracked_passes_leave_it_alone() -> None:
+    layer = PrototypicalRegularizer(DIM, K, queue_size=10)
+    layer.eval()(torch.randn(BATCH, DIM))
+    layer.train()
+    layer.tracking = False
+    layer(torch.randn(BATCH, DIM, requires_grad=True))
+    assert int(layer.queue.filled) == 0
+    with pytest.raises(ValueError, match="queue_mmd: expected False without a queue"):
+        PrototypicalRegularizer(DIM, K, queue_mmd=True)
+    with pytest.raises(ValueError, match="queue_size: expected an int >= 0"):
+        PrototypicalRegularizer(DIM, K, queue_size=-1)
