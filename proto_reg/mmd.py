@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .functional.mmd import DEFAULT_SCALES, anchored_mmd, anchored_mmd_and_gradient, check_mmd_options
+from ._checks import check_choice
+from .functional.mmd import BACKENDS, DEFAULT_SCALES, anchored_mmd, anchored_mmd_and_gradient, check_mmd_options
 
 
 class AnchoredMMDLoss(nn.Module):
@@ -20,6 +21,7 @@ class AnchoredMMDLoss(nn.Module):
         target: ``"analytic"`` or ``"sampled"``.
         statistic: ``"unbiased"`` or ``"biased"``.
         reduction: ``"mean"`` weighs clusters by their size, ``"sum"`` adds them up.
+        backend: ``"auto"``, ``"torch"`` or ``"cpu"``.
 
     Raises:
         TypeError, ValueError: an option that is not one of these, named.
@@ -33,6 +35,7 @@ class AnchoredMMDLoss(nn.Module):
         target: str = "analytic",
         statistic: str = "unbiased",
         reduction: str = "mean",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         check_mmd_options(kernel, scales, target, statistic, reduction)
@@ -41,6 +44,7 @@ class AnchoredMMDLoss(nn.Module):
         self.target = target
         self.statistic = statistic
         self.reduction = reduction
+        self.backend = check_choice("backend", backend, BACKENDS)
 
     def forward(self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scalar loss of latents ``z`` (B, D) around ``anchors`` (K, D).
@@ -56,7 +60,7 @@ class AnchoredMMDLoss(nn.Module):
         return anchored_mmd_and_gradient(z, anchors, assignments, mask=mask, **self._options())
 
     def _options(self) -> dict:
-        names = ("kernel", "scales", "target", "statistic", "reduction")
+        names = ("kernel", "scales", "target", "statistic", "reduction", "backend")
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:

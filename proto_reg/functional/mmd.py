@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from .._checks import check_choice, check_floating, check_mask, check_matrix, check_number, compute_dtype
+from ..kernels import backends
 from ..kernels.closed_forms import KERNELS
+from ..kernels.mmd import anchored_mmd_loss_plain, anchored_mmd_loss_without_graph
 
 DEFAULT_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 TARGETS = ("analytic", "sampled")
 STATISTICS = ("unbiased", "biased")
 REDUCTIONS = ("mean", "sum")
+BACKENDS = ("auto", "torch", "cpu")
 
 
 def anchored_mmd(
@@ -29,6 +31,7 @@ def anchored_mmd(
     reduction: str = "mean",
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """sum_k c_k MMD^2(latents of prototype k, N(v_k, I)) (paper, eq. 4 and 5).
 
@@ -49,14 +52,17 @@ def anchored_mmd(
         reduction: ``"mean"``: c_k is the share of latents assigned to k; ``"sum"``: 1, the paper's sum.
         mask: (B,) bool, True = the latent counts.
         generator: for the sampled target.
+        backend: ``"auto"``, ``"torch"`` or ``"cpu"``. The compiled kernel computes hard assignments with the Gaussian
+            kernel and the analytic target in float32; ``"auto"`` takes it where it can.
 
     Returns:
         A scalar. A prototype with fewer than two latents contributes exactly 0, to the gradient too.
 
     Raises:
-        TypeError, ValueError: a wrong rank, dtype, size or value, named.
+        TypeError, ValueError: a wrong rank, dtype, size or value, named; a backend that cannot compute this.
+        RuntimeError: a backend that is not built here. Both say why, and what to do.
     """
-    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator)[0]
+    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator, backend)[0]
 
 
 @torch.no_grad()
@@ -72,9 +78,10 @@ def anchored_mmd_and_gradient(
     reduction: str = "mean",
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`anchored_mmd` and its gradient by ``z`` (B, D), which the operator has already: no graph is built."""
-    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator)
+    return _evaluate(z, anchors, assignments, kernel, scales, target, statistic, reduction, mask, generator, backend)
 
 
 def _evaluate(
@@ -88,36 +95,48 @@ def _evaluate(
     reduction: str,
     mask: Tensor | None,
     generator: torch.Generator | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable, and its gradient by ``z``, which is not."""
     z, anchors, assignments = check_mmd_inputs(z, anchors, assignments, mask)
     check_mmd_options(kernel, scales, target, statistic, reduction)
     scales = [float(s) for s in scales]
     unbiased, by_mass = statistic == "unbiased", reduction == "mean"
-    if assignments.is_floating_point():
+    hard = not assignments.is_floating_point()
+    if _compiled(backend, z, anchors, kernel, target, hard):
+        arguments = (z, anchors, assignments, mask, scales, unbiased, by_mass)
+        if torch.is_grad_enabled() and (z.requires_grad or anchors.requires_grad):
+            return torch.ops.proto_reg.anchored_mmd_loss(*arguments)
+        return anchored_mmd_loss_without_graph(*arguments)
+    if hard:
+        samples = None
         if target == "sampled":
-            raise ValueError(
-                "target: expected 'analytic' with (B, K) weights, got 'sampled'. Use the analytic target, or hard "
-                "assignments such as weights.argmax(1)."
-            )
-        weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
-        loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, kernel, scales, unbiased, by_mass)
-        return loss, gradient
-
-    inside = (assignments >= 0) & (assignments < len(anchors))
-    inside = inside if mask is None else inside & mask
-    index = torch.where(inside, assignments, 0)
-    samples = None
+            samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        return anchored_mmd_loss_plain(z, anchors, assignments, mask, scales, unbiased, by_mass, kernel, samples)
     if target == "sampled":
-        samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-    values, gradient = torch.ops.proto_reg.anchored_mmd(
-        z - anchors[index], torch.where(inside, index, -1), len(anchors), kernel, scales, unbiased, samples
+        raise ValueError(
+            "target: expected 'analytic' with (B, K) weights, got 'sampled'. Use the analytic target, or hard "
+            "assignments such as weights.argmax(1)."
+        )
+    weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
+    loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, kernel, scales, unbiased, by_mass)
+    return loss, gradient
+
+
+def _compiled(backend: str, z: Tensor, anchors: Tensor, kernel: str, target: str, hard: bool) -> bool:
+    """Whether the compiled kernel computes this call; ValueError where ``backend`` insists and it cannot."""
+    check_choice("backend", backend, BACKENDS)
+    if backend == "torch":
+        return False
+    single = z.dtype == anchors.dtype == torch.float32
+    if z.is_cpu and single and hard and kernel == "gaussian" and target == "analytic":
+        return backends.choose(backend, z) == "cpu"
+    if backend == "auto":
+        return False
+    raise ValueError(
+        f"backend: expected one that can compute this MMD, got {backend!r}, which takes float32 latents on the CPU, "
+        "kernel='gaussian', target='analytic' and (B,) assignments. Use 'auto' for what can run."
     )
-    weights = torch.ones_like(values)
-    if by_mass:
-        counts = torch.zeros_like(values).index_add_(0, index, inside.to(values.dtype))
-        weights = counts / inside.sum().clamp_min(1)
-    return (values * weights).sum(), gradient * weights[index, None]
 
 
 def check_mmd_inputs(
