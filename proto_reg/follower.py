@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from ._checks import check_number, compute_dtype
+from .kernels.follow import follow
+from .kernels.rows import sums_by_group
 
 
 class PrototypeFollower(nn.Module):
@@ -66,7 +67,7 @@ class PrototypeFollower(nn.Module):
         # Untouched since the last look: not even a write of nothing, which graphs that hold them would mind.
         if eager and prototypes._version == self._seen_version:
             return
-        torch.ops.proto_reg.follow(prototypes, self.sums, self.counts, self.seen, self.rate)
+        follow(prototypes, self.sums, self.counts, self.seen, self.rate)
         if eager:
             self._seen_version = prototypes._version
 
@@ -78,14 +79,12 @@ class PrototypeFollower(nn.Module):
         """
         if not self.rate:
             return
-        usable = tokens.isfinite().all(1) & counted
-        tokens = torch.where(usable[:, None], tokens, 0.0).to(self.sums.dtype)
-        rows = torch.cat([tokens, usable.to(tokens.dtype)[:, None]], 1)
-        both = rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, assignments, rows)
+        both = sums_by_group(tokens.to(self.sums.dtype), assignments, counted, len(self.counts))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(both)
-        self.sums += both[:, :-1]
-        self.counts += both[:, -1]
+        # Not +=, which would have the module register its buffers anew.
+        self.sums.add_(both[:, :-1])
+        self.counts.add_(both[:, -1])
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
-from .functional.prototypes import SCORES, prototype_scores, prototype_scores_pull_back
+from .functional.prototypes import SCORES, prototype_scores, prototype_scores_and_pull_back
 
 
 class PrototypeHead(nn.Module):
@@ -63,11 +63,13 @@ class PrototypeHead(nn.Module):
         if type(self).forward is PrototypeHead.forward and list(parameters) == ["prototypes"]:
             v = self.prototypes.detach().to(z.dtype)
 
+            scores, to_both = prototype_scores_and_pull_back(z, v, self.scores)
+
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
-                by_z, by_prototypes = prototype_scores_pull_back(by_scores, z, v, self.scores)
+                by_z, by_prototypes = to_both(by_scores)
                 return by_z, [by_prototypes]
 
-            return prototype_scores(z, v, self.scores), pull_back
+            return scores, pull_back
 
         def call(parameters: dict[str, Tensor], z: Tensor) -> Tensor:
             return torch.func.functional_call(self, parameters, (z,))

@@ -14,6 +14,7 @@ from .assigner import SinkhornAssigner
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
+from .kernels.rows import balance
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
 
@@ -159,7 +160,7 @@ class PrototypicalRegularizer(nn.Module):
             if self.prototype_weight and self.head.num_prototypes > 1:
                 counted = self._active() if keep is None else keep & self._active()
                 self.follower.observe(tokens.detach(), output.assignments, counted)
-            self.steps += 1
+            self.steps.add_(1)
             self.watch.at_step(
                 tokens, self.head.prototypes, output.assignments, output.prototype_loss, self.steps - self.warmup_steps
             )
@@ -192,13 +193,12 @@ class PrototypicalRegularizer(nn.Module):
             if index is not None:
                 by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-            to_prototypes = self.prototype_weight * _inverse_norm(by_tokens)
-            direction = to_prototypes * by_tokens + self.mmd_weight * _inverse_norm(by_latents) * by_latents
-            active = self._active()
-            direction = torch.where(active, direction, 0.0)
-            steps = [torch.where(active, to_prototypes * g, 0.0) for g in by_parameters]
+            direction, to_prototypes = balance(by_tokens, by_latents, self.prototype_weight, self.mmd_weight)
+            steps = [to_prototypes * g for g in by_parameters]
             loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-            loss = torch.where(active, loss, 0.0)
+            if self.warmup_steps:
+                active = self._active()
+                direction, *steps, loss = (torch.where(active, x, 0.0) for x in (direction, *steps, loss))
             counted = None if keep is None else self.layout.restore(keep[:, None], z)
         z = _AttachDirection.apply(z, self.layout.restore(direction, z), counted, *steps, *self.head.parameters())
         return z, RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
@@ -298,9 +298,3 @@ class _AttachDirection(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide if counted is None else torch.where(counted, wide, 0.0))
         by_z = gradient + (norm * direction).to(gradient.dtype)
         return by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
-
-
-def _inverse_norm(gradient: Tensor) -> Tensor:
-    """1 / |gradient|, and 0 for a gradient of 0."""
-    norm = torch.linalg.vector_norm(gradient)
-    return torch.where(norm > 0, 1 / norm, 0.0)

@@ -7,6 +7,6 @@ every device until a compiled one is registered behind the same name; ``backends
 
 from __future__ import annotations
 
-from . import backends, follow, mmd, sinkhorn, sinkhorn_reference
+from . import backends, follow, mmd, rows, sinkhorn, sinkhorn_reference
 
-__all__ = ["backends", "follow", "mmd", "sinkhorn", "sinkhorn_reference"]
+__all__ = ["backends", "follow", "mmd", "rows", "sinkhorn", "sinkhorn_reference"]

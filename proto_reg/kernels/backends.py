@@ -21,7 +21,8 @@ from . import build
 NAMES = ("auto", "torch", *build.BACKENDS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SINKHORN = ("proto_reg::sinkhorn", "proto_reg::sinkhorn_out", "proto_reg::sinkhorn_cross_entropy")
-OPERATORS = {"cpu": (*SINKHORN, "proto_reg::anchored_mmd_loss"), "cuda": SINKHORN}
+OF_THE_LAYER = ("anchored_mmd_loss", "unit_rows", "unit_rows_pull_back", "balance", "sums_by_group", "follow_float32")
+OPERATORS = {"cpu": (*SINKHORN, *(f"proto_reg::{name}" for name in OF_THE_LAYER)), "cuda": SINKHORN}
 
 _chosen: dict[tuple[str, torch.device, torch.dtype], str] = {}
 _loaded: dict[str, Path] = {}
