@@ -59,10 +59,9 @@ class PrototypeHead(nn.Module):
 
         In closed form here; a head that computes its scores or prototypes otherwise goes through ``torch.func.vjp``.
         """
-        parameters = {name: p.detach() for name, p in self.named_parameters()}
-        if type(self).forward is PrototypeHead.forward and list(parameters) == ["prototypes"]:
+        alone = list(self._parameters) == ["prototypes"] and not self._modules
+        if type(self).forward is PrototypeHead.forward and alone:
             v = self.prototypes.detach().to(z.dtype)
-
             scores, to_both = prototype_scores_and_pull_back(z, v, self.scores)
 
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -70,6 +69,8 @@ class PrototypeHead(nn.Module):
                 return by_z, [by_prototypes]
 
             return scores, pull_back
+
+        parameters = {name: p.detach() for name, p in self.named_parameters()}
 
         def call(parameters: dict[str, Tensor], z: Tensor) -> Tensor:
             return torch.func.functional_call(self, parameters, (z,))

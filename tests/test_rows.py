@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +136,30 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.sums_by_group.default, (x, index, torch.tensor(True), 3))
     state = (torch.randn(3, 5), torch.randn(3, 5), torch.ones(3), torch.randn(3, 5), 0.1)
     torch.library.opcheck(operators.follow_float32.default, state)
+
+
+BY_ISA = """
+import sys, torch
+from proto_reg.kernels import backends
+torch.manual_seed(0)
+assert backends.choose("cpu", torch.zeros(1, 1)) == "cpu"
+operators, results = torch.ops.proto_reg, []
+for dim in (1, 3, 8, 17, 100):
+    x, y, index = torch.randn(12, dim), torch.randn(12, dim), torch.randint(3, (12,))
+    unit, inverse_norms = operators.unit_rows(x)
+    results += [unit, inverse_norms, operators.unit_rows_pull_back(y, unit, inverse_norms)]
+    results += [*operators.balance(x, y, 0.1, 0.2), operators.sums_by_group(x, index, torch.tensor(True), 3)]
+torch.save(results, sys.argv[1])
+"""
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    found = []
+    for isa in ("baseline", "avx2", "avx512"):  # a machine that lacks one takes the next below
+        target = tmp_path / f"{isa}.pt"
+        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
+        found.append(torch.load(target))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            close(a, b)

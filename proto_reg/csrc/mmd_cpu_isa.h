@@ -2,6 +2,7 @@
 // and target of its own; hence no include guard.
 
 #include "sinkhorn_cpu_vector.h"
+#include "cpu_row_ends.h"
 
 // 2^x for x <= 126, to a rounding; 0 where it would not be a normal number. NaN stays NaN.
 INLINE V exp2_or_zero(V x) {
@@ -17,19 +18,6 @@ INLINE V exp2_or_zero(V x) {
   p = p * f + 1.0f;
   const V power = (V)(((U)shifted << 23) + 0x3f800000);
   return x < lowest ? V{} : p * power;
-}
-
-// Vectors of which the first `present` lanes are in memory; the others are read as 0.
-INLINE V load_first(const float* from, int64_t present) {
-  if (present >= LANES) return load(from);
-  V x{};
-  __builtin_memcpy(&x, from, sizeof(float) * present);
-  return x;
-}
-
-INLINE void store_first(float* to, V x, int64_t present) {
-  if (present >= LANES) store(to, x);
-  else __builtin_memcpy(to, &x, sizeof(float) * present);
 }
 
 struct Solver {

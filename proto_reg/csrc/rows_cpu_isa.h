@@ -1,6 +1,7 @@
 // What of rows_cpu.cpp is compiled once per instruction set; hence no include guard.
 
 #include "sinkhorn_cpu_vector.h"
+#include "cpu_row_ends.h"
 
 // body(column, present) for every vector of a row; of the last one only `present` lanes are there.
 template <class Body>
@@ -8,18 +9,6 @@ INLINE void each_vector(int64_t dim, const Body& body) {
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) body(d, LANES);
   if (d < dim) body(d, dim - d);
-}
-
-INLINE V load_first(const float* from, int64_t present) {
-  if (present == LANES) return load(from);
-  V x{};
-  __builtin_memcpy(&x, from, sizeof(float) * present);
-  return x;
-}
-
-INLINE void store_first(float* to, V x, int64_t present) {
-  if (present == LANES) store(to, x);
-  else __builtin_memcpy(to, &x, sizeof(float) * present);
 }
 
 inline float dot(const float* x, const float* y, int64_t dim) {
