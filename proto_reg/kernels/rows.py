@@ -50,8 +50,11 @@ def sums_by_group_plain(x: Tensor, index: Tensor, counted: Tensor, groups: int) 
 
 def compiled(*tensors: Tensor) -> bool:
     """Whether these operators take the tensors: float32, on the CPU, no graph wanted, and the library is there."""
-    if not all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.ndim == 2 for tensor in tensors):
-        return False
+    for tensor in tensors:
+        # A subclass, such as a parameter that is spread over processes, goes its own ways.
+        ordinary = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        if not (ordinary and tensor.is_cpu and tensor.dtype == torch.float32 and tensor.ndim == 2):
+            return False
     return not torch.is_grad_enabled() and backends.choose("auto", tensors[0]) == "cpu"
 
 
