@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from ._checks import check_number, compute_dtype
 from ._distributed import Group, Ranks, local_part, sum_
 from ._state import WideState
+from .kernels.follow import follow
+from .kernels.rows import sums_by_group
 
 
 class PrototypeFollower(WideState):
@@ -71,8 +72,7 @@ class PrototypeFollower(WideState):
         # Nobody has touched them by torch's count, which fused optimizers do not keep: the device compares. Its write
         # of nothing goes past the count too, for graphs that hold the prototypes would mind.
         untouched = eager and prototypes._version == self._seen_version
-        target = prototypes.data if untouched else prototypes
-        torch.ops.proto_reg.follow(target, self.sums, self.counts, self.seen, self.rate)
+        follow(prototypes.data if untouched else prototypes, self.sums, self.counts, self.seen, self.rate)
         if eager:
             self._seen_version = prototypes._version
 
@@ -93,13 +93,11 @@ class PrototypeFollower(WideState):
         """
         if not self.rate:
             return
-        usable = tokens.isfinite().all(1) & counted
-        tokens = torch.where(usable[:, None], tokens, 0.0).to(self.sums.dtype)
-        rows = torch.cat([tokens, usable.to(tokens.dtype)[:, None]], 1)
-        both = rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, assignments, rows)
+        both = sums_by_group(tokens.to(self.sums.dtype), assignments, counted, len(self.counts))
         both = sum_(both, self.ranks.active())
-        self.sums += both[:, :-1]
-        self.counts += both[:, -1]
+        # Not +=, which would have the module register its buffers anew.
+        self.sums.add_(both[:, :-1])
+        self.counts.add_(both[:, -1])
 
     @torch.no_grad()
     def forget(self, index: Tensor, prototypes: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
-from .functional.prototypes import SCORES, prototype_scores, prototype_scores_pull_back
+from .functional.prototypes import SCORES, prototype_scores, prototype_scores_and_pull_back
 
 
 class PrototypeHead(nn.Module):
@@ -70,15 +70,18 @@ class PrototypeHead(nn.Module):
 
         In closed form here; a head that computes its scores or prototypes otherwise goes through ``torch.func.vjp``.
         """
-        parameters = {name: p.detach() for name, p in self.named_parameters()}
-        if type(self).forward is PrototypeHead.forward and list(parameters) == ["prototypes"]:
+        alone = list(self._parameters) == ["prototypes"] and not self._modules
+        if type(self).forward is PrototypeHead.forward and alone:
             v = self.prototypes.detach().to(z.dtype)
+            scores, to_both = prototype_scores_and_pull_back(z, v, self.scores)
 
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
-                by_z, by_prototypes = prototype_scores_pull_back(by_scores, z, v, self.scores)
+                by_z, by_prototypes = to_both(by_scores)
                 return by_z, [by_prototypes]
 
-            return prototype_scores(z, v, self.scores), pull_back
+            return scores, pull_back
+
+        parameters = {name: p.detach() for name, p in self.named_parameters()}
 
         def call(parameters: dict[str, Tensor], z: Tensor) -> Tensor:
             return torch.func.functional_call(self, parameters, (z,))

@@ -26,6 +26,7 @@ class Layout:
         self.pattern = " ".join(self.axes)
         self.latent_axis = self.axes.index("d")
         self.positions = " ".join(axis for axis in self.axes if axis != "d")
+        self.is_rows = self.latent_axis == 1 == len(self.axes) - 1  # nothing to rearrange
 
     def tokens(
         self, z: Tensor, mask: Tensor | None, latent_dim: int, *, empty: bool = False
@@ -42,15 +43,21 @@ class Layout:
                 "Set layout= and latent_dim= to what your encoder returns."
             )
         check_mask("mask", mask, tuple(self._sizes(z).values()))
+        if self.is_rows:
+            return z, mask
         rows = rearrange(z, f"{self.pattern} -> ({self.positions}) d")
         return rows, None if mask is None else rearrange(mask, f"{self.positions} -> ({self.positions})")
 
     def restore(self, rows: Tensor, like: Tensor) -> Tensor:
         """Rows (N, c), one for each token of ``like``, in its layout with c in the place of d."""
+        if self.is_rows:
+            return rows
         return rearrange(rows, f"({self.positions}) d -> {self.pattern}", **self._sizes(like))
 
     def restore_positions(self, entries: Tensor, like: Tensor) -> Tensor:
         """Entries (N,), one for each token of ``like``, in its layout without d."""
+        if self.is_rows:
+            return entries
         return rearrange(entries, f"({self.positions}) -> {self.positions}", **self._sizes(like))
 
     def _sizes(self, z: Tensor) -> dict[str, int]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ._checks import check_choice
 from ._distributed import Group, Ranks
-from .functional.mmd import DEFAULT_SCALES, anchored_mmd, anchored_mmd_and_gradient, check_mmd_options
+from .functional.mmd import BACKENDS, DEFAULT_SCALES, anchored_mmd, anchored_mmd_and_gradient, check_mmd_options
 
 
 class AnchoredMMDLoss(nn.Module):
@@ -23,6 +24,7 @@ class AnchoredMMDLoss(nn.Module):
         reduction: ``"mean"`` weighs clusters by their size, ``"sum"`` adds them up.
         features: number of random frequencies that estimate the statistic in linear time; None computes it exactly.
         seed: of the frequencies.
+        backend: ``"auto"``, ``"torch"`` or ``"cpu"``.
         group: the processes whose latents are one batch in training mode: ``"default"`` (the default process group, if
             there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
 
@@ -40,6 +42,7 @@ class AnchoredMMDLoss(nn.Module):
         reduction: str = "mean",
         features: int | None = None,
         seed: int = 0,
+        backend: str = "auto",
         group: Group = "default",
     ) -> None:
         super().__init__()
@@ -51,6 +54,7 @@ class AnchoredMMDLoss(nn.Module):
         self.reduction = reduction
         self.features = features
         self.seed = seed
+        self.backend = check_choice("backend", backend, BACKENDS)
         self.ranks = Ranks(group)
 
     def forward(self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -71,7 +75,7 @@ class AnchoredMMDLoss(nn.Module):
         )
 
     def _options(self) -> dict:
-        names = ("kernel", "scales", "target", "statistic", "reduction", "features", "seed")
+        names = ("kernel", "scales", "target", "statistic", "reduction", "features", "seed", "backend")
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:

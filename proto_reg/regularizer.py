@@ -19,6 +19,7 @@ from .balance import AttachDirection, inverse_norms
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
+from .kernels.rows import balance
 from .kernels.snapshot import snapshot
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
@@ -230,7 +231,7 @@ class PrototypicalRegularizer(nn.Module):
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:
             self.queue.push(tokens, keep)
-        self.steps += 1
+        self.steps.add_(1)
         past = 0 if self.queue is None else self.queue.size
         since = self.steps - self.warmup_steps
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
@@ -273,14 +274,12 @@ class PrototypicalRegularizer(nn.Module):
             if index is not None:
                 by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-            inverse = inverse_norms([by_tokens, by_latents], share.group)
-            to_prototypes = self.prototype_weight * inverse[0]
-            direction = to_prototypes * by_tokens + self.mmd_weight * inverse[1] * by_latents
-            weight = self._ramp()
-            direction = torch.where(weight > 0, weight * direction, 0.0)
-            steps = [torch.where(weight > 0, weight * to_prototypes * g, 0.0) for g in by_parameters]
+            direction, to_prototypes = self._direction(by_tokens, by_latents, share.group)
+            steps = [to_prototypes * g for g in by_parameters]
             loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-            loss = torch.where(weight > 0, weight * loss, 0.0)
+            if self.warmup_steps or self.ramp_steps:
+                weight = self._ramp()
+                direction, *steps, loss = (torch.where(weight > 0, weight * x, 0.0) for x in (direction, *steps, loss))
             counted = None if keep is None else self.layout.restore(keep[:, None], z)
         attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
         z = AttachDirection.apply(share.group, z, attached, counted, *steps, *self.head.parameters())
@@ -288,6 +287,14 @@ class PrototypicalRegularizer(nn.Module):
             loss, prototype_loss, mmd_loss, scores, codes[: tokens.shape[0]], assignments[: tokens.shape[0]]
         )
         return z, output
+
+    def _direction(self, by_tokens: Tensor, by_latents: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """Both gradients (N, D) at the size of their weights, added up; and what the first was multiplied with, ()."""
+        if group is None:
+            return balance(by_tokens, by_latents, self.prototype_weight, self.mmd_weight)
+        inverse = inverse_norms([by_tokens, by_latents], group)
+        to_prototypes = self.prototype_weight * inverse[0]
+        return to_prototypes * by_tokens + self.mmd_weight * inverse[1] * by_latents, to_prototypes
 
     def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
         """Both losses of ``z``, differentiable whatever the mode: what Algorithm 1 steps on.
@@ -389,7 +396,7 @@ class PrototypicalRegularizer(nn.Module):
         """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
         group = self.ranks.active(self.training)
         tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim, empty=group is not None)
-        counts, start = row_counts(len(tokens), group, tokens.device)
+        counts, start = row_counts(tokens.shape[0], group, tokens.device)
         share = _Share(group, start, sum(counts))
         if share.total == 0:
             raise ValueError("z: expected latents in one process of the group at least, got none. Skip empty batches.")
@@ -422,7 +429,7 @@ class PrototypicalRegularizer(nn.Module):
     def _mmd_arguments(
         self, z: Tensor, codes: Tensor, assignments: Tensor, keep: Tensor | None, index: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the MMD is taken of: tokens (of ``index``) and past ones, the anchors, members, and which of all count."""
+        """What the MMD is taken of: tokens (of ``index``) and past ones, the anchors, members, and which count."""
         members = codes if self.soft else assignments
         members, past = members[: z.shape[0]], members[z.shape[0] :]
         if index is not None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from .._distributed import broadcast_, gather_rows
+from ..kernels.mmd import anchored_mmd_loss_plain, anchored_mmd_loss_without_graph
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,11 +21,13 @@ def gathered_mmd(
     kernel: str,
     scales: list[float],
     unbiased: bool,
-    sampled: bool,
+    by_mass: bool,
+    target: str,
     generator: torch.Generator | None,
-    group: ProcessGroup,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``proto_reg::anchored_mmd`` of all ranks' rows: values (K,), gradient by this rank's (N, D), counts (K,).
+    compiled: bool,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """``proto_reg::anchored_mmd_loss`` of all ranks' rows: loss (), gradient by this rank's residuals (N, D).
 
     The sampled target is drawn on the first rank, for all: ranks with equal seeds would draw equal samples.
     """
@@ -34,18 +36,21 @@ def gathered_mmd(
         # Indices pass as floats, in one gather with the rows: exact below 2^24.
         rows, start = gather_rows(torch.cat([residuals, groups[:, None].to(residuals)], 1)[own], group)
         everything, members = rows[:, :-1].contiguous(), rows[:, -1].long()
-        counts = residuals.new_zeros(num_groups).index_add_(0, members, torch.ones_like(rows[:, -1]))
         gradient = torch.zeros_like(residuals)
         if len(rows) == 0:
-            return counts, gradient, counts
+            return residuals.new_zeros(()), gradient
         samples = None
-        if sampled:
+        if target == "sampled":
             drawn = torch.empty_like(everything)
             samples = broadcast_(drawn.normal_(generator=generator) if start == 0 else drawn, group)
-        values, by_rows = torch.ops.proto_reg.anchored_mmd(
-            everything, members, num_groups, kernel, scales, unbiased, samples
-        )
-        return values, gradient.index_copy_(0, own, by_rows[start : start + len(own)]), counts
+        # Residuals are latents around anchors at 0.
+        arguments = everything, everything.new_zeros(num_groups, everything.shape[1]), members, None
+        if compiled:
+            loss, by_rows = anchored_mmd_loss_without_graph(*arguments, scales, unbiased, by_mass)
+        else:
+            with torch.no_grad():
+                loss, by_rows = anchored_mmd_loss_plain(*arguments, scales, unbiased, by_mass, kernel, samples)
+        return loss, gradient.index_copy_(0, own, by_rows[start : start + len(own)])
 
 
 def gathered_weighted_mmd(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
 from .._checks import (
     check_choice,
     check_floating,
@@ -18,16 +18,26 @@ from .._checks import (
     compute_dtype,
 )
 from .._distributed import Group, resolve, size, with_gradients
+from ..kernels import backends
 from ..kernels.closed_forms import KERNELS
-from ..kernels.mmd import anchored_mmd_reference, weighted_mmd_reference
+from ..kernels.mmd import (
+    anchored_mmd_loss_plain,
+    anchored_mmd_loss_without_graph,
+    anchored_mmd_reference,
+    weighted_mmd_reference,
+)
 from ..kernels.once import WithSlope, transforming
 from .features import feature_mmd
 from .gathered import gathered_mmd, gathered_weighted_mmd
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DEFAULT_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 TARGETS = ("analytic", "sampled")
 STATISTICS = ("unbiased", "biased")
 REDUCTIONS = ("mean", "sum")
+BACKENDS = ("auto", "torch", "cpu")
 
 
 def anchored_mmd(
@@ -44,6 +54,7 @@ def anchored_mmd(
     generator: torch.Generator | None = None,
     features: int | None = None,
     seed: int = 0,
+    backend: str = "auto",
     group: Group = None,
 ) -> Tensor:
     """sum_k c_k MMD^2(latents of prototype k, N(v_k, I)) (paper, eq. 4 and 5).
@@ -69,6 +80,8 @@ def anchored_mmd(
             assignments and analytic target only): unbiased over the draw of frequencies, which is a function of
             ``seed``; None computes it exactly.
         seed: of the frequencies.
+        backend: ``"auto"``, ``"torch"`` or ``"cpu"``. The compiled kernel computes hard assignments with the Gaussian
+            kernel and the analytic target in float32; ``"auto"`` takes it where it can.
         group: a ProcessGroup, or ``"default"``: the latents of all its ranks are one batch. They are gathered, or,
             with ``features``, summed: K (2 features + 1) numbers. Ranks may differ in B, which may be 0; all must call.
             The loss is that of all, the same on every rank; gradients are this rank's, scaled so that their average
@@ -78,9 +91,10 @@ def anchored_mmd(
         A scalar. A prototype with fewer than two latents contributes exactly 0, to the gradient too.
 
     Raises:
-        TypeError, ValueError: a wrong rank, dtype, size or value, named.
+        TypeError, ValueError: a wrong rank, dtype, size or value, named; a backend that cannot compute this.
+        RuntimeError: a backend that is not built here. Both say why, and what to do.
     """
-    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, group)
+    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
     return _evaluate(z, anchors, assignments, *options)[0]
 
 
@@ -99,10 +113,11 @@ def anchored_mmd_and_gradient(
     generator: torch.Generator | None = None,
     features: int | None = None,
     seed: int = 0,
+    backend: str = "auto",
     group: Group = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`anchored_mmd` and its gradient by ``z`` (B, D), which the operator has already: no graph is built."""
-    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, group)
+    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
     return _evaluate(z, anchors, assignments, *options)
 
 
@@ -119,6 +134,7 @@ def _evaluate(
     generator: torch.Generator | None,
     features: int | None,
     seed: int,
+    backend: str,
     group: Group,
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable, and its gradient by ``z``, which is not."""
@@ -127,7 +143,9 @@ def _evaluate(
     check_mmd_options(kernel, scales, target, statistic, reduction, features, seed)
     scales = [float(s) for s in scales]
     unbiased, by_mass = statistic == "unbiased", reduction == "mean"
-    if assignments.is_floating_point():
+    hard = not assignments.is_floating_point()
+    compiled = _compiled(backend, z, anchors, kernel, target, hard and features is None)
+    if not hard:
         if target == "sampled" or features is not None:
             name, analytic, came = ("features", "None", features) if features else ("target", "'analytic'", "'sampled'")
             raise ValueError(
@@ -135,45 +153,103 @@ def _evaluate(
                 "assignments such as weights.argmax(1)."
             )
         weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
-        options = (kernel, scales, unbiased, by_mass)
-        if ranks is not None:
-            loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *options, ranks)
-            gradient = gradient * size(ranks)
-            return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
-        if transforming():
-            loss, gradient, _ = weighted_mmd_reference(z.detach(), anchors.detach(), weights, *options)
-            return WithSlope.apply(z, loss, gradient), gradient
-        loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *options)
-        return loss, gradient
+        return _weighted(z, anchors, weights, (kernel, scales, unbiased, by_mass), ranks)
+    if features is None and ranks is None:
+        arguments = (z, anchors, assignments, mask, scales, unbiased, by_mass)
+        return _alone(*arguments, kernel, target == "sampled", generator, compiled)
 
     inside = (assignments >= 0) & (assignments < len(anchors))
     inside = inside if mask is None else inside & mask
     index = torch.where(inside, assignments, 0)
     residuals, members = z - anchors[index], torch.where(inside, index, -1)
-    if features is not None:
+    if features is None:
+        loss, gradient = gathered_mmd(
+            residuals.detach(),
+            members,
+            len(anchors),
+            kernel,
+            scales,
+            unbiased,
+            by_mass,
+            target,
+            generator,
+            compiled,
+            ranks,
+        )
+    else:
         values, gradient, counts = feature_mmd(
             residuals.detach(), members, len(anchors), scales, unbiased, features, seed, ranks
         )
-    elif ranks is not None:
-        sampled = target == "sampled"
-        values, gradient, counts = gathered_mmd(
-            residuals.detach(), members, len(anchors), kernel, scales, unbiased, sampled, generator, ranks
-        )
-    else:
-        samples = None
-        if target == "sampled":
-            samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-        evaluate: Callable = torch.ops.proto_reg.anchored_mmd
-        x = residuals
-        if transforming():
-            evaluate, x = anchored_mmd_reference, residuals.detach()
-        values, gradient = evaluate(x, members, len(anchors), kernel, scales, unbiased, samples)
-        counts = torch.zeros_like(values).index_add_(0, index, inside.to(values.dtype))
-    weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
-    loss, gradient = (values * weights).sum(), gradient * (size(ranks) * weights[index, None])
-    if features is not None or ranks is not None:
-        return with_gradients(loss, [residuals], [gradient]), gradient
-    return WithSlope.apply(residuals, loss, gradient) if transforming() else loss, gradient
+        weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
+        loss, gradient = (values * weights).sum(), gradient * weights[index, None]
+    gradient = gradient * size(ranks)
+    return with_gradients(loss, [residuals], [gradient]), gradient
+
+
+def _weighted(
+    z: Tensor,
+    anchors: Tensor,
+    weights: Tensor,
+    options: tuple[str, list[float], bool, bool],
+    ranks: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """By weights (B, K) of each latent in each cluster."""
+    if ranks is not None:
+        loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *options, ranks)
+        gradient = gradient * size(ranks)
+        return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
+    if transforming():
+        loss, gradient, _ = weighted_mmd_reference(z.detach(), anchors.detach(), weights, *options)
+        return WithSlope.apply(z, loss, gradient), gradient
+    loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *options)
+    return loss, gradient
+
+
+def _alone(
+    z: Tensor,
+    anchors: Tensor,
+    assignments: Tensor,
+    mask: Tensor | None,
+    scales: list[float],
+    unbiased: bool,
+    by_mass: bool,
+    kernel: str,
+    sampled: bool,
+    generator: torch.Generator | None,
+    compiled: bool,
+) -> tuple[Tensor, Tensor]:
+    """By assignments (B,) of this process's latents."""
+    arguments = (assignments, mask, scales, unbiased, by_mass)
+    samples = None
+    if sampled:
+        samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+    if transforming():
+        with torch.no_grad():
+            loss, gradient = anchored_mmd_loss_plain(
+                z.detach(), anchors.detach(), *arguments, kernel, samples, anchored_mmd_reference
+            )
+        return WithSlope.apply(z, loss, gradient), gradient
+    if not compiled:
+        return anchored_mmd_loss_plain(z, anchors, *arguments, kernel, samples)
+    if torch.is_grad_enabled() and (z.requires_grad or anchors.requires_grad):
+        return torch.ops.proto_reg.anchored_mmd_loss(z, anchors, *arguments)
+    return anchored_mmd_loss_without_graph(z, anchors, *arguments)
+
+
+def _compiled(backend: str, z: Tensor, anchors: Tensor, kernel: str, target: str, hard: bool) -> bool:
+    """Whether the compiled kernel computes this call; ValueError where ``backend`` insists and it cannot."""
+    check_choice("backend", backend, BACKENDS)
+    if backend == "torch":
+        return False
+    single = z.dtype == anchors.dtype == torch.float32
+    if z.is_cpu and single and hard and kernel == "gaussian" and target == "analytic":
+        return backends.choose(backend, z) == "cpu"
+    if backend == "auto":
+        return False
+    raise ValueError(
+        f"backend: expected one that can compute this MMD, got {backend!r}, which takes float32 latents on the CPU, "
+        "kernel='gaussian', target='analytic' and (B,) assignments. Use 'auto' for what can run."
+    )
 
 
 def check_mmd_inputs(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_mask, check_matrix, check_number, compute_dtype
 from .._distributed import Group, resolve, size, sum_
+from ..kernels.rows import unit_rows, unit_rows_plain, unit_rows_pull_back
 
 SCORES = ("cosine", "dot", "euclidean")
 
@@ -33,38 +34,33 @@ def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> T
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     z, prototypes = z.to(dtype), prototypes.to(dtype)
     if scores == "cosine":
-        return F.linear(_unit(z)[0], _unit(prototypes)[0])
+        return F.linear(unit_rows_plain(z)[0], unit_rows_plain(prototypes)[0])
     if scores == "dot":
         return F.linear(z, prototypes)
     return F.linear(z, prototypes, -0.5 * prototypes.square().sum(-1))
 
 
 @torch.no_grad()
-def prototype_scores_pull_back(
-    by_scores: Tensor, z: Tensor, prototypes: Tensor, scores: str = "cosine"
-) -> tuple[Tensor, Tensor]:
-    """Gradients by ``z`` (N, D) and ``prototypes`` (K, D) of a loss whose gradient is ``by_scores`` (N, K)."""
-    if scores == "cosine":
-        (z, by_unit_z), (prototypes, by_unit_v) = _unit(z), _unit(prototypes)
-        return by_unit_z(by_scores @ prototypes), by_unit_v(by_scores.mT @ z)
-    by_prototypes = by_scores.mT @ z
-    if scores == "euclidean":
-        by_prototypes = by_prototypes - by_scores.sum(0)[:, None] * prototypes
-    return by_scores @ prototypes, by_prototypes
+def prototype_scores_and_pull_back(
+    z: Tensor, prototypes: Tensor, scores: str = "cosine"
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """:func:`prototype_scores` (N, K) of ``z`` (N, D), and a function from the gradient by them to those by both."""
+    if scores != "cosine":
 
+        def pull_back(by_scores: Tensor) -> tuple[Tensor, Tensor]:
+            by_prototypes = by_scores.mT @ z
+            if scores == "euclidean":
+                by_prototypes = by_prototypes - by_scores.sum(0)[:, None] * prototypes
+            return by_scores @ prototypes, by_prototypes
 
-def _unit(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Rows of ``x`` at length 1, and the pull-back of a gradient by them to x. A row of zeros stays, with slope 1."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    directed = norm > 1e-12
-    norm = torch.where(directed, norm, 1.0)
-    unit = x / norm
+        return prototype_scores(z, prototypes, scores), pull_back
+    (unit_z, of_z), (unit_v, of_v) = unit_rows(z), unit_rows(prototypes)
 
-    def pull_back(gradient: Tensor) -> Tensor:
-        along = (gradient * unit).sum(-1, keepdim=True) * unit
-        return (gradient - torch.where(directed, along, 0.0)) / norm
+    def pull_back_cosine(by_scores: Tensor) -> tuple[Tensor, Tensor]:
+        by_z = unit_rows_pull_back(by_scores @ unit_v, unit_z, of_z)
+        return by_z, unit_rows_pull_back(by_scores.mT @ unit_z, unit_v, of_v)
 
-    return unit, pull_back
+    return F.linear(unit_z, unit_v), pull_back_cosine
 
 
 def prototype_cross_entropy(

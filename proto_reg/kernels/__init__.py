@@ -7,6 +7,16 @@ every device until a compiled one is registered behind the same name; ``backends
 
 from __future__ import annotations
 
-from . import backends, follow, mmd, once, sinkhorn, sinkhorn_distributed, sinkhorn_reference, snapshot
+from . import backends, follow, mmd, once, rows, sinkhorn, sinkhorn_distributed, sinkhorn_reference, snapshot
 
-__all__ = ["backends", "follow", "mmd", "once", "sinkhorn", "sinkhorn_distributed", "sinkhorn_reference", "snapshot"]
+__all__ = [
+    "backends",
+    "follow",
+    "mmd",
+    "once",
+    "rows",
+    "sinkhorn",
+    "sinkhorn_distributed",
+    "sinkhorn_reference",
+    "snapshot",
+]

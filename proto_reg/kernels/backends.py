@@ -20,7 +20,9 @@ from . import build
 
 NAMES = ("auto", "torch", *build.BACKENDS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OPERATORS = ("proto_reg::sinkhorn", "proto_reg::sinkhorn_out", "proto_reg::sinkhorn_cross_entropy")
+SINKHORN = ("proto_reg::sinkhorn", "proto_reg::sinkhorn_out", "proto_reg::sinkhorn_cross_entropy")
+OF_THE_LAYER = ("anchored_mmd_loss", "unit_rows", "unit_rows_pull_back", "balance", "sums_by_group", "follow_float32")
+OPERATORS = {"cpu": (*SINKHORN, *(f"proto_reg::{name}" for name in OF_THE_LAYER)), "cuda": SINKHORN}
 
 _chosen: dict[tuple[str, torch.device, torch.dtype], str] = {}
 _loaded: dict[str, Path] = {}
@@ -136,7 +138,7 @@ def _load(backend: str, path: Path) -> list[str]:
         except OSError as error:
             _failed[path] = f"{path} does not load: {error.__cause__ or error}. Delete it and build again."
         else:
-            absent = [name for name in OPERATORS if not _registered(name, backend.upper())]
+            absent = [name for name in OPERATORS[backend] if not _registered(name, backend.upper())]
             if absent:
                 _failed[path] = f"{path} loads, but registers no {', '.join(absent)}. Delete it and build again."
     if path in _failed:

@@ -34,7 +34,10 @@ except ImportError:  # Windows
 BACKENDS = ("cpu", "cuda")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PREBUILT = Path(__file__).resolve().parent / "lib"  # filled by PROTO_REG_BUILD=... pip install
-SOURCES = {"cpu": ("cpu_ops.cpp", "sinkhorn_cpu.cpp"), "cuda": ("cuda_ops.cpp", "sinkhorn_cuda.cu")}
+SOURCES = {
+    "cpu": ("cpu_ops.cpp", "sinkhorn_cpu.cpp", "mmd_cpu.cpp", "rows_cpu.cpp"),
+    "cuda": ("cuda_ops.cpp", "sinkhorn_cuda.cu"),
+}
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped
 TIMEOUT = 1800.0  # seconds for one command; a process that waits for another's build waits as long
 MINIMUM_TORCH = (2, 11)  # whose stable ABI the bindings use

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import rows
+
 
 def follow_reference(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
     """If ``prototypes`` differ from ``seen``: move them by ``rate`` of the way to their mean and forget the latents.
@@ -29,13 +31,20 @@ def follow_reference(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Ten
     counts.copy_(torch.where(moved, 0.0, counts))
 
 
-torch.library.define(
-    "proto_reg::follow",
-    "(Tensor(a!) prototypes, Tensor(b!) sums, Tensor(c!) counts, Tensor(d!) seen, float rate) -> ()",
-)
-torch.library.impl("proto_reg::follow", "CompositeExplicitAutograd")(follow_reference)
+def follow(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
+    """:func:`follow_reference` as an operator, compiled where it can be."""
+    state = (prototypes, sums, seen)
+    single = rows.compiled(*state) and all(tensor.is_contiguous() for tensor in state)
+    operator = torch.ops.proto_reg.follow_float32 if single else torch.ops.proto_reg.follow
+    operator.default(prototypes, sums, counts, seen, rate)
 
 
-@torch.library.register_fake("proto_reg::follow")
 def _fake(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
     return None
+
+
+_SCHEMA = "(Tensor(a!) prototypes, Tensor(b!) sums, Tensor(c!) counts, Tensor(d!) seen, float rate) -> ()"
+for _name in ("follow", "follow_float32"):  # only the second has a compiled kernel
+    torch.library.define(f"proto_reg::{_name}", _SCHEMA)
+    torch.library.impl(f"proto_reg::{_name}", "CompositeExplicitAutograd")(follow_reference)
+    torch.library.register_fake(f"proto_reg::{_name}")(_fake)

@@ -1,12 +1,13 @@
-"""``proto_reg::anchored_mmd`` and ``proto_reg::weighted_mmd``: schema, plain-torch reference and registration.
+"""``proto_reg::anchored_mmd``, ``anchored_mmd_loss``, ``weighted_mmd``: schema, plain-torch reference, registration.
 
-Both return the statistic together with its gradient, computed in the same pass: no kernel matrix is kept for the
-backward pass, so memory is that of one slab of tiles. Gradients are first order only.
+All return the statistic together with its gradient, computed in the same pass: no kernel matrix is kept for the
+backward pass, so memory is that of one slab of tiles. Gradients are first order only. ``anchored_mmd_loss`` is the one
+with a compiled kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import rearrange
@@ -82,6 +83,51 @@ def anchored_mmd_reference(
             values = total * pairs
             gradient = gradient * _per_row(pairs, slot)[:, None]
         return torch.where(alive, values, 0.0), torch.where(inside[:, None], gradient, 0.0)
+
+
+def anchored_mmd_loss_plain(
+    z: Tensor,
+    anchors: Tensor,
+    assignments: Tensor,
+    mask: Tensor | None,
+    scales: list[float],
+    unbiased: bool,
+    by_mass: bool,
+    kernel: str = "gaussian",
+    samples: Tensor | None = None,
+    statistic: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over k of c_k times the squared MMD of cluster k, differentiable, and its gradient by ``z``, which is not.
+
+    Args:
+        z: (N, D) float32 or float64; anchors: (K, D).
+        assignments: (N,) int64; values outside [0, K) leave the row out.
+        mask: (N,) bool, False leaves the row out.
+        by_mass: c_k is the cluster's share of all rows that count, or 1.
+        scales, unbiased, kernel, samples: see :func:`anchored_mmd_reference`.
+        statistic: that function, or the operator around it (None), which autograd sees through.
+    """
+    inside = (assignments >= 0) & (assignments < len(anchors))
+    inside = inside if mask is None else inside & mask
+    index = torch.where(inside, assignments, 0)
+    values, gradient = (statistic or torch.ops.proto_reg.anchored_mmd)(
+        z - anchors[index], torch.where(inside, index, -1), len(anchors), kernel, scales, unbiased, samples
+    )
+    weights = torch.ones_like(values)
+    if by_mass:
+        counts = torch.zeros_like(values).index_add_(0, index, inside.to(values.dtype))
+        weights = counts / inside.sum().clamp_min(1)
+    return (values * weights).sum(), gradient * weights[index, None]
+
+
+def anchored_mmd_loss_without_graph(*arguments) -> tuple[Tensor, Tensor]:
+    """``proto_reg::anchored_mmd_loss``, differentiable in nothing."""
+    fused = torch.ops.proto_reg.anchored_mmd_loss.default
+    if torch.compiler.is_compiling():
+        return fused(*arguments)
+    # Past what register_autograd set up: in Python, it takes longer than a small problem.
+    with torch._C._AutoDispatchBelowAutograd():
+        return fused(*arguments)
 
 
 def weighted_mmd_reference(
@@ -268,6 +314,14 @@ torch.library.define(
 )
 torch.library.impl("proto_reg::anchored_mmd", "CompositeExplicitAutograd")(anchored_mmd_reference)
 torch.library.define(
+    "proto_reg::anchored_mmd_loss",
+    "(Tensor z, Tensor anchors, Tensor assignments, Tensor? mask, float[] scales, bool unbiased, bool by_mass)"
+    " -> (Tensor loss, Tensor gradient)",
+)
+torch.library.impl("proto_reg::anchored_mmd_loss", "CompositeExplicitAutograd")(
+    torch.no_grad()(anchored_mmd_loss_plain)
+)
+torch.library.define(
     "proto_reg::weighted_mmd",
     "(Tensor z, Tensor anchors, Tensor weights, str kernel, float[] scales, bool unbiased, bool by_mass)"
     " -> (Tensor loss, Tensor grad_z, Tensor grad_anchors)",
@@ -278,6 +332,11 @@ torch.library.impl("proto_reg::weighted_mmd", "CompositeExplicitAutograd")(weigh
 @torch.library.register_fake("proto_reg::anchored_mmd")
 def _anchored_fake(residuals, groups, num_groups, kernel, scales, unbiased, samples):
     return residuals.new_empty((num_groups,)), torch.empty_like(residuals)
+
+
+@torch.library.register_fake("proto_reg::anchored_mmd_loss")
+def _loss_fake(z, anchors, assignments, mask, scales, unbiased, by_mass):
+    return z.new_empty(()), torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("proto_reg::weighted_mmd")
@@ -297,6 +356,21 @@ def _anchored_backward(ctx, by_values, _):
     return upstream[:, None] * gradient, None, None, None, None, None, None
 
 
+def _loss_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[1], inputs[2], output[1])
+
+
+def _loss_backward(ctx, by_loss, _):
+    anchors, assignments, gradient = ctx.saved_tensors
+    by_z, by_anchors = by_loss * gradient, None
+    if ctx.needs_input_grad[1]:
+        # Rows that are left out have a gradient of 0.
+        inside = (assignments >= 0) & (assignments < len(anchors))
+        by_anchors = torch.zeros_like(anchors).index_add_(0, torch.where(inside, assignments, 0), by_z, alpha=-1)
+    return by_z, by_anchors, None, None, None, None, None
+
+
 def _weighted_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
@@ -308,4 +382,5 @@ def _weighted_backward(ctx, by_loss, *_):
 
 
 torch.library.register_autograd("proto_reg::anchored_mmd", _anchored_backward, setup_context=_anchored_context)
+torch.library.register_autograd("proto_reg::anchored_mmd_loss", _loss_backward, setup_context=_loss_context)
 torch.library.register_autograd("proto_reg::weighted_mmd", _weighted_backward, setup_context=_weighted_context)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
+from proto_reg import bench
 from proto_reg.functional import anchored_mmd
 
 CODE = """
@@ -64,15 +66,14 @@ def loop(z: torch.Tensor, v: torch.Tensor, assignments: torch.Tensor) -> torch.T
     return total
 
 
-@pytest.mark.parametrize("form", ["ours", "loop"])
-@pytest.mark.parametrize(("rows", "groups", "dim"), [(256, 30, 256), (2048, 100, 256), (8192, 100, 64)])
+@pytest.mark.parametrize("form", ["loop", *bench.usable_backends(torch.device("cpu"))])
+@pytest.mark.parametrize(("rows", "groups", "dim"), [(256, 30, 256), (2048, 30, 4), (2048, 100, 256), (8192, 100, 64)])
 def test_forward_and_backward(benchmark, rows: int, groups: int, dim: int, form: str) -> None:
     z, v = torch.randn(rows, dim, requires_grad=True), torch.randn(groups, dim)
     assignments = torch.randint(groups, (rows,))
-    function = anchored_mmd if form == "ours" else loop
-    torch.testing.assert_close(
-        function(z, v, assignments), anchored_mmd(z.double(), v, assignments).float(), atol=1e-4, rtol=1e-3
-    )
+    function = loop if form == "loop" else partial(anchored_mmd, backend=form)
+    expected = anchored_mmd(z.double(), v.double(), assignments).float()
+    torch.testing.assert_close(function(z, v, assignments), expected, atol=1e-4, rtol=1e-3)
     benchmark.group = f"{rows} x {dim}, K = {groups}"
     benchmark(lambda: function(z, v, assignments).backward())
 

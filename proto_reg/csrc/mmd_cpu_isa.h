@@ -1,0 +1,275 @@
+// Everything of the anchored MMD that is compiled once per instruction set. Included by mmd_cpu.cpp inside a namespace
+// and target of its own; hence no include guard.
+
+#include "sinkhorn_cpu_vector.h"
+#include "cpu_row_ends.h"
+
+// 2^x for x <= 126, to a rounding; 0 where it would not be a normal number. NaN stays NaN.
+INLINE V exp2_or_zero(V x) {
+  const V lowest = V{} - 126.0f, bounded = maximum(x, lowest);
+  const V shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are x, rounded to an integer
+  const V f = bounded - (shifted - 12582912.0f);
+  V p = f * 1.525273380405984e-5f + 1.540353039338161e-4f;  // the series, on [-1/2, 1/2]
+  p = p * f + 1.333355814642844e-3f;
+  p = p * f + 9.618129107628477e-3f;
+  p = p * f + 5.550410866482158e-2f;
+  p = p * f + 2.402265069591007e-1f;
+  p = p * f + 6.931471805599453e-1f;
+  p = p * f + 1.0f;
+  const V power = (V)(((U)shifted << 23) + 0x3f800000);
+  return x < lowest ? V{} : p * power;
+}
+
+struct Solver {
+  const MmdProblem& problem;
+  const Mixture& mixture;
+  const Sorted& sorted;
+  const ParallelFor parallel_for;
+  const int64_t padded;  // dim, up to whole vectors
+  // By sorted row, each cluster followed by its centre: residuals less that centre.
+  float* residuals;
+  float *attractions, *slopes;  // a(r) and its slope, by sorted row
+
+  template <class Body>
+  void each(int64_t count, const Body& body) const {
+    const auto task = [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); };
+    if (problem.rows * problem.dim < 1 << 14)
+      for (int64_t index = 0; index < count; ++index) body(index);
+    else parallel_for(count, task, const_cast<Body*>(&body));
+  }
+
+  // Row i of cluster c; i == count: its centre.
+  float* row(int64_t c, int64_t i) const { return residuals + (sorted.clusters[c].first + c + i) * padded; }
+
+  // Far from its anchor a cluster's mean would swamp in float32 what its latents differ by; pairs do not need it.
+  void centre(int64_t c) const {
+    const Cluster cluster = sorted.clusters[c];
+    float* mean = row(c, cluster.count);
+    std::memset(mean, 0, sizeof(float) * padded);
+    const float* anchor = problem.anchors + cluster.group * problem.dim;
+    for (int64_t i = 0; i < cluster.count; ++i) {
+      const float* z = problem.z + sorted.rows[cluster.first + i] * problem.dim;
+      V squares{};
+      for (int64_t d = 0; d < padded; d += LANES) {
+        const V r = load_first(z + d, problem.dim - d) - load_first(anchor + d, problem.dim - d);
+        squares += r * r;
+        store(row(c, i) + d, r);
+        store(mean + d, load(mean + d) + r);
+      }
+      attract(cluster.first + i, sum(squares));
+    }
+    const float share = 1.0f / static_cast<float>(cluster.count);
+    for (int64_t d = 0; d < padded; d += LANES) store(mean + d, load(mean + d) * share);
+    for (int64_t i = 0; i < cluster.count; ++i)
+      for (int64_t d = 0; d < padded; d += LANES) store(row(c, i) + d, load(row(c, i) + d) - load(mean + d));
+  }
+
+  // a(r) and its derivative by |r|^2: a bandwidth to a lane.
+  INLINE void attract(int64_t i, float squared) const {
+    const int64_t count = static_cast<int64_t>(mixture.scales.size());
+    V value{}, slope{};
+    for (int64_t start = 0; start < count; start += LANES) {
+      V rates{}, values{}, factors{};
+      for (int64_t s = 0; s < std::min(LANES, count - start); ++s) {
+        const Scale& scale = mixture.scales[start + s];
+        rates[s] = scale.a_rate, values[s] = scale.a_value, factors[s] = scale.a_slope;
+      }
+      const V a = exp2_or_zero(squared * rates) * values;
+      value += a;
+      slope += a * factors;
+    }
+    attractions[i] = sum(value);
+    slopes[i] = sum(slope);
+  }
+
+  // k and its derivative by the squared distance; k still to be divided by the number of scales.
+  INLINE void pair(V squared, V& k, V& slope) const {
+    V e{};
+    k = slope = V{};
+    for (const Scale& scale : mixture.scales) {
+      e = scale.squares ? e * e : exp2_or_zero(squared * scale.rate);
+      k += e;
+      slope += e * scale.slope;
+    }
+  }
+
+  double unit(const Cluster& cluster) const {
+    return problem.by_mass ? static_cast<double>(cluster.count) / static_cast<double>(sorted.counted) : 1.0;
+  }
+  double pairs(const Cluster& cluster) const {
+    const double n = static_cast<double>(cluster.count);
+    return 1 / (problem.unbiased ? n * (n - 1) : n * n);
+  }
+};
+
+// Up to VECTORS * LANES rows of a cluster against all of it: a tile of the kernel matrix at a time.
+template <int VECTORS>
+struct Block {
+  static constexpr int64_t WIDTH = VECTORS * LANES, TILE = 64, ROWS = 4;
+  const Solver& solver;
+  const int64_t c, begin;
+  const Cluster cluster = solver.sorted.clusters[c];
+  const int64_t rows = std::min(WIDTH, cluster.count - begin), dim = solver.problem.dim, padded = solver.padded;
+  // The block's rows transposed (padded, WIDTH); slope x over all rows (WIDTH, padded); a tile's slopes (TILE, WIDTH).
+  float* panel = kept<1>((2 * padded + TILE) * WIDTH);
+  float *pulled = panel + padded * WIDTH, *tile = pulled + padded * WIDTH;
+  V k_sums[VECTORS]{}, slope_sums[VECTORS]{};
+
+  Block(const Solver& solver_, int64_t c_, int64_t begin_) : solver(solver_), c(c_), begin(begin_) {}
+
+  // The block's part of the cluster's statistic; its rows of the gradient are written.
+  double run() {
+    // Where the cluster is one block, half its pairs are enough; long rows then need no transposing either.
+    const bool alone = rows == cluster.count && padded >= 4 * LANES;
+    if (!alone) pack();
+    std::memset(pulled, 0, sizeof(float) * padded * WIDTH);
+    for (int64_t from = 0; from < cluster.count; from += TILE) {
+      const int64_t to = std::min(cluster.count, from + TILE);
+      if (alone)
+        for (int64_t j = 0; j < rows; ++j) own_distances(j);
+      else
+        for (int64_t j = from; j < to; j += ROWS) distances(j, tile + (j - from) * WIDTH);
+      kernels(from, to);
+      for (int64_t i = 0; i < rows; i += 4) {
+        int64_t d = 0;
+        for (; d + 4 * LANES <= padded; d += 4 * LANES) pull<4>(i, d, from, to);
+        for (; d < padded; d += LANES) pull<1>(i, d, from, to);
+      }
+    }
+    return finish();
+  }
+
+  void pack() {
+    for (int64_t i = 0; i < WIDTH; ++i) {
+      const float* x = solver.row(c, begin + std::min(i, rows - 1));  // what stands in spare lanes is not used
+      for (int64_t d = 0; d < dim; ++d) panel[d * WIDTH + i] = x[d];
+    }
+  }
+
+  // Squared distances of the block's rows from rows j, ..., j + ROWS - 1; there are ROWS - 1 spare ones at the end.
+  INLINE void distances(int64_t j, float* out) const {
+    const float* x = solver.row(c, j);
+    V sums[ROWS][VECTORS]{};
+    for (int64_t d = 0; d < dim; ++d)
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int64_t v = 0; v < VECTORS; ++v) {
+          const V difference = load(panel + d * WIDTH + v * LANES) - x[r * padded + d];
+          sums[r][v] += difference * difference;
+        }
+    for (int64_t r = 0; r < ROWS; ++r)
+      for (int64_t v = 0; v < VECTORS; ++v) store(out + r * WIDTH + v * LANES, sums[r][v]);
+  }
+
+  // Squared distances of row j from those before it, on both sides of the diagonal.
+  INLINE void own_distances(int64_t j) const {
+    const float* x = solver.row(c, j);
+    for (int64_t i = 0; i < j; i += ROWS) {
+      const float* y = solver.row(c, i);
+      V sums[ROWS]{};
+      for (int64_t d = 0; d < padded; d += LANES)
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < ROWS; ++r) {
+          const V difference = load(x + d) - load(y + r * padded + d);
+          sums[r] += difference * difference;
+        }
+      for (int64_t r = 0; r < std::min(ROWS, j - i); ++r)
+        tile[j * WIDTH + i + r] = tile[(i + r) * WIDTH + j] = sum(sums[r]);
+    }
+    for (int64_t i = rows; i < WIDTH; ++i) tile[j * WIDTH + i] = 0;  // spare lanes
+    tile[j * WIDTH + j] = 0;
+  }
+
+  // From squared distances from rows [from, to) to slopes, in place; sums of both go to the block's rows.
+  void kernels(int64_t from, int64_t to) {
+    for (int64_t v = 0; v < VECTORS; ++v) {
+      V k_sum{}, slope_sum{};
+      const I own = lane_numbers() + static_cast<int32_t>(begin + v * LANES);
+      for (int64_t j = from; j < to; ++j) {
+        float* entry = tile + (j - from) * WIDTH + v * LANES;
+        V k, slope;
+        solver.pair(load(entry), k, slope);
+        const I other = own != static_cast<int32_t>(j);
+        k = other ? k : V{};
+        slope = other ? slope : V{};
+        k_sum += k;
+        slope_sum += slope;
+        store(entry, slope);
+      }
+      k_sums[v] += k_sum;
+      slope_sums[v] += slope_sum;
+    }
+  }
+
+  // Add sum_j slope_ij x_j, j in [from, to), to rows i, ..., i + 3 of `pulled`, COLUMNS vectors from column d on.
+  template <int COLUMNS>
+  INLINE void pull(int64_t i, int64_t d, int64_t from, int64_t to) const {
+    V sums[4][COLUMNS]{};
+    const float* x = solver.row(c, from) + d;
+    const float* slope = tile + i;
+    for (int64_t j = from; j < to; ++j, x += padded, slope += WIDTH)
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < COLUMNS; ++v) sums[r][v] += slope[r] * load(x + v * LANES);
+    for (int64_t r = 0; r < 4; ++r)
+      for (int64_t v = 0; v < COLUMNS; ++v) {
+        float* to_row = pulled + (i + r) * padded + d + v * LANES;
+        store(to_row, load(to_row) + sums[r][v]);
+      }
+  }
+
+  double finish() const {
+    const double n = static_cast<double>(cluster.count), unit = solver.unit(cluster), pairs = solver.pairs(cluster);
+    const float scale = static_cast<float>(4 * pairs * unit);
+    const float* centre = solver.row(c, cluster.count);
+    double value = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t place = cluster.first + begin + i;
+      value += pairs / static_cast<double>(solver.mixture.scales.size()) * k_sums[i / LANES][i % LANES];
+      value -= 2 / n * solver.attractions[place];
+      const float* x = solver.row(c, begin + i);
+      const float own = slope_sums[i / LANES][i % LANES], back = static_cast<float>(4 / n * unit) * solver.slopes[place];
+      float* gradient = solver.problem.gradient + solver.sorted.rows[place] * dim;
+      for (int64_t d = 0; d < dim; d += LANES) {
+        const V at = load(x + d);
+        const V g = scale * (own * at - load(pulled + i * padded + d)) - back * (at + load(centre + d));
+        store_first(gradient + d, g, dim - d);
+      }
+    }
+    return value;
+  }
+};
+
+inline void solve(const MmdProblem& problem, ParallelFor parallel_for) {
+  const Sorted sorted(problem);
+  const Mixture mixture(problem.scales, static_cast<double>(problem.dim));
+  const int64_t members = static_cast<int64_t>(sorted.rows.size()), count = static_cast<int64_t>(sorted.clusters.size());
+  const int64_t padded = (problem.dim + LANES - 1) / LANES * LANES, matrix = (members + count + 3) * padded;
+  std::unique_ptr<float[]> owned;
+  float* memory = matrix <= 1 << 18 ? kept<0>(matrix + 2 * members) : nullptr;
+  if (!memory) owned.reset(new float[matrix + 2 * members]), memory = owned.get();
+  const Solver solver{problem, mixture, sorted, parallel_for, padded, memory, memory + matrix,
+                      memory + matrix + members};
+  solver.each(count, [&](int64_t c) { solver.centre(c); });
+
+  struct Place {
+    int64_t cluster, begin;
+  };
+  std::vector<Place> blocks;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t begin = 0; begin < sorted.clusters[c].count; begin += 2 * LANES) blocks.push_back({c, begin});
+  std::vector<double> values(blocks.size());
+  solver.each(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
+    const auto [c, begin] = blocks[b];
+    values[b] = sorted.clusters[c].count - begin <= LANES ? Block<1>(solver, c, begin).run()
+                                                          : Block<2>(solver, c, begin).run();
+  });
+
+  double loss = 0;
+  for (size_t b = 0; b < blocks.size(); ++b) loss += solver.unit(sorted.clusters[blocks[b].cluster]) * values[b];
+  for (const Cluster& cluster : sorted.clusters)
+    loss += solver.unit(cluster) * (mixture.self + (problem.unbiased ? 0 : 1 / static_cast<double>(cluster.count)));
+  *problem.loss = static_cast<float>(loss);
+}

@@ -1,0 +1,95 @@
+"""What the layer does to latents and prototypes row by row: plain-torch functions, and operators with compiled kernels.
+
+On float32 tensors on the CPU one operator takes the place of the handful of torch's that each function is made of: on
+small batches their number is what a layer costs. Everywhere else the functions are ordinary torch code, which autograd
+and torch.compile see through. Operators have no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+
+def unit_rows_plain(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``x`` (N, D) at length 1, and 1 / |x_i| (N, 1). A row of zeros stays, with 1."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = torch.where(norm > 1e-12, norm, 1.0)
+    return x / norm, 1 / norm
+
+
+def unit_rows_pull_back_plain(gradient: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:
+    """The gradient by x (N, D) from the ``gradient`` by its unit rows."""
+    return (gradient - (gradient * unit).sum(-1, keepdim=True) * unit) * inverse_norms
+
+
+def balance_plain(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> tuple[Tensor, Tensor]:
+    """weight_a a / |a| + weight_b b / |b|, norms over everything, and weight_a / |a| (); 0 for a gradient of 0."""
+    scale_a, scale_b = (weight * _inverse_norm(x) for weight, x in ((weight_a, a), (weight_b, b)))
+    return scale_a * a + scale_b * b, scale_a
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x)
+    return torch.where(norm > 0, 1 / norm, 0.0)
+
+
+def sums_by_group_plain(x: Tensor, index: Tensor, counted: Tensor, groups: int) -> Tensor:
+    """(groups, D + 1): for each group the sum of its finite rows of ``x`` (N, D), and their number.
+
+    ``index`` (N,) int64 in [0, groups); ``counted`` (N,) or () bool, False leaves the row out.
+    """
+    usable = x.isfinite().all(1) & counted
+    rows = torch.cat([torch.where(usable[:, None], x, 0.0), usable.to(x.dtype)[:, None]], 1)
+    return rows.new_zeros(groups, rows.shape[1]).index_add(0, index, rows)
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Whether these operators take the tensors: float32, on the CPU, no graph wanted, and the library is there."""
+    for tensor in tensors:
+        # A subclass, such as a parameter that is spread over processes, goes its own ways.
+        ordinary = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        if not (ordinary and tensor.is_cpu and tensor.dtype == torch.float32 and tensor.ndim == 2):
+            return False
+    return not torch.is_grad_enabled() and backends.choose("auto", tensors[0]) == "cpu"
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`unit_rows_plain`, compiled where it can be."""
+    return torch.ops.proto_reg.unit_rows.default(x) if compiled(x) else unit_rows_plain(x)
+
+
+def unit_rows_pull_back(gradient: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:
+    """:func:`unit_rows_pull_back_plain`, compiled where it can be."""
+    arguments = (gradient, unit, inverse_norms)
+    operator = torch.ops.proto_reg.unit_rows_pull_back.default
+    return operator(*arguments) if compiled(*arguments) else unit_rows_pull_back_plain(*arguments)
+
+
+def balance(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> tuple[Tensor, Tensor]:
+    """:func:`balance_plain`, compiled where it can be."""
+    form = torch.ops.proto_reg.balance.default if compiled(a, b) else balance_plain
+    return form(a, b, weight_a, weight_b)
+
+
+def sums_by_group(x: Tensor, index: Tensor, counted: Tensor, groups: int) -> Tensor:
+    """:func:`sums_by_group_plain`, compiled where it can be."""
+    form = torch.ops.proto_reg.sums_by_group.default if compiled(x) else sums_by_group_plain
+    return form(x, index, counted, groups)
+
+
+_DEFINITIONS: dict[str, Callable[..., object]] = {
+    "unit_rows(Tensor x) -> (Tensor unit, Tensor inverse_norms)": unit_rows_plain,
+    "unit_rows_pull_back(Tensor gradient, Tensor unit, Tensor inverse_norms) -> Tensor": unit_rows_pull_back_plain,
+    "balance(Tensor a, Tensor b, float weight_a, float weight_b) -> (Tensor direction, Tensor scale)": balance_plain,
+    "sums_by_group(Tensor x, Tensor index, Tensor counted, SymInt groups) -> Tensor": sums_by_group_plain,
+}
+for _signature, _function in _DEFINITIONS.items():
+    _name, _, _rest = _signature.partition("(")
+    torch.library.define(f"proto_reg::{_name}", f"({_rest}")
+    torch.library.impl(f"proto_reg::{_name}", "CompositeExplicitAutograd")(_function)
+    torch.library.register_fake(f"proto_reg::{_name}")(_function)

@@ -1,0 +1,165 @@
+"""The layer's row by row steps: compiled operators and plain functions against float64 and each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from proto_reg.functional.prototypes import SCORES, prototype_scores, prototype_scores_and_pull_back
+from proto_reg.kernels import backends, rows
+from proto_reg.kernels.follow import follow, follow_reference
+
+DIMS = (1, 3, 4, 15, 16, 17, 64, 100)
+operators = torch.ops.proto_reg
+
+
+@pytest.fixture(autouse=True)
+def loaded(cpu_library: object) -> None:
+    assert backends.choose("cpu", torch.zeros(1, 1)) == "cpu"
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_unit_rows_and_their_pull_back(dim: int) -> None:
+    x, gradient = torch.randn(9, dim) * 10, torch.randn(9, dim)
+    x[4] = 0
+    unit, inverse_norms = operators.unit_rows(x)
+    expected, expected_norms = rows.unit_rows_plain(x.double())
+    close(unit, expected)
+    close(inverse_norms, expected_norms)
+    by_x = operators.unit_rows_pull_back(gradient, unit, inverse_norms)
+    close(by_x, rows.unit_rows_pull_back_plain(gradient.double(), expected, expected_norms))
+    assert torch.equal(by_x[4], gradient[4])
+    leaf = x.double().requires_grad_()
+    rows.unit_rows_plain(leaf)[0].backward(gradient.double())
+    others = torch.arange(9) != 4
+    close(by_x[others], leaf.grad[others])
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_balance(dim: int) -> None:
+    a, b = torch.randn(7, dim) * 1e-6, torch.randn(7, dim) * 1e6
+    direction, scale = operators.balance(a, b, 0.3, 0.0)
+    close(direction.norm(), torch.tensor(0.3))
+    close(scale * a.norm(), torch.tensor(0.3))
+    close(operators.balance(a, b, 0.3, 0.2)[0], rows.balance_plain(a.double(), b.double(), 0.3, 0.2)[0])
+    nothing, scale = operators.balance(torch.zeros_like(a), torch.zeros_like(a), 0.3, 0.2)
+    assert not nothing.any()
+    assert scale == 0
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_sums_by_group_leave_out_what_is_not_finite_or_not_counted(dim: int) -> None:
+    x, index, counted = torch.randn(50, dim), torch.randint(6, (50,)), torch.rand(50) < 0.7
+    x[3, -1], x[8, 0], x[9, dim // 2] = math.nan, math.inf, -math.inf
+    for mask in (counted, torch.tensor(True), torch.tensor(False), counted.repeat_interleave(2)[::2]):
+        close(operators.sums_by_group(x, index, mask, 6), rows.sums_by_group_plain(x.double(), index, mask, 6))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_follow(dim: int) -> None:
+    v, sums, counts = torch.randn(5, dim), torch.randn(5, dim), torch.tensor([0.0, 3.0, 1.0, 0.0, 7.0])
+    for seen in (v + 1, v.clone()):  # moved, and not
+        state = [x.clone() for x in (v, sums, counts, seen)]
+        expected = [x.double() for x in state]
+        with torch.no_grad():
+            follow(*state, 0.02)
+            follow_reference(*expected, 0.02)
+        for ours, theirs in zip(state, expected, strict=True):
+            close(ours, theirs)
+        assert torch.equal(state[0][0], v[0])
+
+
+def test_they_are_taken_where_they_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 5)
+    assert not rows.compiled(x)  # a graph is wanted
+    with torch.no_grad():
+        assert rows.compiled(x)
+        assert not rows.compiled(x.double())
+        assert not rows.compiled(x.bfloat16())
+        assert not rows.compiled(x.to("meta"))
+        monkeypatch.setenv("PROTO_REG_BACKEND", "torch")
+        backends._reset()
+        try:
+            assert not rows.compiled(x)
+        finally:
+            monkeypatch.undo()
+            backends._reset()
+
+
+def test_non_contiguous_rows() -> None:
+    x = torch.randn(20, 9).T
+    index = torch.randint(3, (9,))
+    with torch.no_grad():
+        for ours, plain in (
+            (rows.unit_rows(x)[0], rows.unit_rows_plain(x)[0]),
+            (rows.balance(x, x.flip(0), 1.0, 2.0)[0], rows.balance_plain(x, x.flip(0), 1.0, 2.0)[0]),
+            (
+                rows.sums_by_group(x, index, torch.tensor(True), 3),
+                rows.sums_by_group_plain(x, index, torch.tensor(True), 3),
+            ),
+        ):
+            close(ours, plain)
+    v, sums, counts, seen = (torch.randn(6, 4).T.contiguous().T for _ in range(4))
+    with torch.no_grad():
+        follow(v, sums, counts[:, 0].abs(), seen, 0.1)
+    assert torch.equal(v, seen)
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_the_pull_back_is_that_of_autograd(scores: str) -> None:
+    z, v, by_scores = torch.randn(30, 12), torch.randn(7, 12), torch.randn(30, 7)
+    found, pull_back = prototype_scores_and_pull_back(z, v, scores)
+    wide = [x.double().requires_grad_() for x in (z, v)]
+    expected = prototype_scores(*wide, scores)
+    close(found, expected.detach())
+    for ours, theirs in zip(pull_back(by_scores), torch.autograd.grad(expected, wide, by_scores.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck() -> None:
+    x, index = torch.randn(6, 5), torch.randint(3, (6,))
+    unit, inverse_norms = operators.unit_rows(x)
+    torch.library.opcheck(operators.unit_rows.default, (x,))
+    torch.library.opcheck(operators.unit_rows_pull_back.default, (x, unit, inverse_norms))
+    torch.library.opcheck(operators.balance.default, (x, unit, 0.1, 0.2))
+    torch.library.opcheck(operators.sums_by_group.default, (x, index, torch.tensor(True), 3))
+    state = (torch.randn(3, 5), torch.randn(3, 5), torch.ones(3), torch.randn(3, 5), 0.1)
+    torch.library.opcheck(operators.follow_float32.default, state)
+
+
+BY_ISA = """
+import sys, torch
+from proto_reg.kernels import backends
+torch.manual_seed(0)
+assert backends.choose("cpu", torch.zeros(1, 1)) == "cpu"
+operators, results = torch.ops.proto_reg, []
+for dim in (1, 3, 8, 17, 100):
+    x, y, index = torch.randn(12, dim), torch.randn(12, dim), torch.randint(3, (12,))
+    unit, inverse_norms = operators.unit_rows(x)
+    results += [unit, inverse_norms, operators.unit_rows_pull_back(y, unit, inverse_norms)]
+    results += [*operators.balance(x, y, 0.1, 0.2), operators.sums_by_group(x, index, torch.tensor(True), 3)]
+torch.save(results, sys.argv[1])
+"""
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    found = []
+    for isa in ("baseline", "avx2", "avx512"):  # a machine that lacks one takes the next below
+        target = tmp_path / f"{isa}.pt"
+        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
+        found.append(torch.load(target))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            close(a, b)
