@@ -200,14 +200,18 @@ class PrototypicalRegularizer(nn.Module):
         if self.prototype_weight and self.head.num_prototypes > 1:
             active = self._ramp() > 0
             self.follower.observe(tokens, output.assignments, active if keep is None else keep & active)
-        losses = output.prototype_loss, output.mmd_loss
-        self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
-        if self.queue is not None:
-            self.queue.push(tokens, keep)
-        self.steps += 1
+        self._count(tokens, keep, output.scores, output)
         past = 0 if self.queue is None else self.queue.size
         since = self.steps - self.warmup_steps
         self.watch.at_step(tokens, self.head.prototypes, output.assignments, output.prototype_loss, since, past)
+
+    def _count(self, tokens: Tensor, keep: Tensor | None, scores: Tensor, output: RegularizerOutput) -> None:
+        """Metrics, queue and step of tokens (N, D) with their ``scores`` (N, K)."""
+        losses = output.prototype_loss.detach(), output.mmd_loss.detach()
+        self.meter.observe(tokens, scores, self.head.prototypes, losses, keep)
+        if self.queue is not None:
+            self.queue.push(tokens, keep)
+        self.steps += 1
 
     def _losses(self, z: Tensor, keep: Tensor | None) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
@@ -261,11 +265,21 @@ class PrototypicalRegularizer(nn.Module):
     def losses(self, z: Tensor, mask: Tensor | None = None) -> RegularizerOutput:
         """Both losses of ``z``, differentiable whatever the mode: what Algorithm 1 steps on.
 
-        Nothing is counted and no queue filled.
+        Nothing is counted and no queue filled: that is what :meth:`count` is for.
         """
         tokens, keep = self._tokens(z, mask)
         with torch.autocast(z.device.type, enabled=False):
             return self._to_layout(self._losses(tokens, keep), z)
+
+    @torch.no_grad()
+    def count(self, z: Tensor, output: RegularizerOutput, mask: Tensor | None = None) -> None:
+        """Count a step taken on ``output = layer.losses(z, mask)``, as a training forward counts itself.
+
+        For metrics, queue and schedules; prototypes do not follow.
+        """
+        tokens, keep = self._tokens(z, mask)
+        scores, _ = self.layout.tokens(output.scores, None, self.head.num_prototypes)
+        self._count(tokens, keep, scores, output)
 
     @property
     def usage(self) -> Tensor:

@@ -136,9 +136,10 @@ class PrototypicalTraining(nn.Module):
         if not self.warming_up:
             with frozen_batch_statistics(self.encoder):
                 for name in ("prototype", "mmd"):
-                    loss = getattr(self.regularizer.losses(self.encode(x)), f"{name}_loss")
-                    losses[name] = self._take(name, loss)
-            self.regularizer.steps += 1  # a new subsample for the next batch
+                    z = self.encode(x)
+                    output = self.regularizer.losses(z)
+                    losses[name] = self._take(name, getattr(output, f"{name}_loss"))
+            self.regularizer.count(z, output)
         loss = self.reconstruction(self.decoder(self.encode(x)), x)
         return losses | {"reconstruction": self._take("reconstruction", loss)}
 

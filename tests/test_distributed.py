@@ -116,6 +116,7 @@ def member(rank: int, store: str, act, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         act(rank, out)
+        torch.distributed.barrier()  # no rank takes the group down while another still talks
     finally:
         torch.distributed.destroy_process_group()
 
