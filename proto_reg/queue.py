@@ -70,8 +70,8 @@ class LatentQueue(WideState):
         group = self.ranks.active()
         usable = tokens.isfinite().all(1)
         usable = usable if counted is None else usable & counted
-        if len(tokens) == 0:  # of a process without latents
-            tokens, usable = self.latents[:1], usable.new_zeros(1)
+        if tokens.shape[0] == 0:  # a rank without latents takes part in the sums all the same
+            tokens, usable = tokens.new_zeros(1, tokens.shape[1]), usable.new_zeros(1)
         number = usable.cumsum(0)  # of each usable row, from 1
         before, total = _rows_before(number[-1], group)
         # Of all new rows the last `kept` stay; slot j takes the new row number `row`, or none.
@@ -79,7 +79,7 @@ class LatentQueue(WideState):
         offset = (torch.arange(self.size, device=total.device) - self.position) % self.size
         row = offset + (total - kept) - before
         fresh = (offset < kept) & (row >= 0) & (row < number[-1])
-        source = torch.searchsorted(number, row + 1).clamp(max=len(tokens) - 1)
+        source = torch.searchsorted(number, row + 1).clamp(max=tokens.shape[0] - 1)
         rows = torch.where(fresh[:, None], tokens[source].to(self.latents.dtype), 0.0)
         if group is not None:
             both = sum_(torch.cat([rows, fresh[:, None].to(rows.dtype)], 1), group)

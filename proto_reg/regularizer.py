@@ -343,15 +343,17 @@ class PrototypicalRegularizer(nn.Module):
     ) -> Tensor:
         """Put prototypes that hardly any latent is near to on latents far from the others, by k-means++.
 
-        Call it between optimizer steps when there is enough to judge by, best at the end of an epoch; in a process
-        group on all ranks, which take what rank 0 draws. The follower and ``optimizer`` forget those prototypes' past;
-        the queue holds no past of prototypes. Counting starts anew: read :meth:`metrics` before.
+        Call it between optimizer steps at the end of an epoch, but not of the first ten or so, in which prototypes find
+        their latents by themselves; in a process group on all ranks, which take what rank 0 draws. The follower and
+        ``optimizer`` forget those prototypes' past; the queue holds none. Counting starts anew: read :meth:`metrics`
+        before.
 
         Args:
             z: latents in the layer's layout to choose from; those of the queue by default.
             optimizer: whose state of the revived prototypes, such as Adam's moments, is set to 0.
-            threshold: share of the latents since the last reset below which a prototype is dead; a tenth of an equal
-                share, .1 / K, by default: a hundred epochs of balanced training do not end there by chance.
+            threshold: share of the latents since the last reset below which a prototype is dead; .1 / K by default, a
+                tenth of an equal share. In balanced training the smallest share settles between .13 / K (K = 100) and
+                .87 / K (K = 10; digits, 30 epochs).
             duplicates: also revive prototypes less than 2 from one with more latents.
             generator: of the draw.
 

@@ -395,6 +395,7 @@ def worker(rank: int, store: str, check: Callable[[], None]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         check()
+        dist.barrier()  # no rank takes the group down while another still talks
     finally:
         dist.destroy_process_group()
 

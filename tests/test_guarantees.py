@@ -62,8 +62,7 @@ def assert_equal_state(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.parametrize(("mode", "masked"), [("balanced", False), ("weighted", True)])
 def test_compiles_as_one_graph_with_everything_on(mode: str, masked: bool) -> None:
     torch._dynamo.reset()
     eager = PrototypicalRegularizer(DIM, K, mode=mode, **EVERYTHING).double()

@@ -36,6 +36,7 @@ def test_a_batch_without_latents_changes_nothing() -> None:
     before = {name: value.clone() for name, value in queue.state_dict().items()}
     queue.push(torch.randn(3, 2), torch.zeros(3, dtype=torch.bool))
     queue.push(torch.full((3, 2), torch.inf))
+    queue.push(torch.randn(0, 2))
     assert all(torch.equal(value, before[name]) for name, value in queue.state_dict().items())
 
 

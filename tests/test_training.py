@@ -261,3 +261,19 @@ def test_a_vae_encoder_through_encode() -> None:
         training.fit([], epochs=2)
     with pytest.raises(TypeError, match=r"decoder: expected a torch\.nn\.Module"):
         PrototypicalTraining(encoder, lambda z: z, parts()[2])
+
+
+def test_steps_are_counted_like_the_layers_own() -> None:
+    encoder, decoder, layer = parts(queue_size=40)
+    training = PrototypicalTraining(encoder, decoder, layer, warmup_epochs=1)
+    data = batches(3)
+    for x in data:
+        training.step(x)
+    assert not layer.meter.counts.any()  # warm-up
+    training.end_epoch()
+    losses = training.fit(data, epochs=2)
+    seen = layer.metrics()
+    assert layer.meter.counts.sum() == 3 * 32
+    assert seen["mmd_loss"] == pytest.approx(losses[0]["mmd"], rel=1e-5)
+    assert (int(layer.queue.filled), int(layer.steps)) == (40, 3)
+    layer.revive(encoder(torch.rand(32, PIXELS)).detach(), optimizer=training.optimizers["prototype"])
