@@ -128,6 +128,14 @@ def test_without_weights_it_is_pythaes_autoencoder_to_the_bit(digits: Tensor) ->
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_networks_of_ones_own_come_back_with_the_model(digits: Tensor, tmp_path: Path) -> None:
+    config = PrototypicalAEConfig(input_dim=(1, 8, 8), latent_dim=8)
+    model = PrototypicalAE(config, encoder=Encoder(), decoder=Decoder()).eval()
+    model.save(str(tmp_path))
+    loaded = PrototypicalAE.load_from_folder(str(tmp_path)).eval()
+    assert torch.equal(loaded.reconstruct(digits[:9]), model.reconstruct(digits[:9]))
+
+
 def test_inference_in_training_mode_counts_nothing(digits: Tensor) -> None:
     model = small().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
