@@ -1,0 +1,251 @@
+"""Prototypes in the latents of a diffusers autoencoder, saved in its folder (extra ``diffusers``).
+
+model = PrototypicalAutoencoder(vae, num_prototypes=64)  # vae: AutoencoderKL, AutoencoderKLWan, ...
+optimizer = torch.optim.AdamW(model.parameters())        # was vae.parameters()
+loss = F.mse_loss(model(x).sample, x)                    # was vae(x).sample; no KL term, no sampling noise
+
+model.save_pretrained(folder)                            # AutoencoderKL.from_pretrained(folder) still works
+model = PrototypicalAutoencoder.from_pretrained(folder)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, RegularizerOutput, SinkhornAssigner
+
+try:
+    import diffusers
+    from safetensors.torch import load_file, save_file
+except ImportError as error:
+    raise ImportError(
+        "proto_reg.integrations.diffusers needs diffusers. Run: pip install 'proto_reg[diffusers]'"
+    ) from error
+
+CONFIG, WEIGHTS = "prototypes.json", "prototypes.safetensors"
+
+
+class PrototypicalAutoencoderOutput(NamedTuple):
+    """What a forward pass computed.
+
+    Attributes:
+        sample: (B, C, H, W) or (B, C, T, H, W) reconstructions, as in diffusers' ``DecoderOutput``.
+        latents: what was decoded, in the shape of ``vae.encode(x).latent_dist.mode()``.
+        info: what the layer computed, see :class:`proto_reg.RegularizerOutput`.
+    """
+
+    sample: Tensor
+    latents: Tensor
+    info: RegularizerOutput
+
+
+class PrototypicalAutoencoder(nn.Module):
+    """A diffusers autoencoder and the prototypes of its latents: ``model(x).sample`` instead of ``vae(x).sample``.
+
+    The layer sits on the mode of the posterior; train without the KL term and without the noise. Give the optimizer,
+    and DDP, this module. What a latent is, is yours to choose:
+
+    - By default **every position of the map** is one, and prototypes are typical positions (patches). ``sample`` then
+      draws each position on its own: a texture, not a picture. Pictures are redrawn by ``sample_like``, which takes the
+      prototype of each position from a real one.
+    - With ``map_size``, **whole maps** are: one prototype is a typical picture, and ``sample`` draws new pictures of
+      its kind. All pictures must be of one size then, and latents of thousands of dimensions learn little.
+
+    Latents and prototypes are those that ``vae.encode`` gives and ``vae.decode`` takes. A diffusion model sees them
+    scaled, ``(z - shift_factor) * scaling_factor`` of ``vae.config``: after training set that factor to 1 over the
+    standard deviation of the latents, as for any autoencoder.
+
+    Args:
+        vae: the autoencoder; ``vae.encode(x).latent_dist`` and ``vae.decode(z).sample`` are what is asked of it.
+        num_prototypes: K.
+        map_size: (h, w) or (t, h, w) of the latent maps, for prototypes of whole maps.
+        layout: einops pattern of the latents: ``"b d h w"``, or ``"b d t h w"`` of video autoencoders. Follows from
+            ``map_size`` where that is given.
+        latent_dim: channels of the latents; None takes ``latent_channels`` or ``z_dim`` from the autoencoder's config.
+        options: of :class:`proto_reg.PrototypicalRegularizer`, such as ``max_tokens`` or ``warmup_steps``.
+
+    Raises:
+        TypeError, ValueError: no such autoencoder, or an option out of its range.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        num_prototypes: int,
+        *,
+        map_size: Sequence[int] | None = None,
+        layout: str = "b d h w",
+        latent_dim: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not (isinstance(vae, nn.Module) and hasattr(vae, "encode") and hasattr(vae, "decode")):
+            raise TypeError(f"vae: expected a diffusers autoencoder, got {type(vae).__name__}. Pass an AutoencoderKL.")
+        channels = _latent_channels(vae) if latent_dim is None else latent_dim
+        self.map_size = None if map_size is None else torch.Size(map_size)
+        size = channels if self.map_size is None else channels * self.map_size.numel()
+        inner = layout if self.map_size is None else "b d"
+        self.regularizer = PrototypicalRegularizer(size, num_prototypes, layout=inner, **options)
+        self.vae: Any = vae
+        self._components = [name for name in ("head", "assigner", "mmd") if options.pop(name, None) is not None]
+        sizes = {"latent_dim": channels, "map_size": None if map_size is None else list(map_size), "layout": layout}
+        self._config = {"num_prototypes": num_prototypes, **sizes, **options}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> PrototypicalAutoencoderOutput:
+        """Reconstruct ``x`` (B, C, H, W) or (B, C, T, H, W); ``mask`` as in :meth:`encode`."""
+        z, info = self.encode(x, mask)
+        return PrototypicalAutoencoderOutput(self.decode(z), z, info)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
+        """Latents of ``x``, regularised, and what the layer computed.
+
+        ``mask``, the latents' shape without channels ((B,) with ``map_size``), is True where they count.
+
+        Raises:
+            TypeError, ValueError: an autoencoder without a posterior, or maps of another size than was declared.
+        """
+        posterior = getattr(self.vae.encode(x), "latent_dist", None)
+        if posterior is None:
+            raise TypeError(
+                f"vae: expected vae.encode(x).latent_dist, {type(self.vae).__name__} has none. Call "
+                "PrototypicalRegularizer on its latents instead."
+            )
+        z = posterior.mode()
+        if self.map_size is None:
+            return self.regularizer(z, mask)
+        if z.shape[2:] != self.map_size:
+            raise ValueError(
+                f"x: expected pictures whose latent maps are {tuple(self.map_size)}, got {tuple(z.shape[2:])} for "
+                f"shape {tuple(x.shape)}. Set map_size= to the maps of your pictures, all of one size."
+            )
+        flat, info = self.regularizer(z.flatten(1), mask)
+        return flat.unflatten(1, z.shape[1:]), info
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures of latents ``z``, in the shape that :meth:`encode` returns; any floating-point dtype."""
+        return self.vae.decode(z.to(self.vae.dtype)).sample
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int = 1,
+        prototype: int | None = None,
+        *,
+        size: Sequence[int] | None = None,
+        std: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Decoded latents (num_samples, C, H, W) around one prototype, or around prototypes drawn uniformly if None.
+
+        Args:
+            size: (h, w) or (t, h, w) of the latent maps whose positions are drawn, each on its own; not with
+                ``map_size``.
+            std: standard deviation around the prototype: 1 is what training aims at, 0 the prototype itself.
+
+        Raises:
+            TypeError, ValueError: an argument out of its range.
+        """
+        head = self.regularizer.head
+        axes = len(self.regularizer.layout.axes) - 2
+        if (size is None) != (axes == 0) or (size is not None and len(size) != axes):
+            expected = f"{axes} numbers, the size of the latent maps" if axes else "None: map_size says it"
+            raise ValueError(f"size: expected {expected}, got {size}. Pass what a latent map has beside channels.")
+        shape = torch.Size((num_samples, *(size or ())))
+        z = head.sample(shape.numel(), prototype, std=std, generator=generator)
+        return self.decode(self._maps(z, shape))
+
+    @torch.no_grad()
+    def sample_like(self, assignments: Tensor, *, std: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Decoded latents around the prototypes ``assignments``, ``info.assignments`` of real pictures for example.
+
+        ``std=0`` decodes the prototypes alone, as a vector-quantised autoencoder would. Raises TypeError or ValueError
+        for indices that are none, or not in the layout of the latents without channels.
+        """
+        head, axes = self.regularizer.head, len(self.regularizer.layout.axes) - 1
+        if assignments.is_floating_point() or assignments.ndim != axes:
+            raise ValueError(
+                f"assignments: expected {axes} axes of indices, got {assignments.dtype} of shape "
+                f"{tuple(assignments.shape)}. Pass info.assignments of an encoded batch."
+            )
+        for extreme in assignments.aminmax():
+            head.check_index(int(extreme))
+        v = head.prototypes[assignments.flatten()]
+        noise = torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
+        return self.decode(self._maps(v + std * noise, assignments.shape))
+
+    def _maps(self, z: Tensor, shape: torch.Size) -> Tensor:
+        """Rows ``z`` (N, D), one for each entry of positions of ``shape``, as the latents that the vae decodes."""
+        if self.map_size is not None:
+            return z.unflatten(1, (-1, *self.map_size))
+        layout = self.regularizer.layout
+        return rearrange(z.unflatten(0, shape), f"{layout.positions} d -> {layout.pattern}").contiguous()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write the autoencoder as ``vae.save_pretrained(folder, **options)`` does, and the prototypes beside it.
+
+        Raises:
+            TypeError: an option of the layer that JSON cannot hold.
+        """
+        config = json.dumps({**self._config, "components": self._components}, indent=2)
+        self.vae.save_pretrained(folder, **options)
+        save_file({name: t.contiguous() for name, t in self.regularizer.state_dict().items()}, Path(folder, WEIGHTS))
+        Path(folder, CONFIG).write_text(config + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        head: PrototypeHead | None = None,
+        assigner: SinkhornAssigner | None = None,
+        mmd: AnchoredMMDLoss | None = None,
+        **options: Any,
+    ) -> Self:
+        """The autoencoder and its prototypes from a folder that :meth:`save_pretrained` wrote, in eval mode.
+
+        Args:
+            head, assigner, mmd: components that were given to the constructor; their options are not in the folder.
+            options: of the autoencoder's own ``from_pretrained``, such as ``torch_dtype``.
+
+        Raises:
+            FileNotFoundError: no prototypes in ``folder``.
+            ValueError: a component that the saved model had is missing.
+        """
+        path = Path(folder, CONFIG)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"folder: expected {CONFIG} in {folder}, found none. For a plain autoencoder call "
+                "PrototypicalAutoencoder(vae, num_prototypes); its save_pretrained writes the file."
+            )
+        config = json.loads(path.read_text())
+        components: dict[str, Any] = {"head": head, "assigner": assigner, "mmd": mmd}
+        given = {name: component for name, component in components.items() if component is not None}
+        if missing := set(config.pop("components")) - set(given):
+            raise ValueError(
+                f"{', '.join(sorted(missing))}: expected the component that the model was built with, got None. "
+                "Pass one built in the same way; its weights are in the folder."
+            )
+        model = cls(diffusers.AutoModel.from_pretrained(os.fspath(folder), **options), **config, **given)
+        model.regularizer.load_state_dict(load_file(Path(folder, WEIGHTS)))
+        return model.eval()
+
+
+def _latent_channels(vae: nn.Module) -> int:
+    """Channels of the latents, as the config of ``vae`` has them; ValueError if it does not say."""
+    config = getattr(vae, "config", {})
+    for name in ("latent_channels", "z_dim"):
+        if name in config:
+            return config[name]
+    raise ValueError(
+        f"latent_dim: expected the channels of the latents, got None, and the config of {type(vae).__name__} names "
+        "neither latent_channels nor z_dim. Pass vae.encode(x).latent_dist.mode().shape[1]."
+    )

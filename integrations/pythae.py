@@ -1,0 +1,176 @@
+"""An autoencoder with prototypes in pythae's own form, and a sampler around them (extra ``pythae``).
+
+model = PrototypicalAE(PrototypicalAEConfig(input_dim=(1, 28, 28), latent_dim=16, num_prototypes=30))
+TrainingPipeline(model=model, training_config=BaseTrainerConfig(...))(train_data, eval_data)
+images = PrototypeSampler(model, PrototypeSamplerConfig(prototype=3)).sample(8)
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proto_reg import PrototypeHead, PrototypeWarning, PrototypicalRegularizer
+
+try:
+    from pydantic.dataclasses import dataclass
+    from pythae.models import AE, AEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.samplers import BaseSampler, BaseSamplerConfig
+except ImportError as error:
+    raise ImportError("proto_reg.integrations.pythae needs pythae. Run: pip install 'proto_reg[pythae]'") from error
+
+
+@dataclass
+class PrototypicalAEConfig(AEConfig):
+    """Configuration of :class:`PrototypicalAE`.
+
+    Args:
+        input_dim: (C, H, W) of the data.
+        latent_dim: D.
+        num_prototypes: K.
+        scores: ``"cosine"``, ``"dot"`` or ``"euclidean"``, see :class:`proto_reg.PrototypeHead`.
+        mode, temperature, prototype_weight, mmd_weight, warmup_steps, follow_rate: see
+            :class:`proto_reg.PrototypicalRegularizer`.
+    """
+
+    num_prototypes: int = 30
+    scores: str = "cosine"
+    mode: str = "balanced"
+    temperature: float = 0.1
+    prototype_weight: float = 0.1
+    mmd_weight: float = 0.1
+    warmup_steps: int = 0
+    follow_rate: float = 0.02
+
+
+class PrototypicalAE(AE):
+    """pythae's autoencoder with the prototypical layer between encoder and decoder.
+
+    A forward pass counts as a training step in training mode and with ``epoch`` among its arguments, as pythae's
+    trainers pass it. So neither the trainer's sanity check, nor ``reconstruct``, ``embed`` and ``interpolate`` of a
+    model in training mode teach the prototypes anything. A loop of your own passes ``epoch`` too.
+
+    ``AutoModel.load_from_folder`` knows pythae's own models only: load with ``PrototypicalAE.load_from_folder``.
+
+    Args:
+        model_config, encoder, decoder: as pythae's ``AE`` takes them.
+
+    Raises:
+        TypeError, ValueError: an option of the layer out of its range.
+    """
+
+    def __init__(
+        self,
+        model_config: PrototypicalAEConfig,
+        encoder: BaseEncoder | None = None,
+        decoder: BaseDecoder | None = None,
+    ) -> None:
+        super().__init__(model_config, encoder=encoder, decoder=decoder)
+        self.model_name = "PrototypicalAE"
+        c = model_config
+        self.regularizer = PrototypicalRegularizer(
+            c.latent_dim,
+            c.num_prototypes,
+            head=PrototypeHead(c.latent_dim, c.num_prototypes, scores=c.scores),
+            mode=c.mode,
+            temperature=c.temperature,
+            prototype_weight=c.prototype_weight,
+            mmd_weight=c.mmd_weight,
+            warmup_steps=c.warmup_steps,
+            follow_rate=c.follow_rate,
+        )
+
+    def forward(self, inputs: dict[str, Tensor], **kwargs: Any) -> ModelOutput:
+        """Encode and decode ``inputs["data"]`` (B, *input_dim).
+
+        Returns pythae's ModelOutput: ``loss``, ``recon_loss``, ``prototype_loss``, ``mmd_loss`` (), ``recon_x``
+        (B, *input_dim), ``z`` (B, D) and ``assignments`` (B,).
+        """
+        x = inputs["data"]
+        z = self.encoder(x).embedding
+        self.regularizer.train(self.training and "epoch" in kwargs)
+        if self.training and not self.regularizer.training and z.requires_grad:
+            z.register_hook(_own_loop)
+        z, info = self.regularizer(z)
+        recon_x = self.decoder(z)["reconstruction"]
+        recon_loss = self.loss_function(recon_x, x)
+        return ModelOutput(
+            loss=recon_loss + info.loss if self.regularizer.mode == "weighted" else recon_loss,
+            recon_loss=recon_loss,
+            prototype_loss=info.prototype_loss,
+            mmd_loss=info.mmd_loss,
+            recon_x=recon_x,
+            z=z,
+            assignments=info.assignments,
+        )
+
+    @classmethod
+    def _load_model_config_from_folder(cls, dir_path: str) -> PrototypicalAEConfig:
+        """As pythae's, which only knows the names of its own configs."""
+        return PrototypicalAEConfig.from_json_file(str(Path(dir_path, "model_config.json")))
+
+
+def _own_loop(gradient: Tensor) -> None:
+    """What a backward pass through a forward that did not count has to say."""
+    warnings.warn(
+        "A backward pass went through PrototypicalAE without epoch= in its forward: the prototypes learn nothing. In a "
+        "loop of your own call model(inputs, epoch=epoch).",
+        PrototypeWarning,
+        stacklevel=2,
+    )
+
+
+@dataclass
+class PrototypeSamplerConfig(BaseSamplerConfig):
+    """Configuration of :class:`PrototypeSampler`.
+
+    Args:
+        prototype: the one to sample around; None draws them uniformly.
+        std: standard deviation around it: 1 is what training aims at, 0 the prototype itself.
+    """
+
+    prototype: int | None = None
+    std: float = 1.0
+
+
+class PrototypeSampler(BaseSampler):
+    """Samples the prior that the model was trained for: normal distributions around its prototypes.
+
+    Needs no ``fit``. pythae's own samplers work too, but ``NormalSampler`` draws from another prior than ours.
+
+    Raises:
+        TypeError, ValueError: another model, or an option out of its range.
+    """
+
+    def __init__(self, model: PrototypicalAE, sampler_config: PrototypeSamplerConfig | None = None) -> None:
+        if not isinstance(model, PrototypicalAE):
+            raise TypeError(f"model: expected a PrototypicalAE, got {type(model).__name__}. It has no prototypes.")
+        super().__init__(model, PrototypeSamplerConfig() if sampler_config is None else sampler_config)
+        if self.sampler_config.prototype is not None:
+            model.regularizer.head.check_index(self.sampler_config.prototype)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int = 1,
+        batch_size: int = 500,
+        output_dir: str | None = None,
+        return_gen: bool = True,
+        save_sampler_config: bool = False,
+    ) -> Tensor | None:
+        """As pythae's samplers: images (num_samples, *input_dim), and PNG files in ``output_dir`` if given."""
+        config = self.sampler_config
+        z = self.model.regularizer.head.sample(num_samples, config.prototype, std=config.std)
+        images = torch.cat([self.model.decoder(part)["reconstruction"] for part in z.split(batch_size)])
+        if output_dir is not None:
+            for i, image in enumerate(images):
+                self.save_img(image, output_dir, f"{i:08d}.png")
+        if save_sampler_config:
+            self.save(output_dir)
+        return images if return_gen else None

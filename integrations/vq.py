@@ -1,0 +1,81 @@
+"""The layer in the call shape of vector-quantize-pytorch: one swapped for the other by the name of the class.
+
+# vq = VectorQuantize(dim=64, codebook_size=512, accept_image_fmap=True)
+vq = VectorPrototypes(dim=64, codebook_size=512, accept_image_fmap=True)
+z, indices, loss = vq(encoder(x))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from proto_reg import PrototypicalRegularizer
+
+
+class VectorPrototypes(nn.Module):
+    """Prototypes where a codebook was: ``z, indices, loss = vq(z)``.
+
+    Unlike a quantiser it returns the latents themselves, so nothing is lost in reconstruction: ``indices`` say which
+    prototype each belongs to, and in training the latents gather around their prototypes, N(v, I) each. In
+    ``mode="balanced"`` that happens in the backward pass and ``loss`` is 0; in ``mode="weighted"`` it is yours to add.
+
+    Args:
+        dim: D of the latents, :class:`proto_reg.PrototypicalRegularizer`'s ``latent_dim``.
+        codebook_size: K, its ``num_prototypes``.
+        channel_last: latents are (B, N, D); False: (B, D, N). Latents (B, D) are taken either way.
+        accept_image_fmap: latents are maps (B, D, H, W).
+        accept_3d_fmap: latents are (B, D, T, H, W).
+        options: of :class:`proto_reg.PrototypicalRegularizer`.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, or both kinds of maps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        channel_last: bool = True,
+        accept_image_fmap: bool = False,
+        accept_3d_fmap: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if accept_image_fmap and accept_3d_fmap:
+            raise ValueError("accept_3d_fmap: expected False with accept_image_fmap, got True. Choose one.")
+        maps = "b d h w" if accept_image_fmap else "b d t h w" if accept_3d_fmap else None
+        self.dim, self.codebook_size, self.takes_maps = dim, codebook_size, maps is not None
+        self.latent_axis = -1 if maps is None and channel_last else 1
+        layout = maps or ("b n d" if channel_last else "b d n")
+        self.regularizer = PrototypicalRegularizer(dim, codebook_size, layout=layout, **options)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents ``x``, unchanged; indices, x's shape without D, int64, -1 where ``mask`` is False; a loss ().
+
+        ``mask``, x's shape without D, is True where latents count. The others are returned as they came.
+
+        Raises:
+            TypeError, ValueError: latents or mask of another rank, size or dtype.
+        """
+        single = x.ndim == 2 and not self.takes_maps
+        if single:
+            axis = 1 if self.latent_axis == -1 else 2
+            x, mask = x.unsqueeze(axis), None if mask is None else mask.unsqueeze(1)
+        z, info = self.regularizer(x, mask)
+        loss = info.loss if self.regularizer.mode == "weighted" else info.loss.new_zeros(())
+        indices = info.assignments if mask is None else info.assignments.masked_fill(~mask, -1)
+        return (z.squeeze(axis), indices.squeeze(1), loss) if single else (z, indices, loss)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The prototypes (K, D)."""
+        return self.regularizer.head.prototypes
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The prototypes at ``indices`` (B, ...), D where the latents have it."""
+        return self.codebook[indices].movedim(-1, self.latent_axis if indices.ndim > 1 else -1)
+
+    get_output_from_indices = get_codes_from_indices

@@ -1,0 +1,217 @@
+"""The model in pythae's form under pythae's own trainer, files and samplers."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from pythae.data.datasets import BaseDataset, DatasetOutput
+from pythae.models import AE, AEConfig
+from pythae.models.base.base_utils import ModelOutput
+from pythae.models.nn import BaseDecoder, BaseEncoder
+from pythae.pipelines import TrainingPipeline
+from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig, NormalSampler
+from pythae.trainers import BaseTrainer, BaseTrainerConfig
+from sklearn.datasets import load_digits
+from test_examples import run
+from torch import Tensor, nn
+
+from proto_reg import PrototypeWarning
+from proto_reg.integrations.pythae import PrototypeSampler, PrototypeSamplerConfig, PrototypicalAE, PrototypicalAEConfig
+
+
+@pytest.fixture(scope="module")
+def digits() -> Tensor:
+    return torch.from_numpy(load_digits().images / 16).float().unsqueeze(1)  # (1797, 1, 8, 8)
+
+
+def small(**options) -> PrototypicalAE:
+    return PrototypicalAE(PrototypicalAEConfig(input_dim=(1, 8, 8), latent_dim=8, num_prototypes=6, **options))
+
+
+def training(folder: Path, **options) -> BaseTrainerConfig:
+    options = {"num_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 64} | options
+    return BaseTrainerConfig(output_dir=str(folder), no_cuda=True, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Tensor, tmp_path_factory: pytest.TempPathFactory) -> tuple[PrototypicalAE, BaseTrainer]:
+    """Two epochs of pythae's pipeline, and the trainer that it made."""
+    torch.manual_seed(0)
+    model = small()
+    pipeline = TrainingPipeline(model=model, training_config=training(tmp_path_factory.mktemp("out")))
+    pipeline(train_data=digits[:1536], eval_data=digits[1536:])
+    return model, pipeline.trainer
+
+
+def test_two_epochs_are_two_epochs_of_steps_and_the_loss_falls(digits: Tensor, trained) -> None:
+    model, trainer = trained
+    assert model.regularizer.steps == 2 * len(trainer.train_loader)  # neither the sanity check nor eval counts
+    test = {"data": digits[1536:]}
+    with torch.no_grad():
+        assert model.eval()(test).recon_loss < 0.5 * small().eval()(test).recon_loss
+
+
+def test_the_sanity_check_teaches_nothing(digits: Tensor, tmp_path: Path) -> None:
+    model = small()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    BaseTrainer(model, BaseDataset(digits[:128], torch.ones(128)), training_config=training(tmp_path))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_the_best_model_is_a_copy_of_its_own(trained) -> None:
+    model, trainer = trained
+    best = trainer._best_model
+    assert best is not model
+    assert best.regularizer.head.prototypes.data_ptr() != model.regularizer.head.prototypes.data_ptr()
+    assert best.regularizer.steps == model.regularizer.steps  # the second epoch was the better one
+
+
+def test_reloaded_reconstructs_the_same_bits(digits: Tensor, trained) -> None:
+    _, trainer = trained
+    best = trainer._best_model.eval()
+    loaded = PrototypicalAE.load_from_folder(str(Path(trainer.training_dir, "final_model"))).eval()
+    assert loaded.model_config == best.model_config
+    assert isinstance(loaded.model_config, PrototypicalAEConfig)
+    assert torch.equal(loaded.reconstruct(digits[:50]), best.reconstruct(digits[:50]))
+    assert torch.equal(loaded.embed(digits[:50]), best.embed(digits[:50]))
+    for key, value in best.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+def test_options_survive_the_folder(tmp_path: Path) -> None:
+    options = {"scores": "euclidean", "mode": "weighted", "temperature": 0.2, "prototype_weight": 0.3}
+    options |= {"mmd_weight": 0.4, "warmup_steps": 7, "follow_rate": 0.0}
+    small(**options).save(str(tmp_path))
+    layer = PrototypicalAE.load_from_folder(str(tmp_path)).regularizer
+    assert layer.head.scores == options.pop("scores")
+    assert layer.follower.rate == options.pop("follow_rate")
+    for name, value in options.items():
+        assert getattr(layer, name) == value
+
+
+class Encoder(BaseEncoder):
+    """A user's own network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+
+    def forward(self, x: Tensor) -> ModelOutput:
+        return ModelOutput(embedding=self.net(x))
+
+
+class Decoder(BaseDecoder):
+    """A user's own network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 64), nn.Unflatten(1, (1, 8, 8)))
+
+    def forward(self, z: Tensor) -> ModelOutput:
+        return ModelOutput(reconstruction=self.net(z))
+
+
+def test_without_weights_it_is_pythaes_autoencoder_to_the_bit(digits: Tensor) -> None:
+    x, gradients = DatasetOutput(data=digits[:32]), []
+    ours = PrototypicalAEConfig(input_dim=(1, 8, 8), latent_dim=8, prototype_weight=0.0, mmd_weight=0.0)
+    for model_class, config in ((AE, AEConfig(input_dim=(1, 8, 8), latent_dim=8)), (PrototypicalAE, ours)):
+        torch.manual_seed(0)
+        model = model_class(config, encoder=Encoder(), decoder=Decoder())
+        model(x, epoch=1).loss.backward()
+        gradients.append([p.grad for part in (model.encoder, model.decoder) for p in part.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_networks_of_ones_own_come_back_with_the_model(digits: Tensor, tmp_path: Path) -> None:
+    config = PrototypicalAEConfig(input_dim=(1, 8, 8), latent_dim=8)
+    model = PrototypicalAE(config, encoder=Encoder(), decoder=Decoder()).eval()
+    model.save(str(tmp_path))
+    loaded = PrototypicalAE.load_from_folder(str(tmp_path)).eval()
+    assert torch.equal(loaded.reconstruct(digits[:9]), model.reconstruct(digits[:9]))
+
+
+def test_inference_in_training_mode_counts_nothing(digits: Tensor) -> None:
+    model = small().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.reconstruct(digits[:16])
+    model.embed(digits[:16])
+    model.interpolate(digits[:4], digits[4:8], 3)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert model.training
+
+
+def test_a_loop_of_ones_own_passes_the_epoch(digits: Tensor) -> None:
+    model, inputs = small(), DatasetOutput(data=digits[:64])
+    with pytest.warns(PrototypeWarning, match=r"call model\(inputs, epoch=epoch\)"):
+        model(inputs).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(inputs, epoch=1).loss.backward()
+    assert model.regularizer.steps == 1
+
+
+def test_weighted_mode_adds_its_loss(digits: Tensor) -> None:
+    model = small(mode="weighted", prototype_weight=2.0, mmd_weight=3.0)
+    out = model(DatasetOutput(data=digits[:64]), epoch=1)
+    expected = out.recon_loss + 2 * out.prototype_loss + 3 * out.mmd_loss
+    torch.testing.assert_close(out.loss, expected)
+    balanced = small()(DatasetOutput(data=digits[:64]), epoch=1)
+    assert balanced.loss is balanced.recon_loss
+
+
+def test_samplers(digits: Tensor, trained, tmp_path: Path) -> None:
+    model, _ = trained
+    gmm = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=3))
+    gmm.fit(digits[:300])
+    for sampler in (gmm, NormalSampler(model), PrototypeSampler(model)):
+        images = sampler.sample(num_samples=7, batch_size=3)
+        assert images.shape == (7, 1, 8, 8)
+        assert not images.requires_grad
+    sampler = PrototypeSampler(model, PrototypeSamplerConfig(prototype=2, std=0.0))
+    out = sampler.sample(3, batch_size=2, output_dir=str(tmp_path), return_gen=False, save_sampler_config=True)
+    assert out is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{i:08d}.png" for i in range(3)), "sampler_config.json"]
+    assert PrototypeSamplerConfig.from_json_file(str(tmp_path / "sampler_config.json")) == sampler.sampler_config
+    v = model.regularizer.head.prototypes.detach()[[2, 2, 2]]
+    torch.testing.assert_close(sampler.sample(3), model.decoder(v).reconstruction.detach())
+
+
+def test_samples_around_a_prototype_are_of_its_kind(trained) -> None:
+    model, _ = trained
+    torch.manual_seed(0)
+    z = model.embed(PrototypeSampler(model, PrototypeSamplerConfig(prototype=4, std=0.1)).sample(50))
+    assert (model.regularizer.head(z).argmax(1) == 4).float().mean() > 0.9
+
+
+def test_what_is_wrong_is_named() -> None:
+    with pytest.raises(ValueError, match="scores: expected one of"):
+        small(scores="cos")
+    with pytest.raises(ValueError, match="num_prototypes: expected"):
+        PrototypicalAE(PrototypicalAEConfig(input_dim=(1, 8, 8), num_prototypes=0))
+    with pytest.raises(TypeError, match="model: expected a PrototypicalAE, got AE"):
+        PrototypeSampler(AE(AEConfig(input_dim=(1, 8, 8))))
+    with pytest.raises(ValueError, match="prototype: expected an index in"):
+        PrototypeSampler(small(), PrototypeSamplerConfig(prototype=6))
+    with pytest.raises(ValueError, match="num_samples: expected"):
+        PrototypeSampler(small()).sample(0)
+
+
+def test_a_missing_framework_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pythae.models", None)
+    monkeypatch.delitem(sys.modules, "proto_reg.integrations.pythae")
+    with pytest.raises(ImportError, match="pip install 'proto_reg\\[pythae\\]'"):
+        import_module("proto_reg.integrations.pythae")
+
+
+def test_example(tmp_path: Path) -> None:
+    out = run("pythae_model.py", "--epochs", "2", "--out", tmp_path, cwd=tmp_path)
+    for name in ("PrototypeSampler", "PrototypeSampler, prototype 3", "GaussianMixtureSampler", "NormalSampler"):
+        assert f"{name}: (8, 1, 8, 8)" in out
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
