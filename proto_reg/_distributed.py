@@ -36,6 +36,7 @@ class Ranks:
 
     def active(self, together: bool = True) -> dist.ProcessGroup | None:
         """The process group to work with now; None for this process alone, as without ``together``."""
+        together = together and self.group is not None and _initialized()
         return resolve(self.group) if together else None
 
 
@@ -46,10 +47,14 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
         TypeError, ValueError: neither ``"default"`` nor None nor a ProcessGroup.
     """
     _check_group(group)
-    if group is None or not dist.is_available() or not dist.is_initialized():
+    if group is None or not _initialized():
         return None
     members: Any = dist.group.WORLD if isinstance(group, str) else group
     return members if dist.get_world_size(members) > 1 else None
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _check_group(group: Group) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -83,12 +84,12 @@ class LayerWatch:
         prototypes: Tensor,
         assignments: Tensor,
         prototype_loss: Tensor,
-        active_steps: Tensor,
+        active_steps: Callable[[], Tensor],
         queue_size: int = 0,
     ) -> None:
         """Look at a training step of latents (N, D), ``total`` in all processes.
 
-        Shapes always, values after 50, 100, 200, ... steps.
+        Shapes always, values after 50, 100, 200, ... steps; only then ``active_steps``, those since warm-up, is called.
         """
         if torch.compiler.is_compiling():
             return
@@ -102,7 +103,7 @@ class LayerWatch:
         self._read()
         self.looks += 1
         if len(tokens) and self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1:
-            self._measure(tokens.detach(), prototypes, assignments, prototype_loss.detach(), active_steps)
+            self._measure(tokens.detach(), prototypes, assignments, prototype_loss.detach(), active_steps())
 
     def _measure(
         self, tokens: Tensor, prototypes: Tensor, assignments: Tensor, prototype_loss: Tensor, active_steps: Tensor

@@ -73,7 +73,7 @@ class PrototypeFollower(WideState):
         # of nothing goes past the count too, for graphs that hold the prototypes would mind.
         untouched = eager and prototypes._version == self._seen_version
         follow(prototypes.data if untouched else prototypes, self.sums, self.counts, self.seen, self.rate)
-        if eager:
+        if eager and prototypes._version != self._seen_version:
             self._seen_version = prototypes._version
 
     def _move_shards(self, prototypes: Tensor, shards: Any) -> None:
@@ -85,8 +85,7 @@ class PrototypeFollower(WideState):
         self.seen.copy_(prototypes)  # in the dtype that they are gathered in
         shards.to_local().add_(local_part(moved - before, shards))
 
-    @torch.no_grad()
-    def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor) -> None:
+    def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor | None = None) -> None:
         """Remember the finite ones of latents ``tokens`` (N, D) by their prototypes ``assignments`` (N,).
 
         ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the group.

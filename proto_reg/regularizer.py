@@ -225,18 +225,26 @@ class PrototypicalRegularizer(nn.Module):
     def _track(self, tokens: Tensor, keep: Tensor | None, share: _Share, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
         if self.prototype_weight and self.head.num_prototypes > 1:
-            active = self._ramp() > 0
-            self.follower.observe(tokens, output.assignments, active if keep is None else keep & active)
+            counted = keep
+            if self.warmup_steps or self.ramp_steps:
+                active = self._ramp() > 0
+                counted = active if keep is None else keep & active
+            self.follower.observe(tokens, output.assignments, counted)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:
             self.queue.push(tokens, keep)
         self.steps.add_(1)
         past = 0 if self.queue is None else self.queue.size
-        since = self.steps - self.warmup_steps
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
         prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
-        self.watch.at_step(tokens, share.total, prototypes, output.assignments, output.prototype_loss, since, past)
+        self.watch.at_step(
+            tokens, share.total, prototypes, output.assignments, output.prototype_loss, self._since, past
+        )
+
+    def _since(self) -> Tensor:
+        """() int64 steps since warm-up ended."""
+        return self.steps - self.warmup_steps
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: _Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
@@ -250,7 +258,7 @@ class PrototypicalRegularizer(nn.Module):
         if self.warmup_steps or self.ramp_steps:
             weight = self._ramp()
             loss = torch.where(weight > 0, weight * loss, 0.0)
-        return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes[: z.shape[0]], assignments[: z.shape[0]])
+        return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _balanced(
         self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: _Share
@@ -270,7 +278,8 @@ class PrototypicalRegularizer(nn.Module):
             mmd_loss, by_latents = self.mmd.value_and_gradient(
                 *self._mmd_arguments(tokens, codes, assignments, chosen, index)
             )
-            by_latents = by_latents[: tokens.shape[0] if index is None else index.shape[0]]  # past latents stay
+            if self.queue_mmd:  # past latents stay where they are
+                by_latents = by_latents[: tokens.shape[0] if index is None else index.shape[0]]
             if index is not None:
                 by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
@@ -283,10 +292,15 @@ class PrototypicalRegularizer(nn.Module):
             counted = None if keep is None else self.layout.restore(keep[:, None], z)
         attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
         z = AttachDirection.apply(share.group, z, attached, counted, *steps, *self.head.parameters())
-        output = RegularizerOutput(
-            loss, prototype_loss, mmd_loss, scores, codes[: tokens.shape[0]], assignments[: tokens.shape[0]]
-        )
-        return z, output
+        return z, self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+
+    def _output(
+        self, loss: Tensor, prototype_loss: Tensor, mmd_loss: Tensor, scores: Tensor, codes: Tensor, assignments: Tensor
+    ) -> RegularizerOutput:
+        """All of it for the batch alone: past latents stand below."""
+        if self.queue is not None:
+            codes, assignments = codes[: scores.shape[0]], assignments[: scores.shape[0]]
+        return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _direction(self, by_tokens: Tensor, by_latents: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
         """Both gradients (N, D) at the size of their weights, added up; and what the first was multiplied with, ()."""
@@ -433,7 +447,8 @@ class PrototypicalRegularizer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What the MMD is taken of: tokens (of ``index``) and past ones, the anchors, members, and which count."""
         members = codes if self.soft else assignments
-        members, past = members[: z.shape[0]], members[z.shape[0] :]
+        if self.queue is not None:
+            members, past = members[: z.shape[0]], members[z.shape[0] :]
         if index is not None:
             z, members = z[index], members[index]
         if self.queue is not None and self.queue_mmd and self.training:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._distributed import Group, Ranks, sum_
 from ._state import WideState
 from .functional.metrics import SEPARATION, nearest_other
+from .kernels.rows import tally
 
 
 class UsageMeter(WideState):
@@ -39,7 +40,6 @@ class UsageMeter(WideState):
         self.register_buffer("counts", torch.zeros(num_prototypes, dtype=torch.int64))
         self.register_buffer("totals", torch.zeros(4, dtype=torch.float32))
 
-    @torch.no_grad()
     def observe(
         self,
         tokens: Tensor,
@@ -49,18 +49,16 @@ class UsageMeter(WideState):
         counted: Tensor | None = None,
     ) -> None:
         """Count a pass of latents ``tokens`` (N, D) with ``scores`` (N, K): the finite ones where ``counted`` (N,)."""
-        usable = tokens.isfinite().all(1)
-        usable = usable if counted is None else usable & counted
-        nearest = scores.argmax(1)
-        distance = torch.where(usable, (tokens - prototypes.to(tokens.dtype)[nearest]).square().mean(1), 0.0).sum()
-        counts = torch.zeros_like(self.counts).index_add(0, nearest, usable.to(torch.int64))
-        totals = torch.stack([losses[0], losses[1], torch.ones_like(distance), distance]).to(self.totals.dtype)
         group = self.ranks.active()
-        if group is not None:
-            both = sum_(torch.cat([counts.double(), totals.double()]), group)
-            counts, totals = both[: len(counts)].to(torch.int64), both[len(counts) :].to(totals.dtype)
-        self.counts += counts
-        self.totals += totals
+        pass_of_rank = tokens, scores, prototypes, counted, *losses
+        if group is None:
+            tally(self.counts, self.totals, *pass_of_rank)
+            return
+        counts, totals = torch.zeros_like(self.counts), torch.zeros_like(self.totals)
+        tally(counts, totals, *pass_of_rank)
+        both = sum_(torch.cat([counts.double(), totals.double()]), group)
+        self.counts.add_(both[: len(counts)].to(torch.int64))
+        self.totals.add_(both[len(counts) :].to(totals.dtype))
 
     def reset(self) -> None:
         """Forget everything that was counted."""

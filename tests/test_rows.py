@@ -62,8 +62,24 @@ def test_balance(dim: int) -> None:
 def test_sums_by_group_leave_out_what_is_not_finite_or_not_counted(dim: int) -> None:
     x, index, counted = torch.randn(50, dim), torch.randint(6, (50,)), torch.rand(50) < 0.7
     x[3, -1], x[8, 0], x[9, dim // 2] = math.nan, math.inf, -math.inf
-    for mask in (counted, torch.tensor(True), torch.tensor(False), counted.repeat_interleave(2)[::2]):
+    for mask in (None, counted, torch.tensor(True), torch.tensor(False), counted.repeat_interleave(2)[::2]):
         close(operators.sums_by_group(x, index, mask, 6), rows.sums_by_group_plain(x.double(), index, mask, 6))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_tally_adds_up_what_is_finite_and_counted(dim: int) -> None:
+    x, scores, v = torch.randn(50, dim), torch.randn(50, 7).round(), torch.randn(7, dim)  # ties: the first of them
+    x[3, -1], x[8, 0], x[9, dim // 2] = math.nan, math.inf, -math.inf
+    losses = torch.tensor(0.5), torch.tensor(-0.25)
+    for mask in (None, torch.rand(50) < 0.7):
+        counts, totals = torch.arange(7), torch.tensor([1.0, 2.0, 3.0, 4.0])
+        expected = counts.clone(), totals.clone()
+        for _ in range(2):
+            operators.tally_float32(counts, totals, x, scores, v, mask, *losses)
+            rows.tally_plain(*expected, x.double(), scores.double(), v.double(), mask, *losses)
+        assert torch.equal(counts, expected[0])
+        close(totals, expected[1])
+        assert totals[2] == 5
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -134,6 +150,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.unit_rows_pull_back.default, (x, unit, inverse_norms))
     torch.library.opcheck(operators.balance.default, (x, unit, 0.1, 0.2))
     torch.library.opcheck(operators.sums_by_group.default, (x, index, torch.tensor(True), 3))
+    tallied = (torch.zeros(3, dtype=torch.int64), torch.zeros(4), x, torch.randn(6, 3), torch.randn(3, 5), None)
+    torch.library.opcheck(operators.tally_float32.default, (*tallied, torch.tensor(1.0), torch.tensor(2.0)))
     state = (torch.randn(3, 5), torch.randn(3, 5), torch.ones(3), torch.randn(3, 5), 0.1)
     torch.library.opcheck(operators.follow_float32.default, state)
 

@@ -84,18 +84,51 @@ std::tuple<Tensor, Tensor> balance(const Tensor& a_, const Tensor& b_, double we
   return {direction, scale};
 }
 
-Tensor sums_by_group(const Tensor& x_, const Tensor& index_, const Tensor& counted_, int64_t groups) {
+// Which rows count: bool for each, or one for all.
+struct Counted {
+  std::optional<Tensor> tensor;
+
+  Counted(const std::optional<Tensor>& given, int64_t rows) : tensor(as_contiguous(given)) {
+    STD_TORCH_CHECK(
+        !tensor || (tensor->scalar_type() == ScalarType::Bool && (tensor->dim() == 0 || tensor->numel() == rows)),
+        "counted: expected bool for each row or for all");
+  }
+  const bool* data() const { return tensor ? static_cast<const bool*>(tensor->const_data_ptr()) : nullptr; }
+  int64_t stride() const { return tensor && tensor->dim() > 0 ? 1 : 0; }
+};
+
+Tensor sums_by_group(const Tensor& x_, const Tensor& index_, const std::optional<Tensor>& counted_, int64_t groups) {
   const Matrix x(x_);
-  const Tensor index = as_contiguous(index_), counted = as_contiguous(counted_);
-  STD_TORCH_CHECK(
-      index.numel() == x.rows && index.scalar_type() == ScalarType::Long &&
-          (counted.dim() == 0 || counted.numel() == x.rows) && counted.scalar_type() == ScalarType::Bool,
-      "expected an int64 index for each row, and bool for each or for all");
+  const Tensor index = as_contiguous(index_);
+  const Counted counted(counted_, x.rows);
+  STD_TORCH_CHECK(index.numel() == x.rows && index.scalar_type() == ScalarType::Long,
+                  "index: expected int64 for each row");
   Tensor sums = empty(x_, {groups, x.dim + 1}, ScalarType::Float);
-  sums_by_group_cpu(x.data(), static_cast<const int64_t*>(index.const_data_ptr()),
-                    static_cast<const bool*>(counted.const_data_ptr()), counted.dim() == 0 ? 0 : 1, x.rows, x.dim,
-                    groups, data(sums));
+  sums_by_group_cpu(x.data(), static_cast<const int64_t*>(index.const_data_ptr()), counted.data(), counted.stride(),
+                    x.rows, x.dim, groups, data(sums));
   return sums;
+}
+
+void tally(Tensor counts, Tensor totals, const Tensor& x_, const Tensor& scores_, const Tensor& prototypes_,
+           const std::optional<Tensor>& counted_, const Tensor& prototype_loss, const Tensor& mmd_loss) {
+  const Matrix x(x_), scores(scores_), prototypes(prototypes_);
+  const Counted counted(counted_, x.rows);
+  STD_TORCH_CHECK(
+      counts.is_contiguous() && counts.scalar_type() == ScalarType::Long && counts.numel() == prototypes.rows &&
+          totals.is_contiguous() && totals.scalar_type() == ScalarType::Float && totals.numel() == 4,
+      "expected (K,) int64 counts and (4,) float32 totals");
+  STD_TORCH_CHECK(scores.rows == x.rows && scores.dim == prototypes.rows && prototypes.dim == x.dim,
+                  "expected (N, D) latents, (N, K) scores and (K, D) prototypes");
+  STD_TORCH_CHECK(
+      prototype_loss.numel() == 1 && mmd_loss.numel() == 1 && prototype_loss.scalar_type() == ScalarType::Float &&
+          mmd_loss.scalar_type() == ScalarType::Float,
+      "expected two losses, float32 scalars");
+  float* sums = data(totals);
+  sums[0] += *static_cast<const float*>(prototype_loss.const_data_ptr());
+  sums[1] += *static_cast<const float*>(mmd_loss.const_data_ptr());
+  sums[2] += 1;
+  sums[3] += tally_cpu(x.data(), scores.data(), prototypes.data(), counted.data(), counted.stride(), x.rows, x.dim,
+                       prototypes.rows, static_cast<int64_t*>(counts.mutable_data_ptr()));
 }
 
 void follow(Tensor prototypes, Tensor sums, Tensor counts, Tensor seen, double rate) {
@@ -118,5 +151,6 @@ STABLE_TORCH_LIBRARY_IMPL(proto_reg, CPU, library) {
   library.impl("unit_rows_pull_back", TORCH_BOX(&proto_reg::unit_rows_pull_back));
   library.impl("balance", TORCH_BOX(&proto_reg::balance));
   library.impl("sums_by_group", TORCH_BOX(&proto_reg::sums_by_group));
+  library.impl("tally_float32", TORCH_BOX(&proto_reg::tally));
   library.impl("follow_float32", TORCH_BOX(&proto_reg::follow));
 }

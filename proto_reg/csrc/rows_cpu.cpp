@@ -49,6 +49,11 @@ void combine(float a, const float* x, float b, const float* y, int64_t dim, floa
   run(a, x, b, y, dim, out);
 }
 
+float squared_distance(const float* x, const float* y, int64_t dim) {
+  static const auto run = fastest(baseline::squared_distance, avx2::squared_distance, avx512::squared_distance);
+  return run(x, y, dim);
+}
+
 bool finite(const float* x, int64_t dim) {
   static const auto run = fastest(baseline::finite, avx2::finite, avx512::finite);
   return run(x, dim);
@@ -89,11 +94,23 @@ void sums_by_group_cpu(const float* x, const int64_t* index, const bool* counted
                        int64_t dim, int64_t groups, float* sums) {
   std::memset(sums, 0, sizeof(float) * groups * (dim + 1));
   for (int64_t i = 0; i < rows; ++i, x += dim) {
-    if (!counted[i * counted_stride] || index[i] < 0 || index[i] >= groups || !finite(x, dim)) continue;
+    if ((counted && !counted[i * counted_stride]) || index[i] < 0 || index[i] >= groups || !finite(x, dim)) continue;
     float* group = sums + index[i] * (dim + 1);
     combine(1, group, 1, x, dim, group);
     group[dim] += 1;
   }
+}
+
+float tally_cpu(const float* x, const float* scores, const float* prototypes, const bool* counted,
+                int64_t counted_stride, int64_t rows, int64_t dim, int64_t num_prototypes, int64_t* counts) {
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i, x += dim, scores += num_prototypes) {
+    if ((counted && !counted[i * counted_stride]) || !finite(x, dim)) continue;
+    const int64_t nearest = std::max_element(scores, scores + num_prototypes) - scores;
+    counts[nearest] += 1;
+    total += squared_distance(x, prototypes + nearest * dim, dim);
+  }
+  return static_cast<float>(total / dim);
 }
 
 void follow_cpu(float* prototypes, float* sums, float* counts, float* seen, int64_t rows, int64_t dim, float rate) {

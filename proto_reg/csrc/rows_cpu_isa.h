@@ -19,6 +19,15 @@ inline float dot(const float* x, const float* y, int64_t dim) {
   return sum(total);
 }
 
+inline float squared_distance(const float* x, const float* y, int64_t dim) {
+  V total{};
+  each_vector(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {
+    const V difference = load_first(x + d, present) - load_first(y + d, present);
+    total += difference * difference;
+  });
+  return sum(total);
+}
+
 // a x + b y
 inline void combine(float a, const float* x, float b, const float* y, int64_t dim, float* out) {
   each_vector(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {

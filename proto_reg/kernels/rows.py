@@ -38,14 +38,42 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
-def sums_by_group_plain(x: Tensor, index: Tensor, counted: Tensor, groups: int) -> Tensor:
+def sums_by_group_plain(x: Tensor, index: Tensor, counted: Tensor | None, groups: int) -> Tensor:
     """(groups, D + 1): for each group the sum of its finite rows of ``x`` (N, D), and their number.
 
     ``index`` (N,) int64 in [0, groups); ``counted`` (N,) or () bool, False leaves the row out.
     """
-    usable = x.isfinite().all(1) & counted
+    usable = _usable(x, counted)
     rows = torch.cat([torch.where(usable[:, None], x, 0.0), usable.to(x.dtype)[:, None]], 1)
     return rows.new_zeros(groups, rows.shape[1]).index_add(0, index, rows)
+
+
+def tally_plain(
+    counts: Tensor,
+    totals: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    prototypes: Tensor,
+    counted: Tensor | None,
+    prototype_loss: Tensor,
+    mmd_loss: Tensor,
+) -> None:
+    """Add a training pass up, in place.
+
+    Args:
+        counts: (K,) int64, finite rows of ``x`` (N, D) that score (N, K) highest with each of ``prototypes`` (K, D).
+        totals: (4,) float32: both losses, passes, squared distance of those rows from that prototype per dimension.
+        counted: (N,) bool, False leaves the row out.
+    """
+    usable, nearest = _usable(x, counted), scores.argmax(1)
+    distance = torch.where(usable, (x - prototypes.to(x.dtype)[nearest]).square().mean(1), 0.0).sum()
+    counts.index_add_(0, nearest, usable.to(counts.dtype))
+    totals += torch.stack([prototype_loss, mmd_loss, torch.ones_like(distance), distance]).to(totals.dtype)
+
+
+def _usable(x: Tensor, counted: Tensor | None) -> Tensor:
+    finite = x.isfinite().all(1)
+    return finite if counted is None else finite & counted
 
 
 def compiled(*tensors: Tensor) -> bool:
@@ -76,20 +104,45 @@ def balance(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> tuple[Ten
     return form(a, b, weight_a, weight_b)
 
 
-def sums_by_group(x: Tensor, index: Tensor, counted: Tensor, groups: int) -> Tensor:
+def sums_by_group(x: Tensor, index: Tensor, counted: Tensor | None, groups: int) -> Tensor:
     """:func:`sums_by_group_plain`, compiled where it can be."""
     form = torch.ops.proto_reg.sums_by_group.default if compiled(x) else sums_by_group_plain
     return form(x, index, counted, groups)
+
+
+def tally(
+    counts: Tensor,
+    totals: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    prototypes: Tensor,
+    counted: Tensor | None,
+    prototype_loss: Tensor,
+    mmd_loss: Tensor,
+) -> None:
+    """:func:`tally_plain` as an operator, for torch.compile must not undo what it wrote; compiled where it can be."""
+    single = compiled(x, scores, prototypes) and prototype_loss.dtype == mmd_loss.dtype == torch.float32
+    operator = torch.ops.proto_reg.tally_float32 if single else torch.ops.proto_reg.tally
+    operator.default(counts, totals, x, scores, prototypes, counted, prototype_loss, mmd_loss)
 
 
 _DEFINITIONS: dict[str, Callable[..., object]] = {
     "unit_rows(Tensor x) -> (Tensor unit, Tensor inverse_norms)": unit_rows_plain,
     "unit_rows_pull_back(Tensor gradient, Tensor unit, Tensor inverse_norms) -> Tensor": unit_rows_pull_back_plain,
     "balance(Tensor a, Tensor b, float weight_a, float weight_b) -> (Tensor direction, Tensor scale)": balance_plain,
-    "sums_by_group(Tensor x, Tensor index, Tensor counted, SymInt groups) -> Tensor": sums_by_group_plain,
+    "sums_by_group(Tensor x, Tensor index, Tensor? counted, SymInt groups) -> Tensor": sums_by_group_plain,
 }
 for _signature, _function in _DEFINITIONS.items():
     _name, _, _rest = _signature.partition("(")
     torch.library.define(f"proto_reg::{_name}", f"({_rest}")
     torch.library.impl(f"proto_reg::{_name}", "CompositeExplicitAutograd")(_function)
     torch.library.register_fake(f"proto_reg::{_name}")(_function)
+
+_TALLY = (
+    "(Tensor(a!) counts, Tensor(b!) totals, Tensor x, Tensor scores, Tensor prototypes, Tensor? counted, "
+    "Tensor prototype_loss, Tensor mmd_loss) -> ()"
+)
+for _name in ("tally", "tally_float32"):  # only the second has a compiled kernel
+    torch.library.define(f"proto_reg::{_name}", _TALLY)
+    torch.library.impl(f"proto_reg::{_name}", "CompositeExplicitAutograd")(tally_plain)
+    torch.library.register_fake(f"proto_reg::{_name}")(lambda *arguments: None)
