@@ -4,16 +4,13 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
-#include <string>
 #include <vector>
 
-#define ALWAYS_INLINE __attribute__((always_inline))
-#define INLINE inline ALWAYS_INLINE
+#include "cpu_targets.h"
 
 namespace proto_reg {
 namespace {
@@ -66,29 +63,14 @@ class Workspace {
   std::array<int64_t, 8> offsets_{};
 };
 
-// Vectors never cross a function that is not inlined.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 namespace baseline {
 #define MACHINE_LANES 4
 #include "sinkhorn_cpu_isa.h"
 #undef MACHINE_LANES
 }  // namespace baseline
 
-// The same source again for what only some machines have.
-#define PRAGMA(...) _Pragma(#__VA_ARGS__)
-#if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define END_TARGET PRAGMA(clang attribute pop)
-#else
-#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
-#define END_TARGET PRAGMA(GCC pop_options)
-#endif
-
 #if defined(__x86_64__)
-BEGIN_TARGET("avx2,fma")
+BEGIN_TARGET(AVX2_FEATURES)
 namespace avx2 {
 #define MACHINE_LANES 8
 #include "sinkhorn_cpu_isa.h"
@@ -96,35 +78,22 @@ namespace avx2 {
 }  // namespace avx2
 END_TARGET
 
-BEGIN_TARGET("avx512f,avx512vl,avx512dq,fma")
+BEGIN_TARGET(AVX512_FEATURES)
 namespace avx512 {
 #define MACHINE_LANES 16
 #include "sinkhorn_cpu_isa.h"
 #undef MACHINE_LANES
 }  // namespace avx512
 END_TARGET
+#else
+namespace avx2 = baseline;
+namespace avx512 = baseline;
 #endif
-
-using Solve = void (*)(const SinkhornProblem&, int64_t, const Chunks&, ParallelFor);
-
-// The fastest that runs here; PROTO_REG_CPU_ISA=baseline or avx2 asks for less.
-Solve fastest() {
-  const char* given = std::getenv("PROTO_REG_CPU_ISA");
-  const std::string most = given ? given : "avx512";
-#if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && most == "avx512") return avx512::solve;
-  if (has_avx2 && most != "baseline") return avx2::solve;
-#endif
-  return baseline::solve;
-}
 
 }  // namespace
 
 void sinkhorn_cpu(const SinkhornProblem& problem, ParallelFor parallel_for) {
-  static const Solve solve = fastest();
+  static const auto solve = fastest(baseline::solve, avx2::solve, avx512::solve);
   const Chunks chunks(problem.rows, problem.columns);
   for (int64_t group = 0; group < problem.groups; ++group) solve(problem, group, chunks, parallel_for);
 }
