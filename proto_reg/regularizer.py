@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from ._checks import check_choice, check_instance, check_number, check_positive_int, compute_dtype
-from ._distributed import Group, Ranks, gather_rows, row_counts, whole
-from ._random import mix
+from ._distributed import Group, Ranks, whole
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
 from .balance import AttachDirection, inverse_norms
@@ -26,6 +25,7 @@ from .mmd import AnchoredMMDLoss
 from .queue import LatentQueue, below
 from .revival import revive
 from .schedule import check_temperature, ramp, sharpness
+from .tokens import Share, share_of, subsample
 from .usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -53,14 +53,6 @@ class RegularizerOutput(NamedTuple):
     scores: Tensor
     codes: Tensor
     assignments: Tensor
-
-
-class _Share(NamedTuple):
-    """This process's share of the batch: rows ``start`` to ``start`` + N of the ``total`` of the group."""
-
-    group: ProcessGroup | None
-    start: int
-    total: int
 
 
 class PrototypicalRegularizer(nn.Module):
@@ -222,7 +214,7 @@ class PrototypicalRegularizer(nn.Module):
         return z, self._to_layout(output, z)
 
     @torch.no_grad()
-    def _track(self, tokens: Tensor, keep: Tensor | None, share: _Share, output: RegularizerOutput) -> None:
+    def _track(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
         if self.prototype_weight and self.head.num_prototypes > 1:
             counted = keep
@@ -246,7 +238,7 @@ class PrototypicalRegularizer(nn.Module):
         """() int64 steps since warm-up ended."""
         return self.steps - self.warmup_steps
 
-    def _losses(self, z: Tensor, keep: Tensor | None, share: _Share) -> RegularizerOutput:
+    def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
         scores = self.head(z)
         sharpened, options = self._assigner_arguments(scores, keep)
@@ -261,7 +253,7 @@ class PrototypicalRegularizer(nn.Module):
         return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _balanced(
-        self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: _Share
+        self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share
     ) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
         with torch.no_grad():
@@ -408,14 +400,11 @@ class PrototypicalRegularizer(nn.Module):
         }
         return cls(latent_dim, num_prototypes, **(choices | options))
 
-    def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, _Share]:
+    def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Share]:
         """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
         group = self.ranks.active(self.training)
         tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim, empty=group is not None)
-        counts, start = row_counts(tokens.shape[0], group, tokens.device)
-        share = _Share(group, start, sum(counts))
-        if share.total == 0:
-            raise ValueError("z: expected latents in one process of the group at least, got none. Skip empty batches.")
+        share = share_of(tokens, group)
         tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, self.head.prototypes.dtype)))
         if self.assigner.nan_policy == "raise":
             check_no_nan("z", tokens if keep is None else tokens[keep], group)
@@ -435,7 +424,7 @@ class PrototypicalRegularizer(nn.Module):
         options: dict[str, Any] = {"mask": keep}
         rows = scores.shape[0]
         if self.queue is not None and self.training:
-            latents, in_use = self.queue.part(self.assigner.ranks.active(self.training))
+            latents, in_use = self.queue.part(self.ranks.active(self.training))
             with torch.no_grad():
                 past = self.head(latents.to(scores.dtype))
             scores = torch.cat([scores, past])
@@ -452,28 +441,16 @@ class PrototypicalRegularizer(nn.Module):
         if index is not None:
             z, members = z[index], members[index]
         if self.queue is not None and self.queue_mmd and self.training:
-            latents, in_use = self.queue.part(self.mmd.ranks.active(self.training))
+            latents, in_use = self.queue.part(self.ranks.active(self.training))
             keep = below(keep, z.shape[0], in_use)
             z, members = torch.cat([z, latents.to(z.dtype)]), torch.cat([members, past])
         return z, self.head.prototypes.detach(), members, keep
 
-    def _subsample(self, count: int, keep: Tensor | None, share: _Share) -> tuple[Tensor | None, Tensor | None]:
-        """Indices of the tokens that may enter the MMD, None for all, and which of these do; None for all of them.
-
-        A function of seed, step and the tokens' places in the batch of all processes: the ``max_tokens`` of lowest key.
-        """
+    def _subsample(self, count: int, keep: Tensor | None, share: Share) -> tuple[Tensor | None, Tensor | None]:
+        """Indices of the tokens that may enter the MMD, None for all, and which of these do; None for all of them."""
         if share.total <= self.max_tokens:
             return None, keep
-        place = torch.arange(share.start, share.start + count, device=self.steps.device)
-        key = mix(place + self._now() * 1_000_003 + self.seed % 2**31 * 0x5851F42D)
-        if keep is not None:
-            key = torch.where(keep, key, torch.iinfo(torch.int64).max)
-        lowest, index = key.topk(min(count, self.max_tokens), largest=False)
-        chosen = None if keep is None else keep[index]
-        if share.group is None:
-            return index, chosen
-        limit = gather_rows(lowest, share.group)[0].kthvalue(self.max_tokens).values
-        return index, lowest <= limit if chosen is None else chosen & (lowest <= limit)
+        return subsample(count, keep, share, self.max_tokens, self._now(), self.seed)
 
     def _now(self) -> Tensor:
         """() int64: the step count, also for the backward pass of this step, when it will have moved on."""

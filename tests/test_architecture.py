@@ -23,6 +23,7 @@ ROOMS = [
     "_random",
     "_state",
     "layout",
+    "tokens",
     "kernels",
     "functional",
     "bench",
