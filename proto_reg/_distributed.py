@@ -6,6 +6,8 @@ process alone) or a ``torch.distributed.ProcessGroup``. Modules work together in
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, Union, cast
 
 import torch
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group: TypeAlias = Union[str, "dist.ProcessGroup", None]
+
+_alone = False
 
 # Of two names the one that does not warn: torch 2.13 renamed it.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -36,7 +40,7 @@ class Ranks:
 
     def active(self, together: bool = True) -> dist.ProcessGroup | None:
         """The process group to work with now; None for this process alone, as without ``together``."""
-        together = together and self.group is not None and _initialized()
+        together = together and self.group is not None and _initialized() and not _alone
         return resolve(self.group) if together else None
 
 
@@ -51,6 +55,17 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
         return None
     members: Any = dist.group.WORLD if isinstance(group, str) else group
     return members if dist.get_world_size(members) > 1 else None
+
+
+@contextmanager
+def alone(wanted: bool = True) -> Iterator[None]:
+    """Modules work as if there were no other process, if ``wanted``: on a batch that has been gathered already."""
+    global _alone
+    before, _alone = _alone, _alone or wanted
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def _initialized() -> bool:
@@ -109,12 +124,19 @@ def row_counts(count: int, group: dist.ProcessGroup | None, device: torch.device
     return known, sum(known[: dist.get_rank(group)])
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """Rows (n, ...) of all ranks in their order (N, ...), and where this rank's begin; any n, 0 too. No gradient."""
-    counts, start = row_counts(len(rows), group, rows.device)
+def gather_rows(
+    rows: Tensor, group: dist.ProcessGroup | None, counts: Sequence[int] | None = None
+) -> tuple[Tensor, int]:
+    """Rows (n, ...) of all ranks in their order (N, ...), and where this rank's begin; any n, 0 too. No gradient.
+
+    ``counts``: n of every rank, if it is known.
+    """
+    if counts is None:
+        counts, _ = row_counts(len(rows), group, rows.device)
     longest = max(counts)
     if group is None or longest == 0:
         return rows, 0
+    start = sum(counts[: dist.get_rank(group)])
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
     everything = rows.new_empty(len(counts) * longest, *rows.shape[1:])

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from ._checks import check_choice, check_instance, check_number, check_positive_int, compute_dtype
-from ._distributed import Group, Ranks, whole
+from ._distributed import Group, Ranks, alone, whole
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
 from .balance import AttachDirection, inverse_norms
@@ -25,13 +25,15 @@ from .mmd import AnchoredMMDLoss
 from .queue import LatentQueue, below
 from .revival import revive
 from .schedule import check_temperature, ramp, sharpness
-from .tokens import Share, share_of, subsample
+from .tokens import Share, gather, share_of, subsample
 from .usage import UsageMeter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MODES = ("balanced", "weighted")
+# A batch of several processes with up to so many entries of latents and scores (4 MiB) is computed by each of them.
+GATHERED = 1 << 20
 
 
 class RegularizerOutput(NamedTuple):
@@ -257,34 +259,58 @@ class PrototypicalRegularizer(nn.Module):
     ) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
         with torch.no_grad():
-            # Both losses and the scores know their gradients in closed form: no graph is built here.
-            scores, pull_back = self.head.scores_and_pull_back(tokens)
-            sharpened, options = self._assigner_arguments(scores, keep)
-            prototype_loss, by_scores, codes = self.assigner.cross_entropy_and_gradient(
-                sharpened, self.temperature, **options
-            )
-            assignments = codes.argmax(1)
-            by_tokens, by_parameters = pull_back(by_scores * self._sharpness() if self.temperature_steps else by_scores)
-
-            index, chosen = self._subsample(tokens.shape[0], keep, share)
-            mmd_loss, by_latents = self.mmd.value_and_gradient(
-                *self._mmd_arguments(tokens, codes, assignments, chosen, index)
-            )
-            if self.queue_mmd:  # past latents stay where they are
-                by_latents = by_latents[: tokens.shape[0] if index is None else index.shape[0]]
-            if index is not None:
-                by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
-
-            direction, to_prototypes = self._direction(by_tokens, by_latents, share.group)
-            steps = [to_prototypes * g for g in by_parameters]
-            loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-            if self.warmup_steps or self.ramp_steps:
-                weight = self._ramp()
-                direction, *steps, loss = (torch.where(weight > 0, weight * x, 0.0) for x in (direction, *steps, loss))
+            if self._gathers(share):
+                with alone():
+                    direction, steps, output = self._pull(*gather(tokens, keep, share))
+                own = slice(share.start, share.start + tokens.shape[0])
+                rows = {name: getattr(output, name)[own].clone() for name in ("scores", "codes", "assignments")}
+                direction, output = direction[own], output._replace(**rows)
+                # Each process has the whole step; |g|, of means over each one's own batch, is their number too large.
+                steps = [step / len(share.counts) for step in steps]
+            else:
+                direction, steps, output = self._pull(tokens, keep, share)
             counted = None if keep is None else self.layout.restore(keep[:, None], z)
         attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
         z = AttachDirection.apply(share.group, z, attached, counted, *steps, *self.head.parameters())
-        return z, self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+        return z, output
+
+    def _gathers(self, share: Share) -> bool:
+        """Whether every process computes the whole batch: one exchange then, instead of one for each sum."""
+        small = share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
+        same = self.assigner.ranks.group is self.mmd.ranks.group is self.ranks.group
+        return share.group is not None and small and same and self.mmd.target == "analytic" and self.queue is None
+
+    def _pull(
+        self, tokens: Tensor, keep: Tensor | None, share: Share
+    ) -> tuple[Tensor, list[Tensor], RegularizerOutput]:
+        """Direction (N, D) of tokens (N, D), step of each of the head's parameters, and everything on the way.
+
+        Both losses and the scores know their gradients in closed form: no graph is built here.
+        """
+        scores, pull_back = self.head.scores_and_pull_back(tokens)
+        sharpened, options = self._assigner_arguments(scores, keep)
+        prototype_loss, by_scores, codes = self.assigner.cross_entropy_and_gradient(
+            sharpened, self.temperature, **options
+        )
+        assignments = codes.argmax(1)
+        by_tokens, by_parameters = pull_back(by_scores * self._sharpness() if self.temperature_steps else by_scores)
+
+        index, chosen = self._subsample(tokens.shape[0], keep, share)
+        mmd_loss, by_latents = self.mmd.value_and_gradient(
+            *self._mmd_arguments(tokens, codes, assignments, chosen, index)
+        )
+        if self.queue_mmd:  # past latents stay where they are
+            by_latents = by_latents[: tokens.shape[0] if index is None else index.shape[0]]
+        if index is not None:
+            by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
+
+        direction, to_prototypes = self._direction(by_tokens, by_latents, share.group)
+        steps = [to_prototypes * g for g in by_parameters]
+        loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
+        if self.warmup_steps or self.ramp_steps:
+            weight = self._ramp()
+            direction, *steps, loss = (torch.where(weight > 0, weight * x, 0.0) for x in (direction, *steps, loss))
+        return direction, steps, self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _output(
         self, loss: Tensor, prototype_loss: Tensor, mmd_loss: Tensor, scores: Tensor, codes: Tensor, assignments: Tensor
@@ -404,7 +430,7 @@ class PrototypicalRegularizer(nn.Module):
         """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
         group = self.ranks.active(self.training)
         tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim, empty=group is not None)
-        share = share_of(tokens, group)
+        share = share_of(tokens, mask is not None or self.assigner.nan_policy == "isolate", group)
         tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, self.head.prototypes.dtype)))
         if self.assigner.nan_policy == "raise":
             check_no_nan("z", tokens if keep is None else tokens[keep], group)

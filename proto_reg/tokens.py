@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._distributed import gather_rows, row_counts
@@ -15,20 +16,42 @@ if TYPE_CHECKING:
 
 
 class Share(NamedTuple):
-    """This process's share of the batch: rows ``start`` to ``start`` + N of the ``total`` of the group."""
+    """This process's share of the batch: rows ``start`` to ``start`` + N of the ``total`` of the group.
+
+    ``counts``: N of every rank; ``masked``: whether any of them leaves rows out.
+    """
 
     group: ProcessGroup | None
     start: int
     total: int
+    counts: tuple[int, ...]
+    masked: bool
 
 
-def share_of(tokens: Tensor, group: ProcessGroup | None) -> Share:
+def share_of(tokens: Tensor, masked: bool, group: ProcessGroup | None) -> Share:
     """The share that ``tokens`` (N, D) are. ValueError if no process of the group has any."""
-    counts, start = row_counts(tokens.shape[0], group, tokens.device)
-    share = Share(group, start, sum(counts))
-    if share.total == 0:
+    count = tokens.shape[0]
+    if group is None:
+        return Share(None, 0, count, (count,), masked)
+    entries, _ = row_counts(2 * count + masked, group, tokens.device)
+    counts = tuple(entry // 2 for entry in entries)
+    if sum(counts) == 0:
         raise ValueError("z: expected latents in one process of the group at least, got none. Skip empty batches.")
-    return share
+    start = sum(counts[: dist.get_rank(group)])
+    return Share(group, start, sum(counts), counts, any(entry % 2 for entry in entries))
+
+
+def gather(tokens: Tensor, keep: Tensor | None, share: Share) -> tuple[Tensor, Tensor | None, Share]:
+    """Tokens of all ranks (total, D), which of them count, and the share that they are of a batch of their own."""
+    rows = tokens
+    if share.masked:
+        counted = tokens.new_ones(len(tokens), 1) if keep is None else keep[:, None].to(tokens)
+        rows = torch.cat([tokens, counted], 1)
+    rows, _ = gather_rows(rows.contiguous(), share.group, share.counts)
+    whole = Share(None, 0, share.total, (share.total,), share.masked)
+    if not share.masked:
+        return rows, None, whole
+    return rows[:, :-1].contiguous(), rows[:, -1] > 0, whole
 
 
 def subsample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, PrototypicalTraining, SinkhornAssigner
+from proto_reg import (
+    AnchoredMMDLoss,
+    PrototypeHead,
+    PrototypicalRegularizer,
+    PrototypicalTraining,
+    SinkhornAssigner,
+    regularizer,
+)
 from proto_reg.functional import anchored_mmd, latent_metrics, prototype_cross_entropy, sinkhorn, sinkhorn_cross_entropy
 from proto_reg.functional.prototypes import prototype_cross_entropy_and_gradient
 
@@ -251,15 +259,17 @@ def stay_equal(model: nn.Module) -> None:
 
 
 def layer() -> None:
-    one_against_two()
-    one_against_two(masked=True, max_tokens=24)
+    for limit in (regularizer.GATHERED, 0):  # small batches computed by each process, and sums exchanged
+        regularizer.GATHERED = limit
+        one_against_two()
+        one_against_two(masked=True, max_tokens=24)
+        an_uneven_end()
+        an_empty_rank()
     # A bucket for each parameter: DDP's all-reduces before and after the layer's own in the backward pass.
     one_against_two(ddp={"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True})
     one_against_two(weighted=True, max_tokens=24)
     one_against_two(soft=True, follow_rate=0.0)
     one_against_two(components=lambda group: {"mmd": AnchoredMMDLoss(features=30, group=group)}, max_tokens=24)
-    an_uneven_end()
-    an_empty_rank()
     algorithm_1()
     compiled()
 
@@ -395,6 +405,7 @@ def worker(rank: int, store: str, check: Callable[[], None]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         check()
+        gc.collect()  # what holds the group in cycles must not outlive it
         dist.barrier()  # no rank takes the group down while another still talks
     finally:
         dist.destroy_process_group()
