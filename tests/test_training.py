@@ -12,7 +12,7 @@ from torch import nn
 
 import proto_reg
 from proto_reg import PrototypicalRegularizer, PrototypicalTrainerMixin, PrototypicalTraining
-from proto_reg.regularizer import _Share
+from proto_reg.tokens import Share
 from proto_reg.training import frozen_batch_statistics, isolated_step
 
 DIM, K, PIXELS = 8, 4, 12
@@ -244,7 +244,7 @@ def test_frozen_and_tied_parameters() -> None:
 def test_the_subsample_changes_from_batch_to_batch() -> None:
     encoder, decoder, layer = parts(max_tokens=8)
     training = PrototypicalTraining(encoder, decoder, layer, warmup_epochs=0)
-    alone = _Share(None, start=0, total=32)
+    alone = Share(None, start=0, total=32, counts=(32,), masked=False)
     first, _ = layer._subsample(32, None, alone)
     training.step(torch.rand(32, PIXELS))
     assert not torch.equal(first.sort().values, layer._subsample(32, None, alone)[0].sort().values)
