@@ -158,7 +158,8 @@ class PrototypicalAutoencoder(nn.Module):
         axes = len(self.regularizer.layout.axes) - 2
         if (size is None) != (axes == 0) or (size is not None and len(size) != axes):
             expected = f"{axes} numbers, the size of the latent maps" if axes else "None: map_size says it"
-            raise ValueError(f"size: expected {expected}, got {size}. Pass what a latent map has beside channels.")
+            cure = "Leave it out" if not axes else "Pass size=(h, w)" if axes == 2 else "Pass size=(t, h, w)"
+            raise ValueError(f"size: expected {expected}, got {size}. {cure}.")
         shape = torch.Size((num_samples, *(size or ())))
         z = head.sample(shape.numel(), prototype, std=std, generator=generator)
         return self.decode(self._maps(z, shape))

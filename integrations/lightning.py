@@ -103,8 +103,13 @@ class PrototypeCallback(Callback):
         name, layer = next(iter(_layers(pl_module).items()))
         # A generator of its own: the training's random numbers are the same with and without pictures.
         generator = torch.Generator(layer.head.prototypes.device).manual_seed(0)
-        with _evaluating(pl_module):
-            figure = plots.prototypes(decode, layer.head, image_shape=self.image_shape, generator=generator)
+        try:
+            with _evaluating(pl_module):
+                figure = plots.prototypes(decode, layer.head, image_shape=self.image_shape, generator=generator)
+        except (TypeError, ValueError) as error:  # a picture must not end a training
+            self.decode = None
+            warnings.warn(f"decode: no pictures of the prototypes: {error}", PrototypeWarning, stacklevel=2)
+            return
         taken = False
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):

@@ -46,7 +46,10 @@ def check_instance(name: str, value: object, kind: type) -> None:
 def check_floating(name: str, value: Tensor) -> Tensor:
     """Return ``value`` if it is a floating-point tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}. Wrap it with torch.as_tensor.")
+        cure = "Wrap it with torch.as_tensor"
+        if isinstance(value, tuple):
+            cure = f"Pass the entry that it is, such as {name}[0]"
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}. {cure}.")
     if not value.is_floating_point():
         raise TypeError(
             f"{name}: expected a floating-point tensor, got dtype {value.dtype}. "

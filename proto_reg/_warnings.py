@@ -16,6 +16,7 @@ from .functional.metrics import SEPARATION
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
 MANY = 2048  # of more prototypes only so many are compared with each other
+NARROW = 0.3  # r^2/D below which latents do not come near the normal distributions aimed at
 SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
 
 
@@ -28,12 +29,14 @@ class LayerWatch:
 
     def __init__(self) -> None:
         self.said: set[str] = set()
+        self.weighted = False
+        self._small = False  # the last batch had fewer latents than there are prototypes
         self.looks = 0
         self._last: Tensor | None = None  # the prototypes at the last look
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def __getstate__(self) -> dict:
-        return {"said": set(self.said), "looks": self.looks, "_last": None, "_pending": None}
+        return self.__dict__ | {"said": set(self.said), "_last": None, "_pending": None}
 
     def say(self, key: str, message: str) -> None:
         """Warn with ``message`` unless this watch already spoke of ``key``."""
@@ -50,8 +53,10 @@ class LayerWatch:
         warmup_steps: int,
         ramp_steps: int,
         total_steps: int | None,
+        weighted: bool,
     ) -> None:
         """Look at the options."""
+        self.weighted = weighted
         if epsilon == temperature:
             self.say(
                 "epsilon",
@@ -93,12 +98,12 @@ class LayerWatch:
         """
         if torch.compiler.is_compiling():
             return
-        if total + queue_size < len(prototypes):
+        small, self._small = self._small, total + queue_size < len(prototypes)
+        if small and self._small:  # one alone may be the last of an epoch
             self.say(
                 "batch",
                 f"{total} latents for {len(prototypes)} prototypes in a training step: most prototypes get one "
-                "or none, and the MMD needs two. Use larger batches, queue_size= or fewer prototypes; a last, smaller "
-                "batch does no harm.",
+                "or none, and the MMD needs two. Use larger batches, queue_size= or fewer prototypes.",
             )
         self._read()
         self.looks += 1
@@ -112,7 +117,7 @@ class LayerWatch:
         learns, prototypes = prototypes.requires_grad, prototypes.detach()
         several, shown = len(prototypes) > 1, prototypes[:MANY]
         last, self._last = self._last, shown.clone()
-        known = learns and last is not None and last.device == shown.device
+        known = learns and several and last is not None and last.device == shown.device
         untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros(())
         figures = torch.stack(
             [
@@ -143,10 +148,11 @@ class LayerWatch:
         self._pending = None
         loss, lowest, radius, separation, active_steps, untouched = figures.tolist()
         if untouched and active_steps > FIRST_LOOK:
+            weighted = "Add info.loss to your loss (mode='weighted'), and give" if self.weighted else "Give"
             self.say(
                 "optimizer",
-                f"No optimizer has touched the prototypes in {FIRST_LOOK} training steps or more. Give it the "
-                "layer's parameters too, for example optimizer.add_param_group({'params': layer.parameters()}).",
+                f"No optimizer has touched the prototypes in {FIRST_LOOK} training steps or more. {weighted} it the "
+                "layer's parameters, for example optimizer.add_param_group({'params': layer.parameters()}).",
             )
         if active_steps >= SETTLED and loss > 0.98:
             self.say(
@@ -168,11 +174,18 @@ class LayerWatch:
                 "where N(v, I) has 1: the Gaussian kernel has next to no gradient there. Use "
                 "AnchoredMMDLoss('energy'), or scale the latents down.",
             )
-        if active_steps >= SETTLED and separation < SEPARATION:
+        if active_steps >= SETTLED and radius < NARROW:
+            self.say(
+                "narrow",
+                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension, is {radius:.2f} "
+                f"after {active_steps:.0f} steps, where N(v, I) has 1: samples around prototypes would be noise to the "
+                "decoder. Raise mmd_weight, for example to 1; a linear output under a mean squared error needs that.",
+            )
+        elif active_steps >= SETTLED and separation < SEPARATION:
             self.say(
                 "separation",
-                f"Two prototypes are {separation:.2f} apart, inside each other's noise of standard deviation 1. Use "
-                "fewer prototypes, head=PrototypeHead(..., init_std=) with a larger one, or more latent dimensions.",
+                f"Two prototypes are {separation:.2f} apart, inside each other's noise of standard deviation 1. Raise "
+                "mmd_weight, or use fewer prototypes.",
             )
 
 

@@ -37,10 +37,15 @@ class Layout:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or no latents at all.
         """
         check_floating("z", z)
-        if z.ndim != len(self.axes) or z.shape[self.latent_axis] != latent_dim or (z.numel() == 0 and not empty):
+        if z.ndim != len(self.axes) or z.shape[self.latent_axis] != latent_dim:
             raise ValueError(
-                f"z: expected a non-empty {self.pattern!r} tensor with d = {latent_dim}, got shape {tuple(z.shape)}. "
-                "Set layout= and latent_dim= to what your encoder returns."
+                f"z: expected a {self.pattern!r} tensor with d = {latent_dim}, got shape {tuple(z.shape)}. Set layout= "
+                "and latent_dim= to what your encoder returns."
+            )
+        if z.numel() == 0 and not empty:
+            raise ValueError(
+                f"z: expected a non-empty tensor, got shape {tuple(z.shape)}. Skip empty batches; only among several "
+                "processes one may have none."
             )
         check_mask("mask", mask, tuple(self._sizes(z).values()))
         if self.is_rows:

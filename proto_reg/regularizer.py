@@ -170,6 +170,7 @@ class PrototypicalRegularizer(nn.Module):
             warmup_steps=self.warmup_steps,
             ramp_steps=self.ramp_steps,
             total_steps=total_steps,
+            weighted=self.mode == "weighted",
         )
 
     def _check_components(self, latent_dim: int, num_prototypes: int, soft: bool) -> None:

@@ -158,7 +158,7 @@ def test_a_failing_revival_changes_nothing() -> None:
         ({}, ValueError, "z: expected latents to choose from, got None and no queue"),
         ({"z": torch.randn(1, DIM)}, ValueError, "z: expected at least 2 finite latents"),
         ({"z": torch.full((9, DIM), torch.nan)}, ValueError, "got 0"),
-        ({"z": torch.randn(9, DIM + 1)}, ValueError, "z: expected a non-empty"),
+        ({"z": torch.randn(9, DIM + 1)}, ValueError, "with d = 6, got shape (9, 7)"),
         ({"z": torch.randn(9, DIM), "optimizer": other}, ValueError, "optimizer: expected the one that holds"),
         ({"z": torch.randn(9, DIM), "optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer"),
         ({"z": torch.randn(9, DIM), "threshold": 0.5}, ValueError, "threshold: expected a share below 1/K"),

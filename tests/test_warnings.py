@@ -101,7 +101,7 @@ def test_a_loss_stuck_at_its_maximum() -> None:
 
 def test_the_warning_points_at_the_readers_line() -> None:
     with pytest.warns(proto_reg.PrototypeWarning) as record:
-        PrototypicalRegularizer(DIM, 8)(torch.randn(3, DIM))
+        PrototypicalRegularizer(4096, 8)
     assert record[0].filename == __file__
 
 
@@ -109,8 +109,19 @@ def test_copies_and_checkpoints_know_what_was_said() -> None:
     import copy
 
     layer = PrototypicalRegularizer(DIM, 8)
-    assert len(spoken(lambda: walk(layer, torch.randn(3, DIM), 1))) == 1
-    assert spoken(lambda: walk(copy.deepcopy(layer), torch.randn(3, DIM), 1)) == []
+    assert len(spoken(lambda: walk(layer, torch.randn(3, DIM), 2))) == 1
+    assert spoken(lambda: walk(copy.deepcopy(layer), torch.randn(3, DIM), 2)) == []
+
+
+def test_a_last_smaller_batch_is_nothing_to_speak_of() -> None:
+    layer = PrototypicalRegularizer(DIM, 8)
+    assert spoken(lambda: [walk(layer, torch.randn(count, DIM), 1) for count in (32, 3, 32, 3)]) == []
+
+
+def test_latents_that_stay_near_their_prototypes() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.1 * torch.randn(64, DIM)
+    assert "Raise mmd_weight" in one_of(layer, z, 410, "where N(v, I) has 1")
 
 
 def test_errors_name_argument_expectation_and_cure() -> None:

@@ -100,7 +100,10 @@ def _misfits(backend: str, device: torch.device | None, dtype: torch.dtype | Non
     """What is wrong with the tensor, not with the library."""
     found = []
     if device is not None and device.type != backend:
-        found.append(f"it computes on {backend}, the scores are on {device}. Move them with scores.to({backend!r}).")
+        where = ", where there is a GPU" if backend == "cuda" else ""
+        found.append(
+            f"it computes on {backend}, the scores are on {device}. Move them with scores.to({backend!r}){where}."
+        )
     if dtype is not None and dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         found.append(f"it computes {names}, the scores are {str(dtype).removeprefix('torch.')}. Use backend='torch'.")
