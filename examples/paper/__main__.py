@@ -72,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     return commands
 
 
-def main() -> int:
-    args = parser().parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
     try:
         return args.do(args)
     except ValueError as error:
