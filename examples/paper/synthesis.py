@@ -73,32 +73,30 @@ def once(name: str, data: ImageData, compute: Callable[[], dict[str, Tensor]], c
 
 
 def judge_of(data: ImageData, cache: Path | None = None) -> Judge:
-    """The classifier of a data set, trained on its training images and on nothing else."""
+    """The classifier of a data set, trained on its training images and on nothing else; leaves random state alone."""
     # The labels of both splits say how many classes there are; the images of the test split are not looked at.
     classes = int(torch.cat([data.train_labels, data.test_labels]).max()) + 1
-    judge = Judge(data.shape, classes).to(data.train_images.device)
-    judge.load_state_dict(once("judge", data, lambda: _train(judge, data), cache))
+    device = data.train_images.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        judge = Judge(data.shape, classes).to(device)
+        judge.load_state_dict(once("judge", data, lambda: _train(judge, data), cache))
     return judge.eval()
 
 
+@torch.enable_grad()
 def _train(judge: Judge, data: ImageData, batch_size: int = 128) -> dict[str, Tensor]:
     epochs = max(5, -(-1200 * batch_size // len(data.train_images)))  # 1200 steps at least
-    devices = [data.train_images.device] if data.train_images.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        for module in judge.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.reset_parameters()
-        optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        judge.train()
-        for _ in range(epochs):
-            for index in torch.randperm(len(data.train_images)).to(data.train_images.device).split(batch_size):
-                loss = F.cross_entropy(judge(data.train_images[index]), data.train_labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            schedule.step()
+    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    judge.train()
+    for _ in range(epochs):
+        for index in torch.randperm(len(data.train_images)).to(data.train_images.device).split(batch_size):
+            loss = F.cross_entropy(judge(data.train_images[index]), data.train_labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
     return judge.state_dict()
 
 
