@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +164,7 @@ def test_pca_floor_is_the_tail_of_the_spectrum() -> None:
         assert metrics.pca_floor(data, dimensions) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["balanced", "infovae"])
+@pytest.mark.parametrize("method", ["balanced", "wae"])
 def test_regularity_is_null_where_latents_are_what_they_should_be(method: str) -> None:
     K, dim, n = 10, 64, 4000
     head = at(4 * torch.randn(K, dim)) if method == "balanced" else None
@@ -182,6 +182,20 @@ def test_regularity_is_null_where_latents_are_what_they_should_be(method: str) -
     found = metrics.regularity(perfect(narrow, method, head), narrow.test_images, head or at(torch.zeros(K, dim)))
     assert found["standardised_mmd"] > 100
     assert found["r2_per_dim"] == pytest.approx(0.25, abs=0.02)
+
+
+@dataclass(frozen=True)
+class Stochastic(TrainedRun):
+    posterior: Callable[[Tensor], Tensor] = torch.randn_like
+
+
+def test_of_a_vae_the_draws_count_and_not_the_means() -> None:
+    x = torch.zeros(4000, 64)
+    run = perfect(image_data(torch.rand(20, 64), x), "vae")
+    drawn = metrics.regularity(Stochastic(**vars(run)), x, at(torch.zeros(10, 64)))
+    assert abs(drawn["standardised_mmd"]) < 1.5
+    assert drawn["r2_per_dim"] == pytest.approx(1, abs=0.02)
+    assert metrics.regularity(run, x, at(torch.zeros(10, 64))) == {}
 
 
 def test_one_prior_deals_latents_out_evenly() -> None:

@@ -56,6 +56,7 @@ PLAIN = ("autoencoder", "vae", "infovae", "wae", "vq-vae")
 
 def mosaic(images: np.ndarray, columns: int, gap: int = 2, fill: int = 255) -> np.ndarray:
     """Bytes (n, C, H, W) as one picture of so many columns, (rows * H, columns * W) or with three colours last."""
+    images = enlarged(images)
     n, channels, height, width = images.shape
     lines = -(-n // columns)
     picture = np.full((lines * (height + gap) - gap, columns * (width + gap) - gap, channels), fill, np.uint8)
@@ -63,6 +64,12 @@ def mosaic(images: np.ndarray, columns: int, gap: int = 2, fill: int = 255) -> n
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         picture[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     return picture[..., 0] if channels == 1 else picture
+
+
+def enlarged(images: np.ndarray) -> np.ndarray:
+    """Small images at a whole multiple of their size, so that gaps and frames suit all."""
+    scale = max(1, 28 // images.shape[-1])
+    return images.repeat(scale, -1).repeat(scale, -2)
 
 
 def show(axis: Axes, picture: np.ndarray) -> None:
@@ -174,7 +181,7 @@ def noise(runs: list[Run], results: Path, blocks: int = 3) -> Figure | None:
     columns = samples.shape[1] + 1
     lines = -(-len(prototypes) // blocks)
     figure = Figure(figsize=((0.42 * columns + 0.3) * blocks, 0.42 * lines + 0.4), layout="constrained")
-    height, width = prototypes.shape[-2:]
+    height, width = enlarged(prototypes).shape[-2:]
     for block, axis in enumerate(figure.subplots(1, blocks, squeeze=False)[0]):
         some = slice(block * lines, (block + 1) * lines)
         together = np.concatenate([prototypes[some, None], samples[some]], 1)
@@ -308,7 +315,7 @@ def frontier(runs: list[Run]) -> Figure | None:
         method = some[0]["method"]
         error, right, regular = mean_of(some, "test_mse"), control_of(some), mean_of(some, "standardised_mmd")
         usual = method == "beta-vae" or some[0] in base(runs, method)
-        if error and right and regular and usual and some[0]["num_prototypes"] in (None, 30):
+        if error and right and usual and some[0]["num_prototypes"] in (None, 30):
             points.append((name, method, error, right, regular))
     if not points:
         return None
@@ -316,7 +323,8 @@ def frontier(runs: list[Run]) -> Figure | None:
     left, right_axis = figure.subplots(1, 2, sharex=True)
     for name, method, error, right, regular in points:
         _point(left, error, right, method, name)
-        _point(right_axis, error, regular, method, name)
+        if regular:
+            _point(right_axis, error, regular, method, name)
     for axis in (left, right_axis):
         axis.set(xlabel="test MSE per pixel", xscale="log")
         axis.margins(x=0.12)
@@ -332,8 +340,8 @@ def frontier(runs: list[Run]) -> Figure | None:
     )
     right_axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     right_axis.axhspan(-3, 3, color="tab:green", alpha=0.12, linewidth=0, label="null ± 3 deviations")
-    handles, labels = right_axis.get_legend_handles_labels()
-    entries = dict(zip(labels, handles, strict=True))
+    parts = [axis.get_legend_handles_labels() for axis in (left, right_axis)]
+    entries = {label: handle for handles, labels in parts for handle, label in zip(handles, labels, strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 

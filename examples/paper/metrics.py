@@ -105,17 +105,23 @@ def pca_floor(data: ImageData, dimensions: int, cache: Path | None = None) -> fl
     return once(f"pca{dimensions}", data, compute, cache)["mse"].item()
 
 
-NORMAL_PRIOR = ("vae", "beta-vae", "infovae", "wae")
+NORMAL_PRIOR = ("vae", "infovae", "wae")
+GAUSSIAN_POSTERIOR = ("vae", "infovae")
 
 
 def regularity(run: TrainedRun, test_z: Tensor, head: PrototypeHead) -> dict[str, float]:
     """How near test latents are to the normal distributions that samples are drawn from; clusters beside classes.
 
-    With prototypes, or k-means centres in their place, those are N(v_k, I). The VAEs' is N(0, I).
+    With prototypes, or k-means centres in their place, those are N(v_k, I). The VAEs' is N(0, I), and it is draws of
+    their posterior that should follow it: means spread less. A VAE without ``run.posterior`` (images (B, C*H*W) ->
+    draws (B, D)) is left without these.
     """
+    if run.method in GAUSSIAN_POSTERIOR:
+        posterior = getattr(run, "posterior", None)
+        if posterior is None:
+            return {}
+        test_z = posterior(run.data.test_images)
     if run.method in NORMAL_PRIOR:
-        # It is draws of the posterior that should be N(0, I) together; their means spread less.
-        test_z = getattr(run, "posterior", run.encode)(run.data.test_images)
         measured = latent_metrics(test_z, OnePrior(test_z.shape[1], head.num_prototypes).to(test_z))
     else:
         measured = latent_metrics(test_z, head, run.data.test_labels if run.head else None)

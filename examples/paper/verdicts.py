@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .results import NAMES, Mean, Run, base, data_name, mean_of, prototype_counts, ratio, value, written
+from .results import NAMES, PROTOTYPICAL, Mean, Run, base, data_name, mean_of, prototype_counts, ratio, value, written
 
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured"
 DIGITS = ("MNIST", "digits")
@@ -184,36 +184,33 @@ def frontier(runs: list[Run], ours: list[Run]) -> Verdict:
     measured = {name: s for name, s in standings.items() if s is not None}
     if not measured:
         return verdict("frontier", statement, None, "no rivals beside ours", rule)
-    number = "; ".join(
-        f"{NAMES[name]}: MSE {mse:.3f} of its, control {gain:+.3f}, |MMD| {ours_mmd:.1f} against {its:.1f}"
-        for name, (mse, gain, ours_mmd, its) in measured.items()
+    number = f"standardised MMD {_regularity(ours)}; " + "; ".join(
+        f"{NAMES[name]}: MSE {mse:.3f} of its, control {gain:+.3f}, its MMD {mmd}"
+        for name, (mse, gain, mmd) in measured.items()
     )
     absent = [NAMES[name] for name in RIVALS if name not in measured]
     if absent:
         number += f"; not measured: {', '.join(absent)}"
-    holds = all(mse <= 1.02 and gain > 0 for mse, gain, _, _ in measured.values())
+    holds = all(mse <= 1.02 and gain > 0 for mse, gain, _ in measured.values())
     # One rival that is not beaten decides; all have to be measured before it holds.
     return verdict("frontier", statement, None if holds and absent else holds, number, rule)
 
 
-def standing(ours: list[Run], rival: list[Run]) -> tuple[float, float, float, float] | None:
-    """MSE over the rival's, control minus the rival's, and both standardised MMDs, None if one is not measured."""
-    error = ratio(ours, rival, "test_mse")
-    mine, its = mean_over_seeds(ours), mean_over_seeds(rival)
+def standing(ours: list[Run], rival: list[Run]) -> tuple[float, float, str] | None:
+    """MSE over the rival's, control minus the rival's, its standardised MMD; None where the first two are missing."""
+    error, mine, its = ratio(ours, rival, "test_mse"), control_of(ours), control_of(rival)
     if error is None or mine is None or its is None:
         return None
-    return error.mean, mine[0] - its[0], abs(mine[1]), abs(its[1])
+    return error.mean, mine.mean - its.mean, _regularity(rival)
 
 
-def mean_over_seeds(runs: list[Run]) -> tuple[float, float] | None:
-    """Control and standardised MMD."""
-    found = control_of(runs), mean_of(runs, "standardised_mmd")
-    return None if found[0] is None or found[1] is None else (found[0].mean, found[1].mean)
+def _regularity(runs: list[Run]) -> str:
+    return written(mean_of(runs, "standardised_mmd"), ".1f")
 
 
 def control_of(runs: list[Run]) -> Mean | None:
     """Control; of methods without prototypes of their own the better of unit noise and their clusters' own spread."""
     unit, fitted = mean_of(runs, "control"), mean_of(runs, "control_fitted")
-    if unit is None or fitted is None or runs[0]["method"] in ("algorithm-1-paper", "algorithm-1", "balanced"):
+    if unit is None or fitted is None or runs[0]["method"] in PROTOTYPICAL:
         return unit
     return max(unit, fitted)
