@@ -257,7 +257,7 @@ def reconstructions(runs: list[Run], results: Path) -> Figure | None:
     first = next(iter(found.values()))[0]
     lines = [("test images", first["inputs"], None)]
     lines += [(name, arrays["reconstructions"], mse) for name, (arrays, mse) in found.items()]
-    figure = Figure(figsize=(0.5 * len(first["inputs"]) + 2.6, 0.5 * len(lines) + 0.4), layout="constrained")
+    figure = Figure(figsize=(0.5 * len(first["inputs"]) + 2.8, 0.5 * len(lines) + 0.4), layout="constrained")
     for axis, (name, images, mse) in zip(figure.subplots(len(lines), 1, squeeze=False)[:, 0], lines, strict=True):
         show(axis, mosaic(images, len(images)))
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
