@@ -103,11 +103,10 @@ class Method(nn.Module):
 
     def prepare(self, z: Tensor) -> None:
         """Fit to the training latents ``z`` (N, D), on the CPU, what is no part of training."""
-        self.mean, centred = z.mean(0), z - z.mean(0)
-        # A dead direction has variance 0: the jitter keeps the factor real.
-        covariance = centred.T @ centred / len(z)
-        jitter = 1e-6 * covariance.diagonal().mean().clamp_min(1e-6)
-        self.factor = torch.linalg.cholesky(covariance.double() + jitter * torch.eye(z.shape[1])).float()
+        self.mean, centred = z.mean(0), (z - z.mean(0)).double()
+        # By eigenvalues, not Cholesky: dead latents have none above 0.
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(z))
+        self.factor = (vectors * values.clamp_min(0).sqrt()).float()
 
     def prior(self, n: int, generator: Generator) -> Tensor:
         """``n`` latents (n, D) from the method's prior, on the CPU; here a Gaussian fitted to the training latents."""

@@ -30,9 +30,13 @@ class Network(nn.Module):
 
 def build_network(model: str, shape: tuple[int, int, int], latent_dim: int, maps: int, width: int = 256) -> Network:
     """``"conv"``: section 3.1 of the paper at ``maps`` = 256, narrower with less; ``"mlp"``: for 8x8 digits."""
-    if model == "mlp":
-        return _mlp(prod(shape), latent_dim, width)
-    return _conv(shape, latent_dim, maps, width)
+    network = _mlp(prod(shape), latent_dim, width) if model == "mlp" else _conv(shape, latent_dim, maps, width)
+    for module in network.modules():
+        # TensorFlow's default, which the paper used; with PyTorch's the first epoch is spent on a plateau.
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return network
 
 
 def _mlp(pixels: int, latent_dim: int, width: int) -> Network:
