@@ -50,11 +50,11 @@ class Study(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """Over seeds. ``count`` runs have the value, of ``total``; one that is NaN makes the mean NaN."""
+    """Over seeds. ``present`` runs have the value, of ``total``; one that is NaN makes the mean NaN."""
 
     mean: float
     deviation: float
-    count: int
+    present: int
     total: int
 
 
@@ -209,4 +209,4 @@ def written(found: Mean | None, spec: str = ".3f") -> str:
     text = f"{found.mean:{spec}}"
     if found.deviation > 0:  # NaN for a single seed, 0 for what does not depend on it
         text += f" ± {found.deviation:{spec}}"
-    return text + (f" ({found.count} of {found.total})" if found.count < found.total else "")
+    return text + (f" ({found.present} of {found.total})" if found.present < found.total else "")
