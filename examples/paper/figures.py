@@ -113,14 +113,12 @@ def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str
             "after each step, once training is over; below, methods that take one step a batch.",
             lambda: limit_cycle(runs, results),
         ),
-    ]
-    drawers.append(
         (
             "bandwidth",
             "Test error and radius of the clusters over the bandwidth of the MMD, a point a seed.",
             lambda: bandwidth(runs),
-        )
-    )
+        ),
+    ]
     for method in ("balanced", "algorithm-1-paper", "kmeans"):
         drawers.append(
             (
