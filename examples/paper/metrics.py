@@ -17,8 +17,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
-from proto_reg import PrototypeHead
-from proto_reg.functional import latent_metrics
+from proto_reg import PrototypeHead, functional
 
 from .synthesis import around, control, diversity, frechet_distance, judge_of, once, precision_recall
 from .trained import ImageData, TrainedRun
@@ -122,9 +121,9 @@ def regularity(run: TrainedRun, test_z: Tensor, head: PrototypeHead) -> dict[str
             return {}
         test_z = posterior(run.data.test_images)
     if run.method in NORMAL_PRIOR:
-        measured = latent_metrics(test_z, OnePrior(test_z.shape[1], head.num_prototypes).to(test_z))
+        measured = functional.latent_metrics(test_z, OnePrior(test_z.shape[1], head.num_prototypes).to(test_z))
     else:
-        measured = latent_metrics(test_z, head, run.data.test_labels if run.head else None)
+        measured = functional.latent_metrics(test_z, head, run.data.test_labels if run.head else None)
     names = ["r2_per_dim", "effective_rank"]
     if run.head:
         names += ["perplexity", "dead", "duplicates", "purity", "acc", "nmi"]
