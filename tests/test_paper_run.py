@@ -68,6 +68,7 @@ def test_the_miniature_trains_and_judges_every_method(miniature: Path) -> None:
         assert (record["status"], record["error"]) == ("done", None)
         assert [row["epoch"] for row in record["history"]] == list(range(1, config.epochs + 1))
         assert record["history"][-1]["test_mse"] == pytest.approx(record["metrics"]["test_mse"], rel=1e-5)
+        assert {"test_mse", "control", "standardised_mmd", "r2_per_dim", "fid"} <= set(record["metrics"])
         if record["method"] not in ("vae", "infovae"):  # so early, noise and KL take more than training gives
             assert record["history"][-1]["test_mse"] < record["history"][0]["test_mse"]
         assert (miniature / record["arrays"]).stat().st_size < 300_000

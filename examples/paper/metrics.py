@@ -116,10 +116,9 @@ def regularity(run: TrainedRun, test_z: Tensor, head: PrototypeHead) -> dict[str
     draws (B, D)) is left without these.
     """
     if run.method in GAUSSIAN_POSTERIOR:
-        posterior = getattr(run, "posterior", None)
-        if posterior is None:
+        if run.posterior is None:
             return {}
-        test_z = posterior(run.data.test_images)
+        test_z = run.posterior(run.data.test_images)
     if run.method in NORMAL_PRIOR:
         measured = functional.latent_metrics(test_z, OnePrior(test_z.shape[1], head.num_prototypes).to(test_z))
     else:

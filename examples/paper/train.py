@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config
-from .methods import Method, inference
+from .methods import VAE, Method, inference
 from .records import replacing
 from .trained import ImageData, TrainedRun
 
@@ -177,4 +177,10 @@ def trained_run(name: str, method: Method, data: ImageData) -> TrainedRun:
         logits = (method.network.decoder(part) for part in z.split(CHUNK))
         parts = zip(logits, data.test_images.split(CHUNK), strict=True)
         nats = sum(F.binary_cross_entropy_with_logits(a, x, reduction="sum").item() for a, x in parts)
-    return TrainedRun(name, data, encode, decode, sample, head, nats / data.test_images.numel())
+
+    @torch.no_grad()
+    def posterior(images: Tensor) -> Tensor:
+        return torch.cat([method.sample_posterior(x.to(device))[0] for x in images.split(CHUNK)])
+
+    drawn = posterior if isinstance(method, VAE) else None
+    return TrainedRun(name, data, encode, decode, sample, head, nats / data.test_images.numel(), drawn)

@@ -37,6 +37,7 @@ class TrainedRun:
         sample: (n, generator) -> n images (n, C*H*W) from the method's own prior; a plain autoencoder, which has
             none, samples a Gaussian fitted to its training latents.
         head: the prototypes with their scores, None where the method has none. A k-means' centres count as prototypes.
+        posterior: images (B, C*H*W) -> draws (B, D) of a Gaussian posterior; None where the encoder is deterministic.
         bce: binary cross-entropy per pixel on ``data.test_images``, nats.
     """
 
@@ -47,3 +48,4 @@ class TrainedRun:
     sample: Callable[[int, Generator], Tensor]
     head: PrototypeHead | None
     bce: float
+    posterior: Callable[[Tensor], Tensor] | None = None
