@@ -1,4 +1,5 @@
-"""Images on a user's disk: scikit-learn's digits, IDX files (MNIST, Fashion-MNIST), ``cifar-10-batches-py``."""
+"""Images on a user's disk: scikit-learn's digits, IDX files (MNIST, Fashion-MNIST), ``cifar-10-batches-py`` and
+``cifar-100-python``."""
 
 from __future__ import annotations
 
@@ -32,10 +33,11 @@ def load(data_dir: Path | None = None) -> Images:
         raise ValueError(f"--data-dir: expected an existing folder, got {data_dir}. Check the path.")
     if (found := sorted(data_dir.rglob("train-images-idx3-ubyte*"))) != []:
         return load_idx(found[0].parent)
-    if (found := sorted(data_dir.rglob("cifar-10-batches-py"))) != []:
-        return load_cifar10(found[0])
+    for folder in CIFAR:
+        if (found := sorted(data_dir.rglob(folder))) != []:
+            return load_cifar(found[0])
     raise ValueError(
-        f"--data-dir: expected train-images-idx3-ubyte[.gz] or cifar-10-batches-py in {data_dir} or below it, found "
+        f"--data-dir: expected train-images-idx3-ubyte[.gz], {' or '.join(CIFAR)} in {data_dir} or below it, found "
         "neither. Name the folder that torchvision.datasets was given as root."
     )
 
@@ -96,21 +98,22 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load_cifar10(folder: Path) -> Images:
-    """The python version of CIFAR-10: five training batches and a test batch."""
+# By folder: name, training files, test file, key of the labels.
+CIFAR = {
+    "cifar-10-batches-py": ("CIFAR-10", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
+    "cifar-100-python": ("CIFAR-100", ["train"], "test", b"fine_labels"),
+}
 
-    def read(name: str) -> tuple[Tensor, Tensor]:
-        with (folder / name).open("rb") as file:
+
+def load_cifar(folder: Path) -> Images:
+    """The python version of CIFAR-10 or, with its 100 fine labels, of CIFAR-100."""
+    name, training, test, key = CIFAR[folder.name]
+
+    def read(file_name: str) -> tuple[Tensor, Tensor]:
+        with (folder / file_name).open("rb") as file:
             batch = _ArraysOnly(file, encoding="bytes").load()
-        return torch.from_numpy(batch[b"data"]), torch.tensor(batch[b"labels"])
+        return torch.from_numpy(batch[b"data"]), torch.tensor(batch[key])
 
-    train = [read(f"data_batch_{i}") for i in range(1, 6)]
-    test, test_labels = read("test_batch")
-    return Images(
-        "CIFAR-10",
-        torch.cat([pixels for pixels, _ in train]) / 255,
-        torch.cat([labels for _, labels in train]),
-        test / 255,
-        test_labels,
-        (3, 32, 32),
-    )
+    pixels, labels = zip(*map(read, training), strict=True)
+    test_pixels, test_labels = read(test)
+    return Images(name, torch.cat(pixels) / 255, torch.cat(labels), test_pixels / 255, test_labels, (3, 32, 32))

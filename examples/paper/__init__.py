@@ -1,0 +1,1 @@
+"""The paper, reproduced and judged: ``python -m examples.paper run`` and ``report``."""

@@ -1,0 +1,163 @@
+"""What is run: ``configs/*.yaml``, checked as a whole before anything is trained."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .data import NAMES
+from .methods import METHODS, Plan, build_method
+from .models import MODELS, build_network
+
+FOLDER = Path(__file__).parent / "configs"
+TINY = 4  # maps and width of the network on which options are tried
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One row of the comparison.
+
+    Attributes:
+        label: its name in tables; unique in a config.
+        options: those of the method, see ``methods.py``.
+        seeds: fewer than the config's, for long sweeps; None for as many.
+        trace_steps: so many steps after training, the error of a fixed batch is recorded before and after each step
+            of each optimizer.
+    """
+
+    method: str
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seeds: int | None = None
+    trace_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A data set, a network, a training, and the methods that share them.
+
+    Attributes:
+        maps: of the convolutional decoder's start, 256 in the paper; unused by the MLP.
+        train_images, test_images: at most so many; None for all.
+        validation_images: held out of the training images with ``--split validation``.
+        curve_images: training images whose error is in ``history``, and as many test images.
+    """
+
+    name: str
+    data: str
+    model: str
+    epochs: int
+    runs: tuple[RunConfig, ...]
+    maps: int = 256
+    width: int = 256
+    latent_dim: int = 256
+    warmup_epochs: int = 10
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    seeds: int = 3
+    train_images: int | None = None
+    test_images: int | None = None
+    validation_images: int = 10_000
+    curve_images: int = 10_000
+
+    @property
+    def model_name(self) -> str:
+        """As records name it."""
+        return f"conv-{self.maps}" if self.model == "conv" else f"mlp-{self.width}"
+
+
+def load_config(name: str) -> Config:
+    """The config of that name or file.
+
+    ``base: NAME`` takes over what another one says. A run's ``sweep`` maps an option to values: a run for each
+    combination, with the values put into the label's braces.
+
+    Raises:
+        ValueError: an unknown name or key, or a value out of its range, with its place in the file.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    content = _read(path)
+    known = {f.name for f in fields(Config)} - {"name"}
+    _check_keys(path.name, content, known)
+    missing = {"data", "model", "epochs", "runs"} - set(content)
+    if missing:
+        raise ValueError(f"{path.name}: expected {sorted(missing)}, which are missing. Add them.")
+    runs = tuple(run for i, entry in enumerate(content.pop("runs")) for run in _runs(f"{path.name}: runs[{i}]", entry))
+    config = Config(name=path.stem, runs=runs, **content)
+    _check(path.name, config)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(
+            f"--config: expected a file or one of {sorted(p.stem for p in FOLDER.glob('*.yaml'))}, got {path.stem!r}. "
+            "Choose one."
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: expected YAML, got what is not: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: expected a mapping of settings, got {type(content).__name__}.")
+    base = content.pop("base", None)
+    return content if base is None else _read(path.with_name(f"{base}.yaml")) | content
+
+
+def _check_keys(place: str, content: dict[str, Any], known: set[str]) -> None:
+    unknown = set(content) - known
+    if unknown:
+        raise ValueError(f"{place}: expected keys among {sorted(known)}, got {sorted(unknown)}. Correct or drop them.")
+
+
+def _runs(place: str, entry: dict[str, Any]) -> list[RunConfig]:
+    """The runs of one entry, one for each combination of its sweep."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: expected a mapping, got {entry!r}. Write 'method: ...' and 'label: ...'.")
+    _check_keys(place, entry, {f.name for f in fields(RunConfig)} | {"sweep"})
+    if entry.get("method") not in METHODS:
+        raise ValueError(f"{place}.method: expected one of {sorted(METHODS)}, got {entry.get('method')!r}. Choose one.")
+    if not isinstance(entry.get("label"), str):
+        raise ValueError(f"{place}.label: expected a name for the tables, got {entry.get('label')!r}. Give it one.")
+    entry = dict(entry)
+    sweep = entry.pop("sweep", {})
+    options = entry.pop("options", {}) or {}
+    runs = []
+    for values in itertools.product(*sweep.values()):
+        chosen = options | dict(zip(sweep, values, strict=True))
+        label = entry["label"].format_map(chosen)
+        runs.append(RunConfig(**(entry | {"label": label, "options": chosen})))
+    return runs
+
+
+def _check(place: str, config: Config) -> None:
+    """Ranges, and that every method takes its options."""
+    for name, choices in (("data", NAMES), ("model", MODELS)):
+        if (value := getattr(config, name)) not in choices:
+            raise ValueError(f"{place}: {name}: expected one of {sorted(choices)}, got {value!r}. Choose one.")
+    positive = ["epochs", "maps", "width", "latent_dim", "batch_size", "seeds", "validation_images", "curve_images"]
+    positive += [name for name in ("train_images", "test_images") if getattr(config, name) is not None]
+    for name in positive:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{place}: {name}: expected a whole number > 0, got {value!r}. Change it.")
+    if not 0 <= config.warmup_epochs < config.epochs:
+        raise ValueError(
+            f"{place}: warmup_epochs: expected 0 <= warmup_epochs < epochs = {config.epochs}, got "
+            f"{config.warmup_epochs}. Shorten it, or nothing is regularised."
+        )
+    labels = [run.label for run in config.runs]
+    repeated = {label for label in labels if labels.count(label) > 1}
+    if repeated:
+        raise ValueError(f"{place}: runs: expected different labels, got {sorted(repeated)} twice. Rename one.")
+    shape = (1, 8, 8) if config.model == "mlp" else (1, 28, 28)
+    for run in config.runs:
+        network = build_network(config.model, shape, config.latent_dim, TINY, TINY)
+        try:
+            build_method(run.method, network, Plan(config.warmup_epochs, 1, config.learning_rate, 0), run.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place}: {run.label}: {error}") from error

@@ -1,0 +1,289 @@
+"""The page: tables, verdicts and figures, from ``runs.jsonl`` and its arrays alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import figures, verdicts
+from .results import (
+    NAMES,
+    Run,
+    Study,
+    base,
+    data_name,
+    done,
+    load,
+    mean_of,
+    row_name,
+    rows,
+    studies,
+    study_of,
+    value,
+    written,
+)
+from .verdicts import CLAIMS, Verdict
+
+PAPER_MAPS = 256  # feature maps of the paper's decoder
+
+# Metric, title, format.
+TABLES = {
+    "Reconstruction and cost": (
+        ("test_mse", "test MSE", ".5f"),
+        ("pca_mse", "PCA at the same D", ".5f"),
+        ("bce_excess", "BCE excess", ".4f"),
+        ("step_ms", "step, ms", ".1f"),
+        ("parameters", "parameters", ",.0f"),
+    ),
+    "Latent space and clusters": (
+        ("standardised_mmd", "standardised MMD", ".1f"),
+        ("r2_per_dim", "r²/D", ".2f"),
+        ("effective_rank", "effective rank", ".1f"),
+        ("separation", "separation", ".2f"),
+        ("dead", "dead", ".1f"),
+        ("purity", "purity", ".3f"),
+        ("kmeans_purity", "k-means purity", ".3f"),
+        ("acc", "ACC", ".3f"),
+        ("nmi", "NMI", ".3f"),
+        ("ari", "ARI", ".3f"),
+    ),
+    "Synthesis": (
+        ("control", "control", ".3f"),
+        ("control_fitted", "control, own spread", ".3f"),
+        ("prototypes_right", "prototypes right", ".3f"),
+        ("diversity", "diversity", ".2f"),
+        ("fid", "FID", ".1f"),
+        ("fid_reconstruction", "FID, reconstructions", ".2f"),
+        ("fid_real", "FID, real", ".2f"),
+        ("precision", "precision", ".3f"),
+        ("recall", "recall", ".3f"),
+    ),
+}
+LEGEND = """\
+All on images held out from training, mean ± deviation over seeds. A dash: has no meaning for that method. **BCE
+excess**: binary cross-entropy per pixel, in nats, above the images' own entropy. **Standardised MMD**: unbiased MMD
+between the latents of a held-out cluster and N(v, I), over its standard deviation under N(v, I); 0 give or take 1 if
+they are what they should be; clusters are of the same size in every row of a K. The VAEs and WAE are compared with
+N(0, I), in groups as large as the clusters; the autoencoder and VQ-VAE with N(c, I) around k-means centres c.
+**r²/D**: mean squared distance from the prototype (or the prior's mean) per dimension, 1 under N(v, I). **Effective
+rank** of the residuals, at most D. **Separation**: of the nearest two prototypes. **Purity**: share of test latents
+in a cluster whose majority has their label; beside it k-means on the same latents at the same K. **ACC**: best one-
+to-one matching of prototypes to classes, which leaves K - 10 clusters without a class: comparable with published
+figures at K = 10 only. **Control**: share of decoded samples of N(v, I) that an independent classifier gives to the
+majority class of the cluster, over all prototypes, none picked; *own spread*: with noise of the cluster's own
+standard deviation in each dimension; without prototypes, around k-means centres. **Prototypes right**: the same of
+the decoded prototypes. **Diversity**: mean distance between samples of a prototype over that between real images of
+its cluster. **FID, precision, recall** on features of that classifier, which is small and trained on this data set:
+they compare between rows here, and with nothing published. *Real*: test images against training images, the floor."""
+
+PUBLISHED = {
+    "MNIST": (
+        ("k-means on pixels, K = 10", "ACC .5349", "Xie et al. 2016, table 2 (arXiv:1511.06335)"),
+        ("autoencoder + k-means, K = 10", "ACC .8184", "Xie et al. 2016, table 3 (arXiv:1511.06335)"),
+        ("DEC, K = 10", "ACC .8430", "Xie et al. 2016, table 2 (arXiv:1511.06335)"),
+        ("VaDE, K = 10", "ACC .9446", "Jiang et al. 2017, table 2 (arXiv:1611.05148)"),
+        ("GMVAE, K = 16, best of its runs", "ACC .9692", "Dilokthanakul et al. 2016, table 1 (arXiv:1611.02648)"),
+    )
+}
+
+
+def build(results: Path, out: Path) -> Path:
+    """Write ``report.md`` and its figures into ``out`` from ``results/runs.jsonl`` and the arrays beside it.
+
+    Returns the page. ValueError: no runs.jsonl, or a line of it is no run.
+    """
+    if not (results / "runs.jsonl").exists():
+        raise ValueError(f"results: expected runs.jsonl in {results}, found none. Start the runs first.")
+    runs = load(results)
+    out.mkdir(parents=True, exist_ok=True)
+    found = studies(runs)
+    parts = [headline(runs), "# The paper, reproduced and judged", summary(found)]
+    for study, some in found.items():
+        failed = Counter(row_name(run) for run in runs if not done(run) and study_of(run) == study)
+        parts += section(study, some, failed, results, out)
+    parts += ["## Published figures", published(found), "## Runs", provenance(runs), failures(runs)]
+    page = out / "report.md"
+    page.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return page
+
+
+def headline(runs: list[Run]) -> str:
+    """What was run, in one line."""
+    judged = [run for run in runs if done(run)]
+    if not judged:
+        return "**No run has finished.**"
+    kinds: dict[str, list[Run]] = {}
+    for run in judged:
+        device = (run.get("versions") or {}).get("device", "an unknown device")
+        name = {"cpu": "CPU"}.get(device, device)
+        kinds.setdefault(f"{size(run)} ({run['model']}), trained on {name}", []).append(run)
+    lines = [f"{kind}: {', '.join({study.data: 0 for study in studies(some)})}" for kind, some in kinds.items()]
+    text = "; ".join(lines)
+    return f"**{text[0].upper()}{text[1:]}.**"
+
+
+def size(run: Run) -> str:
+    """How the network compares with the paper's."""
+    if run["model"] in ("paper", f"conv-{PAPER_MAPS}"):
+        return "paper-size models"
+    return "small MLPs" if run["model"].startswith("mlp") else "narrow models, not the paper's size"
+
+
+def summary(found: dict[Study, list[Run]]) -> str:
+    """The claims over all data sets: outcome only."""
+    if not found:
+        return ""
+    claims = [verdict.__name__.upper() for verdict in CLAIMS]
+    lines = ["The paper's claims, judged by its own Algorithm 1; numbers and rules below.", ""]
+    lines += table(
+        ["", *claims, "σ = 1 inert"],
+        [
+            [f"{study}", *(claim(some).outcome for claim in CLAIMS), verdicts.inert(some).outcome]
+            for study, some in found.items()
+        ],
+    )
+    goals = list(dict.fromkeys(v.claim for some in found.values() for v in verdicts.targets(some)))
+    lines += ["", "What the balanced layer promises at K = 30:", ""]
+    body = []
+    for study, some in found.items():
+        reached = {v.claim: v.outcome for v in verdicts.targets(some)}
+        body.append([f"{study}", *(reached.get(goal, "–") for goal in goals)])
+    return "\n".join(lines + table(["", *goals], body))
+
+
+def section(study: Study, runs: list[Run], failed: Counter, results: Path, out: Path) -> list[str]:
+    """One study: tables, verdicts, figures."""
+    seeds = sorted({run["seed"] for run in runs})
+    parts = [f"## {study}", f"{len(runs)} finished runs; seeds {', '.join(map(str, seeds))}.", judge_line(runs)]
+    for title, columns in TABLES.items():
+        parts += [f"### {title}", metric_table(runs, columns, failed)]
+    parts += [LEGEND, "### The paper's claims", claims_table(runs)]
+    parts += ["### What ours promises", verdict_table(verdicts.targets(runs))]
+    parts += ["### Bandwidth", bandwidth_table(runs)] if verdicts.bandwidths(runs) else []
+    parts += ["### Figures"]
+    for name, caption, figure in figures.draw_all(study, runs, results):
+        file = f"{slug(study)}-{name}.png"
+        figure.savefig(out / file, dpi=100, pil_kwargs={"optimize": True})
+        parts.append(f"![{caption.split('.')[0]}]({file})\n\n*{caption}*")
+    return parts
+
+
+def slug(study: Study) -> str:
+    words = f"{study.data} {study.model} {study.epochs}" + ("" if study.split == "test" else f" {study.split}")
+    return "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())
+
+
+def judge_line(runs: list[Run]) -> str:
+    accuracy = mean_of(runs, "judge_accuracy")
+    if accuracy is None:
+        return ""
+    return f"The classifier that judges samples is right on {accuracy.mean:.3f} of the real held-out images."
+
+
+def table(titles: list[str], body: Iterable[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in body)
+    return [
+        "| " + " | ".join(titles) + " |",
+        "|" + "---|" * len(titles),
+        *("| " + " | ".join(row) + " |" for row in escaped),
+    ]
+
+
+def metric_table(runs: list[Run], columns: tuple[tuple[str, str, str], ...], failed: Counter) -> str:
+    """A row a model, without the sweep over bandwidths; columns that no run has are left out."""
+    columns = tuple(c for c in columns if any(value(run, c[0]) is not None for run in runs))
+    body = []
+    for name, some in rows(run for run in runs if "sigma" not in run["options"]).items():
+        ours = some[0]["method"] == "balanced"
+        cells = [written(mean_of(some, metric), spec) for metric, _, spec in columns]
+        body.append(
+            [
+                f"**{name}**" if ours else name,
+                f"{len(some)}{f', {failed[name]} failed' if failed[name] else ''}",
+                *cells,
+            ]
+        )
+    return "\n".join(table(["model", "seeds", *(title for _, title, _ in columns)], body))
+
+
+def claims_table(runs: list[Run]) -> str:
+    """Each claim by the paper's algorithm, with the rule; beside it what the others make of it."""
+    lines = []
+    for claim in CLAIMS:
+        judged = claim(runs)
+        lines += [f"- **{judged.claim}: {judged.outcome}.** {judged.statement} *Rule:* {judged.rule}."]
+        for method in ("algorithm-1-paper", "algorithm-1", "balanced"):
+            by = claim(runs, method)
+            lines.append(f"  - {NAMES[method]}: {by.outcome}; {by.number}")
+    inert = verdicts.inert(runs)
+    lines.append(f"- **σ = 1: {inert.outcome}.** {inert.statement} *Rule:* {inert.rule}. {inert.number}")
+    return "\n".join(lines)
+
+
+def verdict_table(found: list[Verdict]) -> str:
+    body = [[v.claim, v.statement, f"**{v.outcome}**", v.number, v.rule] for v in found]
+    return "\n".join(table(["", "target", "outcome", "number", "rule"], body))
+
+
+def bandwidth_table(runs: list[Run]) -> str:
+    columns = (("test_mse", ".5f"), ("r2_per_dim", ".3f"), ("standardised_mmd", ".1f"), ("control", ".3f"))
+    body = []
+    for sigma, some in verdicts.bandwidths(runs).items():
+        for name, seeds in rows(some).items():
+            cells = [written(mean_of(seeds, metric), spec) for metric, spec in columns]
+            body.append([name, f"{sigma:g}", str(len(seeds)), *cells])
+    titles = ["model", "σ", "seeds", "test MSE", "r²/D", "standardised MMD", "control"]
+    return "\n".join(table(titles, body))
+
+
+def published(found: dict[Study, list[Run]]) -> str:
+    """Figures of others, with their source. The paper itself prints no numbers, only pictures."""
+    body = []
+    for study, runs in found.items():
+        for row in PUBLISHED.get(study.data, ()):
+            body.append([study.data, *row])
+        for method in ("kmeans", "algorithm-1-paper", "algorithm-1", "balanced"):
+            some = base(runs, method, 10)
+            if study.data in PUBLISHED and (reached := mean_of(some, "acc")) is not None:
+                body.append([study.data, row_name(some[0]), f"ACC {written(reached)}", f"this page, {study}"])
+    body = [list(row) for row in dict.fromkeys(map(tuple, body))]
+    if not body:
+        return "None for these data sets. The paper itself prints no numbers."
+    text = "The paper itself prints no numbers. Published ACC is over all 70,000 images; GMVAE's over test images."
+    return "\n".join([text, "", *table(["data", "method", "figure", "source"], body)])
+
+
+def provenance(runs: list[Run]) -> str:
+    """Configs, seeds, time and versions."""
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run["config"], data_name(run), run["model"]), []).append(run)
+    body = []
+    for (config, data, model), some in groups.items():
+        finished = [run for run in some if done(run)]
+        seconds = sum(run.get("seconds") or 0.0 for run in finished)
+        seeds = ", ".join(map(str, sorted({run["seed"] for run in some})))
+        versions = {f"{k} {v}" for run in finished for k, v in (run.get("versions") or {}).items()}
+        epochs = ", ".join(map(str, sorted({run["epochs"] for run in some})))
+        cells = [config, data, model, epochs, seeds, f"{len(finished)} of {len(some)}", f"{seconds / 3600:.1f}"]
+        body.append([*cells, ", ".join(sorted(versions))])
+    titles = ["config", "data", "model", "epochs", "seeds", "finished", "hours", "versions"]
+    return "\n".join(table(titles, body))
+
+
+def failures(runs: list[Run]) -> str:
+    """Runs that did not finish, or whose metrics are not numbers, by name."""
+    lines = []
+    for run in runs:
+        where = f"{run['config']}: {row_name(run)}, seed {run['seed']}"
+        if not done(run):
+            reason = (run.get("error") or str(run.get("status"))).strip().splitlines()[-1]
+            lines.append(f"- {where}: {reason}")
+            continue
+        bad = [name for name, found in run["metrics"].items() if found is not None and not math.isfinite(found)]
+        if bad:
+            lines.append(f"- {where}: finished, but {', '.join(bad)} are not numbers")
+    return "\n".join(["Runs that failed:", "", *lines]) if lines else "No run failed."

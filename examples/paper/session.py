@@ -1,0 +1,248 @@
+"""All runs of a config: what is done is left alone, what failed is kept with its traceback, the rest is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import proto_reg
+
+from .config import Config, RunConfig
+from .data import load_images, split
+from .methods import METHODS, Method, Plan, build_method
+from .metrics import evaluate
+from .models import build_network
+from .records import KEY, Records, held
+from .train import history_of, train, trained_run
+from .trained import ImageData
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of ``runs.jsonl``: a row of the config from one seed."""
+
+    config: Config
+    spec: RunConfig
+    seed: int
+    split: str
+
+    def training(self) -> dict[str, Any]:
+        """Everything that the trained weights depend on."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in ("name", "runs", "seeds")}
+        method = METHODS[self.spec.method]
+        options = method.training_options(self.spec.options)
+        identity = {"method": method.trained_as, "options": options, "trace_steps": self.spec.trace_steps}
+        return settings | identity | {"seed": self.seed, "split": self.split}
+
+    @property
+    def id(self) -> str:
+        """A digest of the settings: a config that was edited runs anew."""
+        return _digest(self.training() | {"method": self.spec.method, "options": self.spec.options})
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the weights' file: methods that are trained alike share it."""
+        return f"{METHODS[self.spec.method].trained_as}-s{self.seed}-{_digest(self.training())}.pt"
+
+    @property
+    def name(self) -> str:
+        """Of its arrays' file."""
+        label = re.sub(r"[^a-z0-9.]+", "-", self.spec.label.lower()).strip("-")
+        return f"{self.config.name}-{label}-s{self.seed}"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"config": self.config.name, "split": self.split, "label": self.spec.label, "seed": self.seed}
+
+    def wanted(self, only: list[str] | None) -> bool:
+        return only is None or self.spec.method in only or self.spec.label in only
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def runs_of(config: Config, split: str, seeds: int | None = None, only: list[str] | None = None) -> list[Run]:
+    """Seed by seed, so that every method has its first result early. ValueError for names that are not there."""
+    known = {name for spec in config.runs for name in (spec.method, spec.label)}
+    if only and (unknown := set(only) - known):
+        raise ValueError(f"--only: expected methods or labels among {sorted(known)}, got {sorted(unknown)}.")
+    count = config.seeds if seeds is None else seeds
+    runs = [
+        Run(config, spec, seed, split)
+        for seed in range(count)
+        for spec in config.runs
+        if seed < min(count, count if spec.seeds is None else spec.seeds)
+    ]
+    return [run for run in runs if run.wanted(only)]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where results go and what a call does with those that are there.
+
+    Attributes:
+        retry: train failed runs once more. again: evaluate finished runs once more, from their checkpoints.
+    """
+
+    out: Path
+    device: torch.device
+    retry: bool = False
+    again: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints, locks and what metrics keep between runs: not for version control."""
+        folder = self.out / "work"
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".gitignore").write_text("*\n")
+        return folder
+
+    @property
+    def records(self) -> Records:
+        return Records(self.out / "runs.jsonl", self.work / "runs.lock")
+
+    def pending(self, runs: list[Run]) -> list[Run]:
+        """Those that this call has to do."""
+        at_rest = {status for status, redo in (("done", self.again), ("failed", self.retry)) if not redo}
+        there = [(r["id"], {name: r[name] for name in KEY}) for r in self.records.all() if r["status"] in at_rest]
+        return [run for run in runs if (run.id, run.key) not in there]
+
+    def run(self, runs: list[Run], data_dir: Path | None) -> list[dict[str, Any]]:
+        """Do what is pending; returns the records of all ``runs``, in order, where there is one.
+
+        Several processes may do this at once: a run that another one has in hand is left to it.
+        """
+        pending = self.pending(runs)
+        if pending:
+            data = self._data(pending[0], data_dir)
+            with tqdm(total=sum(run.config.epochs for run in pending), unit="epoch", smoothing=0.05) as bar:
+                for number, (run, record) in enumerate(self._claimed(pending, data, bar), 1):
+                    bar.write(f"[{number}/{len(pending)}] {run.spec.label}, seed {run.seed}: {_summary(record)}")
+        found = [self.records.find(id=run.id, **run.key) for run in runs]
+        return [record for record in found if record is not None]
+
+    def _claimed(self, pending: list[Run], data: ImageData, bar: tqdm) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Runs and their records, one after the other as they can be had; ends when others hold all that are left."""
+        while pending:
+            left = []
+            for run in pending:
+                with held(self.work / f"{run.checkpoint}.lock", wait=False) as mine:
+                    if not mine:
+                        left.append(run)
+                    elif self.again or self.pending([run]):
+                        yield run, self._record(run, data, bar)
+            if len(left) == len(pending):
+                bar.write(f"left to another process: {', '.join(sorted({run.spec.label for run in left}))}")
+                return
+            pending = self.pending(left)
+
+    def _data(self, run: Run, data_dir: Path | None) -> ImageData:
+        config = run.config
+        images = load_images(config.data, data_dir)
+        data = split(images, run.split, config.train_images, config.test_images, config.validation_images)
+        tensors = {name: x.to(self.device) for name, x in vars(data).items() if isinstance(x, torch.Tensor)}
+        return ImageData(data.name, data.shape, **tensors)
+
+    def _record(self, run: Run, data: ImageData, bar: tqdm) -> dict[str, Any]:
+        """Train and judge one run and write its line, be it a failure."""
+        bar.set_description(f"{run.spec.label}, seed {run.seed}")
+        record = {
+            "id": run.id,
+            **run.key,
+            "data": data.name,
+            "model": run.config.model_name,
+            "method": run.spec.method,
+            "options": run.spec.options,
+            "num_prototypes": run.spec.options.get("num_prototypes"),
+            "epochs": run.config.epochs,
+            "status": "done",
+            "error": None,
+            "history": [],
+            "metrics": {},
+            "step_ms": None,
+            "parameters": None,
+            "seconds": None,
+            "versions": self._versions(),
+            "arrays": None,
+        }
+        began = bar.n
+        try:
+            record |= self._results(run, data, bar)
+        except Exception:
+            record |= {"status": "failed", "error": _without_folders(traceback.format_exc())}
+            record["history"] = history_of(self.work / run.checkpoint)
+        bar.update(began + run.config.epochs - bar.n)  # those that were there already, or never came
+        self.records.put(record)
+        return record
+
+    def _results(self, run: Run, data: ImageData, bar: tqdm) -> dict[str, Any]:
+        method = new_method(run, data, self.device)
+
+        def on_epoch(epoch: int, errors: dict[str, float]) -> None:
+            bar.update()
+            bar.set_postfix({name: f"{value:.4f}" for name, value in errors.items()})
+
+        checkpoint = self.work / run.checkpoint
+        progress = train(method, data, run.config, checkpoint, run.spec.trace_steps, on_epoch)
+        torch.manual_seed(run.seed)
+        K = run.spec.options.get("num_prototypes", 30)
+        metrics, arrays = evaluate(trained_run(run.spec.method, method, data), num_prototypes=K, cache=self.work)
+        if progress["trace"] is not None:
+            arrays["trace"] = progress["trace"].numpy()
+            arrays["trace_steps"] = np.array(["before", *method.optimizers])
+        warm = progress["step_ms"][run.config.warmup_epochs :]
+        return {
+            "history": progress["history"],
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "step_ms": median(warm),
+            "parameters": sum(p.numel() for p in method.parameters()),
+            "seconds": sum(progress["epoch_seconds"]),
+            "arrays": self._keep(run, arrays),
+        }
+
+    def _keep(self, run: Run, arrays: dict[str, np.ndarray]) -> str:
+        path = self.out / "arrays" / f"{run.name}.npz"
+        path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(path, **arrays)
+        return path.relative_to(self.out).as_posix()
+
+    def _versions(self) -> dict[str, Any]:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        versions = {"torch": torch.__version__, "proto_reg": proto_reg.__version__}
+        return versions | {"threads": torch.get_num_threads(), "device": device}
+
+
+def new_method(run: Run, data: ImageData, device: torch.device) -> Method:
+    """Untrained, with weights that depend on the seed alone: the network is drawn before what a method adds."""
+    config = run.config
+    torch.manual_seed(run.seed)
+    network = build_network(config.model, data.shape, config.latent_dim, config.maps, config.width)
+    steps = -(-len(data.train_images) // config.batch_size)
+    plan = Plan(config.warmup_epochs, steps, config.learning_rate, run.seed)
+    method = build_method(run.spec.method, network, plan, run.spec.options)
+    return method.to(device, memory_format=torch.channels_last)  # convolutions are a third faster, on a CPU too
+
+
+def _summary(record: dict[str, Any]) -> str:
+    if record["status"] == "failed":
+        return f"FAILED: {record['error'].strip().splitlines()[-1]}"
+    last = record["history"][-1]
+    return f"test MSE {last['test_mse']:.5f}, {record['seconds']:.0f} s, {record['step_ms']:.1f} ms a step"
+
+
+def _without_folders(trace: str) -> str:
+    """A traceback whose files are named by folder and file: where things lie on this machine is nobody's business."""
+    return re.sub(r'File "(?:.*/)?([^/"]+/[^/"]+)"', r'File "\1"', trace)
