@@ -112,7 +112,7 @@ def test_what_is_wrong_is_named() -> None:
         VectorPrototypes(8, 4, accept_image_fmap=True, accept_3d_fmap=True)
     with pytest.raises(TypeError, match="decay"):
         VectorPrototypes(8, 4, decay=0.8)
-    with pytest.raises(ValueError, match="z: expected a non-empty 'b d h w' tensor"):
+    with pytest.raises(ValueError, match="z: expected a 'b d h w' tensor"):
         VectorPrototypes(8, 4, accept_image_fmap=True)(torch.randn(4, 8))
     with pytest.raises(ValueError, match="mask: expected shape"):
         VectorPrototypes(8, 4)(torch.randn(4, 5, 8), mask=torch.ones(4, dtype=torch.bool))
