@@ -58,10 +58,10 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def alone(wanted: bool = True) -> Iterator[None]:
-    """Modules work as if there were no other process, if ``wanted``: on a batch that has been gathered already."""
+def alone() -> Iterator[None]:
+    """Modules work as if there were no other process: on a batch that has been gathered already."""
     global _alone
-    before, _alone = _alone, _alone or wanted
+    before, _alone = _alone, True
     try:
         yield
     finally:
@@ -110,18 +110,22 @@ def broadcast_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return x
 
 
-def row_counts(count: int, group: dist.ProcessGroup | None, device: torch.device) -> tuple[list[int], int]:
-    """``count`` of every rank, and the sum of those before this one. Reads them on the host.
+def row_counts(count: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    """``count`` of every rank. Reads them on the host.
 
     A group that reaches CPUs too (gloo, or the default of both) tells them past the ``device``, which goes on working.
     """
     if group is None:
-        return [count], 0
+        return [count]
     where = "cpu" if "cpu" in dist.get_backend_config(group) else device
     counts = torch.empty(size(group), dtype=torch.int64, device=where)
     _all_gather(counts, torch.tensor([count], device=where), group=group)
-    known = counts.tolist()
-    return known, sum(known[: dist.get_rank(group)])
+    return counts.tolist()
+
+
+def rows_before(counts: Sequence[int], group: dist.ProcessGroup | None) -> int:
+    """How many of the rows, ``counts`` by rank, come before those of this one."""
+    return 0 if group is None else sum(counts[: dist.get_rank(group)])
 
 
 def gather_rows(
@@ -132,11 +136,11 @@ def gather_rows(
     ``counts``: n of every rank, if it is known.
     """
     if counts is None:
-        counts, _ = row_counts(len(rows), group, rows.device)
+        counts = row_counts(len(rows), group, rows.device)
     longest = max(counts)
     if group is None or longest == 0:
         return rows, 0
-    start = sum(counts[: dist.get_rank(group)])
+    start = rows_before(counts, group)
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
     everything = rows.new_empty(len(counts) * longest, *rows.shape[1:])

@@ -43,17 +43,12 @@ class AttachDirection(torch.autograd.Function):
             return None, gradient, None, None, *([None] * 2 * len(steps))
         # In the direction's float32: the norm of a half-precision gradient under loss scaling overflows its dtype.
         wide = gradient.to(direction.dtype)
-        (norm,) = _norms([wide if counted is None else torch.where(counted, wide, 0.0)], ctx.group)
+        (norm,) = norms([wide if counted is None else torch.where(counted, wide, 0.0)], ctx.group)
         by_z = gradient + (norm * direction).to(gradient.dtype)
         return None, by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
 
 
-def inverse_norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
-    """1 / |gradient| of each, and 0 for a gradient of 0."""
-    return [torch.where(norm > 0, 1 / norm, 0.0) for norm in _norms(gradients, group)]
-
-
-def _norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     """|gradient| of each, over its rows on all ranks."""
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
     if group is None:

@@ -14,11 +14,12 @@ from ._checks import check_choice, check_instance, check_number, check_positive_
 from ._distributed import Group, Ranks, alone, whole
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
-from .balance import AttachDirection, inverse_norms
+from .balance import AttachDirection, norms
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
 from .head import PrototypeHead
-from .kernels.rows import balance
+from .kernels.once import transforming
+from .kernels.rows import add_at_weights, balance
 from .kernels.snapshot import snapshot
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
@@ -278,7 +279,7 @@ class PrototypicalRegularizer(nn.Module):
     def _gathers(self, share: Share) -> bool:
         """Whether every process computes the whole batch: one exchange then, instead of one for each sum."""
         small = share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
-        same = self.assigner.ranks.group is self.mmd.ranks.group is self.ranks.group
+        same = self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
         return share.group is not None and small and same and self.mmd.target == "analytic" and self.queue is None
 
     def _pull(
@@ -325,9 +326,8 @@ class PrototypicalRegularizer(nn.Module):
         """Both gradients (N, D) at the size of their weights, added up; and what the first was multiplied with, ()."""
         if group is None:
             return balance(by_tokens, by_latents, self.prototype_weight, self.mmd_weight)
-        inverse = inverse_norms([by_tokens, by_latents], group)
-        to_prototypes = self.prototype_weight * inverse[0]
-        return to_prototypes * by_tokens + self.mmd_weight * inverse[1] * by_latents, to_prototypes
+        over_ranks = norms([by_tokens, by_latents], group)
+        return add_at_weights(by_tokens, by_latents, over_ranks, self.prototype_weight, self.mmd_weight)
 
     def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
         """Both losses of ``z``, differentiable whatever the mode: what Algorithm 1 steps on.
@@ -495,7 +495,7 @@ class PrototypicalRegularizer(nn.Module):
 
     def _check_transforms(self, tracking: bool) -> None:
         """RuntimeError under a ``torch.func`` transform that this layer, as it is set, cannot go through."""
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        if not transforming():
             return
         if tracking or (self.training and self.mode == "balanced"):
             raise RuntimeError(

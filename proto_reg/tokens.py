@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ._distributed import gather_rows, row_counts
+from ._distributed import gather_rows, row_counts, rows_before
 from ._random import mix
 
 if TYPE_CHECKING:
@@ -33,12 +32,11 @@ def share_of(tokens: Tensor, masked: bool, group: ProcessGroup | None) -> Share:
     count = tokens.shape[0]
     if group is None:
         return Share(None, 0, count, (count,), masked)
-    entries, _ = row_counts(2 * count + masked, group, tokens.device)
+    entries = row_counts(2 * count + masked, group, tokens.device)
     counts = tuple(entry // 2 for entry in entries)
     if sum(counts) == 0:
         raise ValueError("z: expected latents in one process of the group at least, got none. Skip empty batches.")
-    start = sum(counts[: dist.get_rank(group)])
-    return Share(group, start, sum(counts), counts, any(entry % 2 for entry in entries))
+    return Share(group, rows_before(counts, group), sum(counts), counts, any(entry % 2 for entry in entries))
 
 
 def gather(tokens: Tensor, keep: Tensor | None, share: Share) -> tuple[Tensor, Tensor | None, Share]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 from .._checks import check_choice, check_mask, check_matrix, check_number, compute_dtype
 from .._distributed import Group, resolve, size, sum_
 from ..kernels.rows import unit_rows, unit_rows_plain, unit_rows_pull_back
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SCORES = ("cosine", "dot", "euclidean")
 
@@ -83,7 +87,13 @@ def prototype_cross_entropy(
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
     """
-    ranks = resolve(group)
+    return _loss_and_count(scores, codes, temperature, mask, resolve(group))[0]
+
+
+def _loss_and_count(
+    scores: Tensor, codes: Tensor, temperature: float, mask: Tensor | None, ranks: ProcessGroup | None
+) -> tuple[Tensor, Tensor | int]:
+    """:func:`prototype_cross_entropy`, and the number of rows that it is the mean of."""
     check_matrix("scores", scores, axes="(B, K)", empty=ranks is not None)
     check_matrix("codes", codes, scores.shape[1], axes="(B, K)", empty=ranks is not None)
     if codes.shape[0] != scores.shape[0]:
@@ -100,12 +110,13 @@ def prototype_cross_entropy(
         codes, scores = (torch.where(mask[:, None], x, 0.0) for x in (codes, scores))
     total = -(codes * (scores / temperature).log_softmax(1)).sum()
     if ranks is None:
-        return total / (scores.shape[0] if mask is None else mask.sum().clamp_min(1))
+        rows = scores.shape[0] if mask is None else mask.sum().clamp_min(1)
+        return total / rows, rows
     count = total.new_full((), scores.shape[0]) if mask is None else mask.sum().to(total)
     whole, count = sum_(torch.stack([total.detach(), count]), ranks)
     count = count.clamp_min(1)
     # The value of all ranks with the slope of this one.
-    return whole / count + (total - total.detach()) * (size(ranks) / count)
+    return whole / count + (total - total.detach()) * (size(ranks) / count), count
 
 
 @torch.no_grad()
@@ -114,10 +125,7 @@ def prototype_cross_entropy_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """:func:`prototype_cross_entropy` and its gradient by ``scores`` (B, K), in closed form: no graph is built."""
     ranks = resolve(group)
-    loss = prototype_cross_entropy(scores, codes, temperature, mask=mask, group=ranks)
+    loss, count = _loss_and_count(scores, codes, temperature, mask, ranks)
     gradient = (scores.to(loss.dtype) / temperature).softmax(1) - codes
-    if mask is None and ranks is None:
-        return loss, gradient / (temperature * scores.shape[0])
-    count = loss.new_full((), scores.shape[0]) if mask is None else mask.sum().to(loss)
-    share = size(ranks) / sum_(count, ranks).clamp_min(1)
-    return loss, (gradient if mask is None else torch.where(mask[:, None], gradient, 0.0)) * (share / temperature)
+    gradient = gradient if mask is None else torch.where(mask[:, None], gradient, 0.0)
+    return loss, gradient * (size(ranks) / (temperature * count))

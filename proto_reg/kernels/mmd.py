@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from . import closed_forms
+from .once import without_graph
 
 # Up to this many points one masked matrix is cheapest, and its shapes do not depend on the data. On a device the
 # limit is higher: the plan by clusters costs one host read there.
@@ -122,12 +123,7 @@ def anchored_mmd_loss_plain(
 
 def anchored_mmd_loss_without_graph(*arguments) -> tuple[Tensor, Tensor]:
     """``proto_reg::anchored_mmd_loss``, differentiable in nothing."""
-    fused = torch.ops.proto_reg.anchored_mmd_loss.default
-    if torch.compiler.is_compiling():
-        return fused(*arguments)
-    # Past what register_autograd set up: in Python, it takes longer than a small problem.
-    with torch._C._AutoDispatchBelowAutograd():
-        return fused(*arguments)
+    return without_graph(torch.ops.proto_reg.anchored_mmd_loss.default, *arguments)
 
 
 def weighted_mmd_reference(

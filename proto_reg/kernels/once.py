@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,20 +28,32 @@ class WithSlope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, by_value: Tensor):
         x, slope = ctx.saved_tensors
-        return by_value * _Once.apply(slope, x), None, None
+        message = "anchored_mmd: expected to be differentiated once, got a second derivative. It has none."
+        return by_value * Once.apply(slope, x, message), None, None
 
 
-class _Once(torch.autograd.Function):
-    """The slope, which knows that it depends on x, but not how."""
+class Once(torch.autograd.Function):
+    """The ``slope``, which knows that it depends on ``x``, but not how: asked for that, it raises ``message``."""
 
     @staticmethod
-    def forward(slope: Tensor, x: Tensor) -> Tensor:
+    def forward(slope: Tensor, x: Tensor, message: str) -> Tensor:
         return slope.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        pass
+        ctx.message = inputs[-1]
 
     @staticmethod
     def backward(ctx, by_slope: Tensor):
-        raise RuntimeError("anchored_mmd: expected to be differentiated once, got a second derivative. It has none.")
+        raise RuntimeError(ctx.message)
+
+
+def without_graph(operator: Callable, *arguments):
+    """What ``operator`` returns, differentiable in nothing, past what ``register_autograd`` set up for it.
+
+    That is in Python and takes longer than a small problem.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)

@@ -7,7 +7,7 @@ and torch.compile see through. Operators have no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +29,16 @@ def unit_rows_pull_back_plain(gradient: Tensor, unit: Tensor, inverse_norms: Ten
 
 def balance_plain(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> tuple[Tensor, Tensor]:
     """weight_a a / |a| + weight_b b / |b|, norms over everything, and weight_a / |a| (); 0 for a gradient of 0."""
-    scale_a, scale_b = (weight * _inverse_norm(x) for weight, x in ((weight_a, a), (weight_b, b)))
+    norms = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)
+    return add_at_weights(a, b, norms, weight_a, weight_b)
+
+
+def add_at_weights(
+    a: Tensor, b: Tensor, norms: Sequence[Tensor], weight_a: float, weight_b: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`balance_plain` of gradients whose ``norms`` () are known."""
+    scale_a, scale_b = (w * torch.where(n > 0, 1 / n, 0.0) for w, n in zip((weight_a, weight_b), norms, strict=True))
     return scale_a * a + scale_b * b, scale_a
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x)
-    return torch.where(norm > 0, 1 / norm, 0.0)
 
 
 def sums_by_group_plain(x: Tensor, index: Tensor, counted: Tensor | None, groups: int) -> Tensor:

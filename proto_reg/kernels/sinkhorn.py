@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import compute_dtype
+from .once import Once, without_graph
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
 
 
@@ -77,12 +78,7 @@ def cross_entropy_without_graph(plain: bool, scores: Tensor, *options) -> tuple[
     if plain:
         with torch.no_grad():
             return sinkhorn_cross_entropy_reference(scores, *options)
-    fused = torch.ops.proto_reg.sinkhorn_cross_entropy.default
-    if torch.compiler.is_compiling():
-        return fused(scores, *options)
-    # Past what register_autograd set up: in Python, it takes longer than a small problem.
-    with torch._C._AutoDispatchBelowAutograd():
-        return fused(scores, *options)
+    return without_graph(torch.ops.proto_reg.sinkhorn_cross_entropy.default, scores, *options)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -100,20 +96,9 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, by_loss: Tensor | None, *others) -> tuple[Tensor | None, ...]:
         gradient, scores = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = _Once.apply(gradient, scores)
+            message = (
+                "sinkhorn_cross_entropy: expected to be differentiated once, got a second derivative. Use "
+                "prototype_cross_entropy(scores, sinkhorn(scores)) for that."
+            )
+            gradient = Once.apply(gradient, scores, message)
         return None, None if by_loss is None else gradient * by_loss, *([None] * 8)
-
-
-class _Once(torch.autograd.Function):
-    """The gradient, which knows that it depends on the scores, but not how."""
-
-    @staticmethod
-    def forward(ctx, gradient: Tensor, scores: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx, by_gradient: Tensor):
-        raise RuntimeError(
-            "sinkhorn_cross_entropy: expected to be differentiated once, got a second derivative. Use "
-            "prototype_cross_entropy(scores, sinkhorn(scores)) for that."
-        )
