@@ -91,32 +91,8 @@ float* kept(int64_t size) {
   return memory.data();
 }
 
-namespace baseline {
-#define LANES int64_t{4}
-#include "mmd_cpu_isa.h"
-#undef LANES
-}  // namespace baseline
-
-#if defined(__x86_64__)
-BEGIN_TARGET(AVX2_FEATURES)
-namespace avx2 {
-#define LANES int64_t{8}
-#include "mmd_cpu_isa.h"
-#undef LANES
-}  // namespace avx2
-END_TARGET
-
-BEGIN_TARGET(AVX512_FEATURES)
-namespace avx512 {
-#define LANES int64_t{16}
-#include "mmd_cpu_isa.h"
-#undef LANES
-}  // namespace avx512
-END_TARGET
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
+#define ISA_SOURCE "mmd_cpu_isa.h"
+#include "cpu_isas.h"
 
 }  // namespace
 

@@ -1,6 +1,8 @@
 // Everything of the anchored MMD that is compiled once per instruction set. Included by mmd_cpu.cpp inside a namespace
 // and target of its own; hence no include guard.
 
+#define LANES int64_t{MACHINE_LANES}
+
 #include "sinkhorn_cpu_vector.h"
 #include "cpu_row_ends.h"
 
@@ -273,3 +275,5 @@ inline void solve(const MmdProblem& problem, ParallelFor parallel_for) {
     loss += solver.unit(cluster) * (mixture.self + (problem.unbiased ? 0 : 1 / static_cast<double>(cluster.count)));
   *problem.loss = static_cast<float>(loss);
 }
+
+#undef LANES

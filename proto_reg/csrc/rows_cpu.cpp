@@ -12,32 +12,8 @@
 namespace proto_reg {
 namespace {
 
-namespace baseline {
-#define LANES int64_t{4}
-#include "rows_cpu_isa.h"
-#undef LANES
-}  // namespace baseline
-
-#if defined(__x86_64__)
-BEGIN_TARGET(AVX2_FEATURES)
-namespace avx2 {
-#define LANES int64_t{8}
-#include "rows_cpu_isa.h"
-#undef LANES
-}  // namespace avx2
-END_TARGET
-
-BEGIN_TARGET(AVX512_FEATURES)
-namespace avx512 {
-#define LANES int64_t{16}
-#include "rows_cpu_isa.h"
-#undef LANES
-}  // namespace avx512
-END_TARGET
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
+#define ISA_SOURCE "rows_cpu_isa.h"
+#include "cpu_isas.h"
 
 float dot(const float* x, const float* y, int64_t dim) {
   static const auto run = fastest(baseline::dot, avx2::dot, avx512::dot);

@@ -1,5 +1,7 @@
 // What of rows_cpu.cpp is compiled once per instruction set; hence no include guard.
 
+#define LANES int64_t{MACHINE_LANES}
+
 #include "sinkhorn_cpu_vector.h"
 #include "cpu_row_ends.h"
 
@@ -40,3 +42,5 @@ inline bool finite(const float* x, int64_t dim) {
   each_vector(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE { total += load_first(x + d, present) * 0.0f; });
   return sum(total) == 0;
 }
+
+#undef LANES

@@ -63,32 +63,8 @@ class Workspace {
   std::array<int64_t, 8> offsets_{};
 };
 
-namespace baseline {
-#define MACHINE_LANES 4
-#include "sinkhorn_cpu_isa.h"
-#undef MACHINE_LANES
-}  // namespace baseline
-
-#if defined(__x86_64__)
-BEGIN_TARGET(AVX2_FEATURES)
-namespace avx2 {
-#define MACHINE_LANES 8
-#include "sinkhorn_cpu_isa.h"
-#undef MACHINE_LANES
-}  // namespace avx2
-END_TARGET
-
-BEGIN_TARGET(AVX512_FEATURES)
-namespace avx512 {
-#define MACHINE_LANES 16
-#include "sinkhorn_cpu_isa.h"
-#undef MACHINE_LANES
-}  // namespace avx512
-END_TARGET
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
+#define ISA_SOURCE "sinkhorn_cpu_isa.h"
+#include "cpu_isas.h"
 
 }  // namespace
 
