@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from ._checks import check_choice, check_floating, check_matrix, check_positive_
 from .head import PrototypeHead
 
 try:
+    import matplotlib
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError("proto_reg.plots needs matplotlib. Run: pip install 'proto_reg[plots]'") from error
@@ -112,20 +114,33 @@ def latent_map(z: Tensor, head: PrototypeHead, labels: Tensor | None = None, *, 
             f"labels: expected shape {tuple(z.shape[:1])}, one for each latent, got {tuple(labels.shape)}. "
             "Pass the labels of the same examples."
         )
-    colour = head(z).argmax(1) if labels is None else labels
+    if labels is None:
+        colour, names = head(z).argmax(1), list(range(head.num_prototypes))
+    else:
+        values, colour = labels.unique(return_inverse=True)
+        names = values.tolist()
     points = torch.cat([z, head.prototypes.to(z)]).float().cpu().numpy()
     plane = _project(points, method)
     figure = Figure(figsize=(6, 5.4), layout="constrained")
     axis = figure.subplots()
     latents, stars = plane[: len(z)], plane[len(z) :]
-    scatter = axis.scatter(
-        latents[:, 0], latents[:, 1], c=colour.cpu(), s=6, cmap="tab10" if labels is not None else "hsv"
-    )
+    scatter = axis.scatter(latents[:, 0], latents[:, 1], c=colour.cpu(), s=6, **_one_colour_each(len(names)))
     axis.scatter(stars[:, 0], stars[:, 1], marker="*", s=110, color="black", edgecolor="white", label="prototypes")
     axis.set(xticks=[], yticks=[], title=f"latents, {'t-SNE' if method == 'tsne' else 'PCA'}")
     axis.legend(loc="upper right")
-    figure.colorbar(scatter, label="prototype" if labels is None else "label")
+    bar = figure.colorbar(scatter, label="prototype" if labels is None else "label")
+    shown = range(0, len(names), -(-len(names) // 15))
+    bar.set_ticks(list(shown), labels=[f"{names[i]}" for i in shown])
     return figure
+
+
+def _one_colour_each(count: int) -> dict[str, Any]:
+    """Arguments of ``scatter`` for values 0 to ``count`` - 1: each a colour, and a field of the colour bar."""
+    if count > 20:  # a circle of hues
+        colours = matplotlib.colormaps["hsv"].resampled(count)
+    else:
+        colours = ListedColormap(matplotlib.colormaps["tab10" if count <= 10 else "tab20"](range(count)))
+    return {"cmap": colours, "vmin": -0.5, "vmax": count - 0.5}
 
 
 def _project(points: np.ndarray, method: str) -> np.ndarray:
