@@ -80,9 +80,6 @@ they compare between rows here, and with nothing published. *Real*: test images 
 
 PUBLISHED = {
     "MNIST": (
-        ("k-means on pixels, K = 10", "ACC .5349", "Xie et al. 2016, table 2 (arXiv:1511.06335)"),
-        ("autoencoder + k-means, K = 10", "ACC .8184", "Xie et al. 2016, table 3 (arXiv:1511.06335)"),
-        ("DEC, K = 10", "ACC .8430", "Xie et al. 2016, table 2 (arXiv:1511.06335)"),
         ("VaDE, K = 10", "ACC .9446", "Jiang et al. 2017, table 2 (arXiv:1611.05148)"),
         ("GMVAE, K = 16, best of its runs", "ACC .9692", "Dilokthanakul et al. 2016, table 1 (arXiv:1611.02648)"),
     )
