@@ -43,7 +43,7 @@ class PrototypicalAEConfig(AEConfig):
     scores: str = "cosine"
     mode: str = "balanced"
     temperature: float = 0.1
-    prototype_weight: float = 0.1
+    prototype_weight: float = 0.03
     mmd_weight: float = 0.1
     warmup_steps: int = 0
     follow_rate: float = 0.02

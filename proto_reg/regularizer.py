@@ -115,7 +115,7 @@ class PrototypicalRegularizer(nn.Module):
         mmd: AnchoredMMDLoss | None = None,
         temperature: float | Sequence[float] = 0.1,
         temperature_steps: int = 0,
-        prototype_weight: float = 0.1,
+        prototype_weight: float = 0.03,
         mmd_weight: float = 0.1,
         mode: str = "balanced",
         warmup_steps: int = 0,

@@ -213,6 +213,9 @@ def test_validation_images_are_held_out_and_test_images_unseen() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
 def test_every_config_loads(name: str) -> None:
     config = load_config(name)
+    if name == "mnist-ablation":
+        assert {spec.method for spec in config.runs} == {"autoencoder", "wae", "balanced"}
+        return
     assert {spec.method for spec in config.runs} == {
         *("autoencoder", "kmeans", "vae", "infovae", "wae", "vq-vae", "algorithm1", "balanced")
     }

@@ -327,13 +327,13 @@ class Prototypical(Method):
 class Balanced(Prototypical):
     """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
 
-    Without a warm-up, as the library's defaults are; ``warmup`` gives it that of the others.
+    With the warm-up of all the others; ``warmup=False`` leaves it out, as the library does unless it is told.
     """
 
     trained_as = "balanced"
 
     def __init__(
-        self, network: Network, plan: Plan, *, preset: str = "ours", warmup: bool = False, **options: Any
+        self, network: Network, plan: Plan, *, preset: str = "ours", warmup: bool = True, **options: Any
     ) -> None:
         if warmup:
             options["warmup_steps"] = plan.warmup_epochs * plan.steps_per_epoch
