@@ -150,6 +150,10 @@ for dtype in DTYPES:
         for requires_grad in (False, True):
             given = scores.clone().requires_grad_(requires_grad)
             torch.library.opcheck(torch.ops.proto_reg.sinkhorn.default, (given, *options))
+            marginals, weights, *others = options
+            reordered = (given, *others[:2], marginals, weights, *others[2:])
+            torch.library.opcheck(torch.ops.proto_reg.sinkhorn_codes.default, reordered)
+            torch.library.opcheck(torch.ops.proto_reg.sinkhorn_codes.default, (given, 0.05, 3))
             torch.library.opcheck(torch.ops.proto_reg.sinkhorn.default, (given[None], *[None] * 2, *options[2:]))
             for with_codes in (False, True):
                 torch.library.opcheck(

@@ -24,7 +24,7 @@ LOADED = """
 import sys, torch, proto_reg
 from torch._subclasses.fake_tensor import FakeTensorMode
 torch.ops.load_library(sys.argv[1])
-for name in ("sinkhorn", "sinkhorn_out", "sinkhorn_cross_entropy"):
+for name in ("sinkhorn", "sinkhorn_codes", "sinkhorn_out", "sinkhorn_cross_entropy"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"proto_reg::{name}", "CUDA"), name
 with FakeTensorMode():
     scores = torch.empty(8, 3, device="cuda")

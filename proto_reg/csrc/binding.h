@@ -56,7 +56,7 @@ inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) 
   return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
 }
 
-// What sinkhorn, sinkhorn_out and sinkhorn_cross_entropy have in common. Owns the contiguous inputs while kernels run.
+// What the ops have in common. Owns the contiguous inputs while kernels run.
 struct Call {
   Tensor scores;
   std::optional<Tensor> marginals, weights;
@@ -114,9 +114,21 @@ struct Call {
   }
 };
 
-// The three ops, for a `Device` with a static run(problem, scores).
+// The ops, for a `Device` with a static run(problem, scores), and POTENTIALS where that writes them in any case.
 template <class Device>
 struct Ops {
+  // What the others return beside the codes costs as much as a small problem.
+  static Tensor sinkhorn_codes(
+      const Tensor& scores, double epsilon, int64_t num_iters, const std::optional<Tensor>& marginals,
+      const std::optional<Tensor>& weights, std::optional<double> tol, bool isolate) {
+    Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
+    Tensor codes = call.like_scores();
+    const std::optional<Tensor> unasked = Device::POTENTIALS ? std::optional<Tensor>(call.potentials()) : std::nullopt;
+    call.problem.codes = codes.mutable_data_ptr();
+    Device::run(call.problem, call.scores);
+    return codes;
+  }
+
   static std::tuple<Tensor, Tensor> sinkhorn(
       const Tensor& scores, const std::optional<Tensor>& marginals, const std::optional<Tensor>& weights,
       double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate) {
@@ -163,10 +175,11 @@ struct Ops {
 
 }  // namespace proto_reg
 
-// Registers the three ops of Ops<DEVICE> under a dispatch key; schema and everything else live in Python.
+// Registers the ops of Ops<DEVICE> under a dispatch key; schema and everything else live in Python.
 #define PROTO_REG_IMPL(KEY, DEVICE)                                                                     \
   STABLE_TORCH_LIBRARY_IMPL(proto_reg, KEY, library) {                                                  \
     library.impl("sinkhorn", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn));                             \
+    library.impl("sinkhorn_codes", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn_codes));                 \
     library.impl("sinkhorn_out", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn_out));                     \
     library.impl("sinkhorn_cross_entropy", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn_cross_entropy)); \
   }

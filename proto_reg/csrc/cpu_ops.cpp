@@ -14,6 +14,7 @@ void aten_parallel_for(int64_t count, Task task, void* context) {
 }
 
 struct Cpu {
+  static constexpr bool POTENTIALS = false;
   static void run(const SinkhornProblem& problem, const Tensor&) { sinkhorn_cpu(problem, aten_parallel_for); }
 };
 

@@ -10,6 +10,8 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace proto_reg {
 
 struct Cuda {
+  static constexpr bool POTENTIALS = true;  // always written
+
   static void run(const SinkhornProblem& problem, const Tensor& scores) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "proto_reg: this PyTorch is built without CUDA");
     const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());

@@ -23,7 +23,7 @@ struct SinkhornProblem {
 
   // Out.
   void* codes;        // like scores; null: not wanted
-  float* potentials;  // (groups, columns)
+  float* potentials;  // (groups, columns); null, on the CPU: not wanted
 
   // Cross-entropy of softmax(scores / temperature) against the codes; wanted where `loss` is not null.
   double temperature;

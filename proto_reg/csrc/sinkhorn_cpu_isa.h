@@ -84,7 +84,7 @@ struct Solver {
   const Chunks chunks;
   const ParallelFor parallel_for;
   Group group;
-  float* potentials;
+  float* potentials;  // null: not wanted
   double* losses;  // (chunks,), each a sum over the chunk's rows
 
   template <class Body>
@@ -108,7 +108,7 @@ struct Solver {
     if (!small.exponentials()) return false;
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration)
       if (!small.balance(problem.tol)) break;
-    small.write_potentials(potentials);
+    if (potentials) small.write_potentials(potentials);
     losses[0] = small.write();
     if (!wide && group.codes) lanes8::narrow(group.dtype, e, count, group.codes);
     if (!wide && group.gradient) lanes8::narrow(group.dtype, gradient, count, group.gradient);
@@ -143,7 +143,7 @@ struct Solver {
       each_chunk([&](int64_t chunk) { method.balance(chunk); });
       if (!method.update(false, problem.tol)) break;
     }
-    method.write_potentials(potentials);
+    if (potentials) method.write_potentials(potentials);
     each_chunk([&](int64_t chunk) { method.write(chunk); });
     return true;
   }
@@ -165,7 +165,7 @@ struct Solver {
         if (!method.update(problem.tol)) break;
       }
     }
-    method.write_potentials(potentials);
+    if (potentials) method.write_potentials(potentials);
     each_chunk([&](int64_t chunk) { method.write(chunk); });
   }
 
@@ -194,8 +194,9 @@ inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& c
   Group group{at(problem.scores), problem.dtype, marginals, weights, problem.rows, problem.columns, total,
               problem.epsilon, problem.temperature, 0, 0, problem.isolate, const_cast<char*>(at(problem.codes)),
               problem.loss ? const_cast<char*>(at(problem.gradient)) : nullptr};
+  float* potentials = problem.potentials ? problem.potentials + index * problem.columns : nullptr;
   std::vector<double> losses(chunks.count);
-  Solver solver{problem, chunks, parallel_for, group, problem.potentials + index * problem.columns, losses.data()};
+  Solver solver{problem, chunks, parallel_for, group, potentials, losses.data()};
   solver.set_total_weight([](int64_t) { return true; });
   const bool small = chunks.count == 1 && problem.columns <= short_rows::Small::MOST_COLUMNS;
   // A single column has codes of exactly 1 and no gradient at all: divided by themselves, which scaling does not do.

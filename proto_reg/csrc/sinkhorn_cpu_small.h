@@ -1,17 +1,25 @@
 // The fast path for a matrix that stays in the nearest caches: one reference for all of it, E in rows of whole vectors, and
 // one pass over E per iteration, as many rows at a time as a vector has lanes. Included once per instruction set.
 
-// Lane l of the result: the sum of x[l].
-template <int32_t DISTANCE = LANES / 2>
-INLINE V sums(V (&x)[LANES]) {
+// Lane l of the result: all lanes of x[l], put together by `join`, such as their sum.
+template <int32_t DISTANCE = LANES / 2, class Join>
+INLINE V joined_lanes(V (&x)[LANES], const Join& join) {
   const I upper = (lane_numbers() & DISTANCE) != 0;
 #pragma GCC unroll 8
   for (int32_t i = 0; i < DISTANCE; ++i) {
     const V a = x[i], b = x[i + DISTANCE];
-    x[i] = (upper ? b : a) + swapped(upper ? a : b, DISTANCE);
+    x[i] = join(upper ? b : a, swapped(upper ? a : b, DISTANCE));
   }
-  if constexpr (DISTANCE > 1) return sums<DISTANCE / 2>(x);
+  if constexpr (DISTANCE > 1) return joined_lanes<DISTANCE / 2>(x, join);
   return x[0];
+}
+
+INLINE V sums(V (&x)[LANES]) {
+  return joined_lanes(x, [](V a, V b) ALWAYS_INLINE { return a + b; });
+}
+
+INLINE V maxima(V (&x)[LANES]) {
+  return joined_lanes(x, [](V a, V b) ALWAYS_INLINE { return maximum(a, b); });
 }
 
 struct Small {
@@ -148,7 +156,7 @@ struct Small {
     const float* row = e;
     for (int64_t i = 0; i < group.rows; i += LANES) {
       const V scales = row_scales<VECTORS>(row), w = row_weights(i);
-      float u[LANES];
+      alignas(V) float u[LANES];
       store(u, w > 0 ? scales * w : V{});
       for (int r = 0; r < LANES; ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
@@ -165,7 +173,7 @@ struct Small {
     const Rows<VECTORS> rows(group);
     const float* row = e;
     for (int64_t i = 0; i < group.rows;) {
-      float u[LANES];
+      alignas(V) float u[LANES];
       store(u, row_scales<VECTORS>(row));
       for (int r = 0; r < LANES && i < group.rows; ++r, ++i, row += VECTORS * LANES)
 #pragma GCC unroll 8
@@ -173,49 +181,74 @@ struct Small {
     }
   }
 
-  // Gradient, and codes unless null; returns the sum of the rows' losses.
+  // Gradient, and codes unless null; returns the sum of the rows' losses: log z - q . (S - row maximum) / tau.
   template <int VECTORS>
   double write_gradient() const {
-    const Rows<VECTORS> rows(group);
-    const float* row = e;
+    V losses{};
+    int64_t i = 0;
+    for (; i + LANES < group.rows; i += LANES) losses += write_gradients<VECTORS, LANES>(i, LANES);
+    losses += write_gradients<VECTORS, 0>(i, group.rows - i);
     double loss = 0;
-    for (int64_t i = 0; i < group.rows; i += LANES) {
-      const V w = row_weights(i);
-      float u[LANES], z[LANES], product[LANES];
-      store(u, row_scales<VECTORS>(row));
-      store(z, V{} + 1.f);
-      store(product, V{});
-      for (int64_t r = 0; r < std::min(LANES, group.rows - i); ++r, row += VECTORS * LANES)
-        product[r] = write_row<VECTORS>(rows, i + r, row, u[r], w[r], z[r]);
-      const V losses = w * (logarithm(load(z)) - load(product));
-      for (int64_t r = 0; r < LANES; ++r) loss += losses[r];
-    }
+    for (int64_t r = 0; r < LANES; ++r) loss += losses[r];
     return loss;
   }
 
-  // Row i's loss is log z - q . (S - row maximum) / tau; returns the product.
-  template <int VECTORS>
-  INLINE float write_row(const Rows<VECTORS>& rows, int64_t i, const float* row, float u, float w, float& z) const {
-    const float scale = static_cast<float>(M_LOG2E / group.temperature);
-    V x[VECTORS], q[VECTORS], high = V{} - INFINITY, normaliser{}, product{};
+  // Of LANES rows from row i on, or where WHOLE is 0 of the last ones, `present` of them. Returns their losses.
+  template <int VECTORS, int64_t WHOLE>
+  INLINE V write_gradients(int64_t i, int64_t present) const {
+    if (WHOLE) present = WHOLE;
+    const Rows<VECTORS> rows(group);
+    // Copies: the compiler cannot know that no store changes the originals.
+    const float *const scores = s, *const row = e + i * VECTORS * LANES;
+    float *const by_scores = gradient, *const q = codes;
+    const float by_temperature = static_cast<float>(M_LOG2E / group.temperature);
+    const V w = row_weights(i), share = w * static_cast<float>(group.gradient_scale);
+    const auto score = [&](int64_t r, int j) ALWAYS_INLINE {
+      // Beyond the last row that row again, with a weight of 0.
+      return WHOLE ? load(scores + (i + r) * rows.columns + j * LANES)
+                   : rows.get(scores, i + std::min(r, present - 1), j);
+    };
+    const auto put = [&](float* to, int64_t r, int j, V x) ALWAYS_INLINE {
+      if (WHOLE) store(to + (i + r) * rows.columns + j * LANES, x);
+      else rows.put(to, i + r, j, x);
+    };
+    alignas(V) float top[LANES], by_p[LANES], by_q[LANES], u[LANES];
+    alignas(V) float p[LANES * VECTORS * LANES];  // exp((S - row maximum) / tau)
+    V high[LANES], normaliser[LANES], product[LANES];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < LANES; ++r) {
+      high[r] = rows.within(0, score(r, 0), V{} - INFINITY);
 #pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) high = maximum(high, rows.within(j, x[j] = rows.get(s, i, j), V{} - INFINITY));
-    const float top = maximum(high);
-#pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) {
-      q[j] = load(row + j * LANES) * load(v + j * LANES);
-      product += q[j] * rows.within(j, x[j] - top);
-      x[j] = rows.within(j, exp2_in_range(maximum((x[j] - top) * scale, V{} - 126.f)));
-      normaliser += x[j];
+      for (int j = 1; j < VECTORS; ++j) high[r] = maximum(high[r], rows.within(j, score(r, j), V{} - INFINITY));
     }
-    z = sum(normaliser);
-    w *= static_cast<float>(group.gradient_scale);
-    const float wz = w / z, wu = w * u;
+    store(top, maxima(high));
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < LANES; ++r) {
+      V z{}, qx{};
 #pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) {
-      rows.put(gradient, i, j, x[j] * wz - q[j] * wu);
-      if (codes) rows.put(codes, i, j, q[j] * u);
+      for (int j = 0; j < VECTORS; ++j) {
+        const V x = score(r, j) - top[r], pj = exp2_in_range(maximum(x * by_temperature, V{} - 126.f));
+        const V qj = load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);  // beyond a row's end 0
+        store(p + (r * VECTORS + j) * LANES, pj);
+        z += rows.within(j, pj);
+        qx += qj * x;
+      }
+      normaliser[r] = z, product[r] = qx;
     }
-    return sum(product) * u / static_cast<float>(group.temperature);
+    const V z = sums(normaliser), all = row_scales<VECTORS>(row);
+    const V scales = lane_numbers() < static_cast<int32_t>(present) ? all : V{};
+    store(by_p, share / z);
+    store(by_q, share * scales);
+    store(u, scales);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < present; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) {
+        const V qj = load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);
+        put(by_scores, r, j, load(p + (r * VECTORS + j) * LANES) * by_p[r] - qj * by_q[r]);
+        if (q) put(q, r, j, qj * u[r]);
+      }
+    }
+    return w * (logarithm(z) - sums(product) * scales * static_cast<float>(1 / group.temperature));
   }
 };

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BACKENDS = kernels.backends.NAMES
 
 _sinkhorn = torch.ops.proto_reg.sinkhorn.default
+_sinkhorn_codes = torch.ops.proto_reg.sinkhorn_codes.default
 _sinkhorn_out = torch.ops.proto_reg.sinkhorn_out.default
 
 
@@ -116,8 +117,8 @@ def sinkhorn(
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
         RuntimeError: a forced backend that is not built, with every reason.
     """
-    ranks = resolve(group)
-    _check_grouped(ranks, backend, differentiable)
+    if (ranks := None if group is None else resolve(group)) is not None:
+        _check_grouped(ranks, backend, differentiable)
     arguments: tuple = operator_arguments(
         scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks
     )
@@ -139,13 +140,19 @@ def sinkhorn(
         solve = kernels.sinkhorn_reference.sinkhorn_reference
         scores = scores.detach() if scores.requires_grad else scores
         arguments = (*arguments, return_potentials)
+    elif out is None and not return_potentials:
+        # No potentials, and no more arguments than there are: a small problem takes no longer than they do.
+        target, row_weights, _, _, _, isolate = arguments
+        if target is None and row_weights is None and tol is None and not isolate:
+            codes = _sinkhorn_codes(scores, epsilon, num_iters)
+        else:
+            codes = _sinkhorn_codes(scores, epsilon, num_iters, target, row_weights, tol, isolate)
+        return _hardened(codes) if hard else codes
     else:
         solve = _sinkhorn
     codes, potentials = solve(scores, *arguments) if out is None else _into(out, solve, scores, *arguments)
     if hard:
-        undefined = codes.isnan().any(-1, keepdim=True)
-        largest = codes.argmax(-1, keepdim=True)
-        codes.zero_().scatter_(-1, largest, 1.0).masked_fill_(undefined, torch.nan)
+        _hardened(codes)
     return (codes, potentials) if return_potentials else codes
 
 
@@ -257,6 +264,13 @@ def _cross_entropy_options(scores: Tensor, temperature: float, backend: str) -> 
         raise ValueError(f"scores: expected (B, K), got {tuple(scores.shape)}. Take the groups one by one.")
     temperature = check_number("temperature", temperature, above=0)
     return kernels.backends.choose(backend, scores) == "torch", temperature
+
+
+def _hardened(codes: Tensor) -> Tensor:
+    """1 for the largest code of each row, 0 for the others, NaN for undefined rows; in place."""
+    undefined = codes.isnan().any(-1, keepdim=True)
+    largest = codes.argmax(-1, keepdim=True)
+    return codes.zero_().scatter_(-1, largest, 1.0).masked_fill_(undefined, torch.nan)
 
 
 def _into(out: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""``proto_reg::sinkhorn``, ``sinkhorn_out``, ``sinkhorn_cross_entropy``: schemas, fakes, autograd, registration."""
+"""``proto_reg::sinkhorn`` and its relatives: schemas, fakes, autograd, registration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from .once import Once, without_graph
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
 
 
+def sinkhorn_codes_reference(
+    scores: Tensor,
+    epsilon: float,
+    num_iters: int,
+    marginals: Tensor | None = None,
+    weights: Tensor | None = None,
+    tol: float | None = None,
+    isolate: bool = False,
+) -> Tensor:
+    """:func:`sinkhorn_reference` without potentials, what is often given first: each output and argument costs."""
+    return sinkhorn_reference(scores, marginals, weights, epsilon, num_iters, tol, isolate, False)[0]
+
+
 def sinkhorn_out_reference(scores: Tensor, *options_and_codes) -> Tensor:
     """:func:`sinkhorn_reference` into the tensor that is given last; returns the potentials."""
     *options, codes = options_and_codes
@@ -23,6 +36,11 @@ def sinkhorn_out_reference(scores: Tensor, *options_and_codes) -> Tensor:
 _OPTIONS = "Tensor? marginals, Tensor? weights, float epsilon, int num_iters, float? tol, bool isolate"
 _DEFINITIONS: dict[str, tuple[str, Callable[..., object]]] = {
     "sinkhorn": (f"(Tensor scores, {_OPTIONS}) -> (Tensor codes, Tensor potentials)", sinkhorn_reference),
+    "sinkhorn_codes": (
+        "(Tensor scores, float epsilon, int num_iters, Tensor? marginals=None, Tensor? weights=None, float? tol=None, "
+        "bool isolate=False) -> Tensor",
+        sinkhorn_codes_reference,
+    ),
     "sinkhorn_out": (f"(Tensor scores, {_OPTIONS}, Tensor(a!) codes) -> Tensor potentials", sinkhorn_out_reference),
     "sinkhorn_cross_entropy": (
         f"(Tensor scores, {_OPTIONS}, float temperature, bool with_codes)"
@@ -37,7 +55,12 @@ for _name, (_schema, _reference) in _DEFINITIONS.items():
 
 @torch.library.register_fake("proto_reg::sinkhorn")
 def _fake(scores: Tensor, *options) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores, memory_format=torch.contiguous_format), _fake_potentials(scores)
+    return _fake_codes(scores), _fake_potentials(scores)
+
+
+@torch.library.register_fake("proto_reg::sinkhorn_codes")
+def _fake_codes(scores: Tensor, *options) -> Tensor:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("proto_reg::sinkhorn_out")
@@ -54,7 +77,7 @@ def _fake_cross_entropy(scores: Tensor, *options) -> tuple[Tensor, Tensor, Tenso
 
 
 # Codes are targets, not predictions (SwAV). Falling through autograd's key says so at no cost.
-for _name in ("sinkhorn", "sinkhorn_out"):
+for _name in ("sinkhorn", "sinkhorn_codes", "sinkhorn_out"):
     torch.library.impl(f"proto_reg::{_name}", "Autograd")(torch.library.fallthrough_kernel)
 
 
