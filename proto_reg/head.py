@@ -12,7 +12,8 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
-from .functional.prototypes import SCORES, prototype_scores, prototype_scores_and_pull_back
+from .functional.prototypes import SCORES, prototype_scores
+from .kernels.scores import scores_and_pull_back
 
 
 class PrototypeHead(nn.Module):
@@ -73,7 +74,7 @@ class PrototypeHead(nn.Module):
         alone = list(self._parameters) == ["prototypes"] and not self._modules
         if type(self).forward is PrototypeHead.forward and alone:
             v = self.prototypes.detach().to(z.dtype)
-            scores, to_both = prototype_scores_and_pull_back(z, v, self.scores)
+            scores, to_both = scores_and_pull_back(z, v, self.scores)
 
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
                 by_z, by_prototypes = to_both(by_scores)

@@ -41,6 +41,12 @@ def add_at_weights(
     return scale_a * a + scale_b * b, scale_a
 
 
+def attach_plain(gradient: Tensor, direction: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """``gradient + |gradient| direction``, norm over everything, and ``|gradient| step``, of a parameter (K, D)."""
+    norm = torch.linalg.vector_norm(gradient)
+    return gradient + norm * direction, norm * step
+
+
 def sums_by_group_plain(x: Tensor, index: Tensor, counted: Tensor | None, groups: int) -> Tensor:
     """(groups, D + 1): for each group the sum of its finite rows of ``x`` (N, D), and their number.
 
@@ -79,14 +85,21 @@ def _usable(x: Tensor, counted: Tensor | None) -> Tensor:
     return finite if counted is None else finite & counted
 
 
-def compiled(*tensors: Tensor) -> bool:
-    """Whether these operators take the tensors: float32, on the CPU, no graph wanted, and the library is there."""
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether the tensors are float32 on the CPU, and nothing but tensors."""
     for tensor in tensors:
         # A subclass, such as a parameter that is spread over processes, goes its own ways.
-        ordinary = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-        if not (ordinary and tensor.is_cpu and tensor.dtype == torch.float32 and tensor.ndim == 2):
+        plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        if not (plain and tensor.dtype is torch.float32 and tensor.is_cpu):
             return False
-    return not torch.is_grad_enabled() and backends.choose("auto", tensors[0]) == "cpu"
+    return True
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Whether these operators take the matrices: :func:`ordinary`, no graph wanted, and the library is there."""
+    if torch.is_grad_enabled() or not ordinary(*tensors):
+        return False
+    return backends.choose("auto", tensors[0]) == "cpu" and all(tensor.ndim == 2 for tensor in tensors)
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +118,13 @@ def balance(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> tuple[Ten
     """:func:`balance_plain`, compiled where it can be."""
     form = torch.ops.proto_reg.balance.default if compiled(a, b) else balance_plain
     return form(a, b, weight_a, weight_b)
+
+
+def attach(gradient: Tensor, direction: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`attach_plain`, compiled where it can be; in its place gradients of any number of axes."""
+    single = ordinary(gradient, direction) and compiled(step)
+    form = torch.ops.proto_reg.attach.default if single else attach_plain
+    return form(gradient, direction, step)
 
 
 def sums_by_group(x: Tensor, index: Tensor, counted: Tensor | None, groups: int) -> Tensor:
@@ -133,6 +153,7 @@ _DEFINITIONS: dict[str, Callable[..., object]] = {
     "unit_rows(Tensor x) -> (Tensor unit, Tensor inverse_norms)": unit_rows_plain,
     "unit_rows_pull_back(Tensor gradient, Tensor unit, Tensor inverse_norms) -> Tensor": unit_rows_pull_back_plain,
     "balance(Tensor a, Tensor b, float weight_a, float weight_b) -> (Tensor direction, Tensor scale)": balance_plain,
+    "attach(Tensor gradient, Tensor direction, Tensor step) -> (Tensor by_z, Tensor by_parameter)": attach_plain,
     "sums_by_group(Tensor x, Tensor index, Tensor? counted, SymInt groups) -> Tensor": sums_by_group_plain,
 }
 for _signature, _function in _DEFINITIONS.items():
