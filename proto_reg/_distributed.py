@@ -40,7 +40,7 @@ class Ranks:
 
     def active(self, together: bool = True) -> dist.ProcessGroup | None:
         """The process group to work with now; None for this process alone, as without ``together``."""
-        together = together and self.group is not None and _initialized() and not _alone
+        together = together and self.group is not None and not _alone and _initialized()
         return resolve(self.group) if together else None
 
 
@@ -55,6 +55,11 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
         return None
     members: Any = dist.group.WORLD if isinstance(group, str) else group
     return members if dist.get_world_size(members) > 1 else None
+
+
+def alone_all(*modules: Any) -> bool:
+    """Whether each of the ``modules`` works by itself now, in training mode too."""
+    return _alone or not _initialized() or all(module.ranks.active() is None for module in modules)
 
 
 @contextmanager

@@ -66,13 +66,17 @@ class PrototypeHead(nn.Module):
             )
         return prototype_scores(z, self.prototypes, self.scores)
 
+    def in_closed_form(self) -> bool:
+        """Whether scores and their gradients are those of the formulas: a head of one's own may compute others."""
+        alone = list(self._parameters) == ["prototypes"] and not self._modules
+        return type(self).forward is PrototypeHead.forward and alone
+
     def scores_and_pull_back(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor]]]]:
         """Scores (N, K) of ``z`` (N, D), and what takes a gradient by them to those by z and by ``self.parameters()``.
 
         In closed form here; a head that computes its scores or prototypes otherwise goes through ``torch.func.vjp``.
         """
-        alone = list(self._parameters) == ["prototypes"] and not self._modules
-        if type(self).forward is PrototypeHead.forward and alone:
+        if self.in_closed_form():
             v = self.prototypes.detach().to(z.dtype)
             scores, to_both = scores_and_pull_back(z, v, self.scores)
 

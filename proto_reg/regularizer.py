@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .assigner import SinkhornAssigner
 from .balance import AttachDirection, norms
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
+from .fused import Counting, Schedule, fused_step
 from .head import PrototypeHead
 from .kernels.once import transforming
 from .kernels.rows import add_at_weights, balance
@@ -56,6 +57,10 @@ class RegularizerOutput(NamedTuple):
     scores: Tensor
     codes: Tensor
     assignments: Tensor
+
+
+# Direction (N, D), each parameter of the head with its step, and the output.
+Step: TypeAlias = tuple[Tensor, list[tuple[nn.Parameter, Tensor]], RegularizerOutput]
 
 
 class PrototypicalRegularizer(nn.Module):
@@ -207,30 +212,37 @@ class PrototypicalRegularizer(nn.Module):
         self._check_transforms(tracking)
         if tracking:
             self.follower.move(self.head.prototypes, self.head.shards)
-        with torch.autocast(z.device.type, enabled=False):
-            if learning and self.mode == "balanced":
-                z, output = self._balanced(z, tokens.detach(), keep, share)
-            else:
-                with torch.set_grad_enabled(learning):
-                    output = self._losses(tokens, keep, share)
+        if learning and self.mode == "balanced":
+            z, output = self._balanced(z, tokens, keep, share, tracking)
+        else:
+            with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(learning):
+                output = self._losses(tokens, keep, share)
+            if tracking:
+                self._count(tokens.detach(), keep, output)
         if tracking:
-            self._track(tokens.detach(), keep, share, output)
+            self._look(tokens, share, output)
         return z, self._to_layout(output, z)
 
     @torch.no_grad()
-    def _track(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
+    def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
-        if self.prototype_weight and self.head.num_prototypes > 1:
+        if self._follows():
             counted = keep
-            if self.warmup_steps or self.ramp_steps:
-                active = self._ramp() > 0
-                counted = active if keep is None else keep & active
+            if (active := self._active()) is not None:
+                counted = active > 0 if keep is None else keep & (active > 0)
             self.follower.observe(tokens, output.assignments, counted)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:
             self.queue.push(tokens, keep)
         self.steps.add_(1)
+
+    def _follows(self) -> bool:
+        """Whether prototypes follow their latents: what has no gradient stays where it is."""
+        return self.prototype_weight > 0 and self.head.num_prototypes > 1
+
+    def _look(self, tokens: Tensor, share: Share, output: RegularizerOutput) -> None:
+        """Have the watch look at a training forward of ``tokens`` (N, D)."""
         past = 0 if self.queue is None else self.queue.size
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
         prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
@@ -251,30 +263,54 @@ class PrototypicalRegularizer(nn.Module):
         index, keep = self._subsample(z.shape[0], keep, share)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-        if self.warmup_steps or self.ramp_steps:
-            weight = self._ramp()
-            loss = torch.where(weight > 0, weight * loss, 0.0)
+        if (active := self._active()) is not None:
+            loss = torch.where(active > 0, active * loss, 0.0)
         return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _balanced(
-        self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share
+        self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool
     ) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
-        with torch.no_grad():
-            if self._gathers(share):
-                with alone():
-                    direction, steps, output = self._pull(*gather(tokens, keep, share))
-                own = slice(share.start, share.start + tokens.shape[0])
-                rows = {name: getattr(output, name)[own].clone() for name in ("scores", "codes", "assignments")}
-                direction, output = direction[own], output._replace(**rows)
-                # Each process has the whole step; |g|, of means over each one's own batch, is their number too large.
-                steps = [step / len(share.counts) for step in steps]
-            else:
-                direction, steps, output = self._pull(tokens, keep, share)
-            counted = None if keep is None else self.layout.restore(keep[:, None], z)
+        if self._gathers(share):
+            with alone():
+                direction, steps, output = self._step(*gather(tokens.detach(), keep, share), False)
+            own = slice(share.start, share.start + tokens.shape[0])
+            rows = {name: getattr(output, name)[own].clone() for name in ("scores", "codes", "assignments")}
+            direction, output = direction[own], output._replace(**rows)
+            # Each process has the whole step; |g|, of means over each one's own batch, is their number too large.
+            steps = [(parameter, step / len(share.counts)) for parameter, step in steps]
+            if tracking:
+                self._count(tokens.detach(), keep, output)
+        else:
+            direction, steps, output = self._step(tokens, keep, share, tracking)
+        counted = None if keep is None else self.layout.restore(keep[:, None], z)
         attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
-        z = AttachDirection.apply(share.group, z, attached, counted, *steps, *self.head.parameters())
-        return z, output
+        parameters, by_parameters = zip(*steps, strict=True)
+        return AttachDirection.apply(share.group, z, attached, counted, *by_parameters, *parameters), output
+
+    def _step(self, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool) -> Step:
+        """What :meth:`_pull` returns for ``tokens`` (N, D), counted if ``tracking``; by one operator if it can be."""
+        alone = share.group is None and self.queue is None and not self.soft and share.total <= self.max_tokens
+        if alone:
+            schedule = Schedule(
+                self.temperature,
+                self.prototype_weight,
+                self.mmd_weight,
+                self._active(),
+                self._sharpness() if self.temperature_steps else None,
+            )
+            counting = None
+            if tracking:
+                counting = Counting(self.steps, self.meter, self.follower if self._follows() else None)
+            fused = fused_step(tokens, keep, self.head, self.assigner, self.mmd, schedule, counting)
+            if fused is not None:
+                return fused[0], [(self.head.prototypes, fused[1])], RegularizerOutput(*fused[2:])
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.detach()
+            pulled = self._pull(tokens, keep, share)
+            if tracking:
+                self._count(tokens, keep, pulled[-1])
+        return pulled
 
     def _gathers(self, share: Share) -> bool:
         """Whether every process computes the whole batch: one exchange then, instead of one for each sum."""
@@ -282,10 +318,8 @@ class PrototypicalRegularizer(nn.Module):
         same = self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
         return share.group is not None and small and same and self.mmd.target == "analytic" and self.queue is None
 
-    def _pull(
-        self, tokens: Tensor, keep: Tensor | None, share: Share
-    ) -> tuple[Tensor, list[Tensor], RegularizerOutput]:
-        """Direction (N, D) of tokens (N, D), step of each of the head's parameters, and everything on the way.
+    def _pull(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Step:
+        """Direction (N, D) of tokens (N, D), each of the head's parameters and its step, and everything on the way.
 
         Both losses and the scores know their gradients in closed form: no graph is built here.
         """
@@ -309,10 +343,10 @@ class PrototypicalRegularizer(nn.Module):
         direction, to_prototypes = self._direction(by_tokens, by_latents, share.group)
         steps = [to_prototypes * g for g in by_parameters]
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-        if self.warmup_steps or self.ramp_steps:
-            weight = self._ramp()
-            direction, *steps, loss = (torch.where(weight > 0, weight * x, 0.0) for x in (direction, *steps, loss))
-        return direction, steps, self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+        if (active := self._active()) is not None:
+            direction, *steps, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, *steps, loss))
+        output = self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+        return direction, list(zip(self.head.parameters(), steps, strict=True)), output
 
     def _output(
         self, loss: Tensor, prototype_loss: Tensor, mmd_loss: Tensor, scores: Tensor, codes: Tensor, assignments: Tensor
@@ -338,7 +372,8 @@ class PrototypicalRegularizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             output = self._losses(tokens, keep, share)
         if count and self.tracking:
-            self._track(tokens.detach(), keep, share, output)
+            self._count(tokens.detach(), keep, output)
+            self._look(tokens, share, output)
         return self._to_layout(output, z)
 
     @property
@@ -487,6 +522,10 @@ class PrototypicalRegularizer(nn.Module):
         """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
         return ramp(self._now(), self.warmup_steps, self.ramp_steps)
 
+    def _active(self) -> Tensor | None:
+        """:meth:`_ramp`; None where the weights have their full size from the start."""
+        return self._ramp() if self.warmup_steps or self.ramp_steps else None
+
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""
         return sharpness(
@@ -505,6 +544,8 @@ class PrototypicalRegularizer(nn.Module):
             )
 
     def _to_layout(self, output: RegularizerOutput, z: Tensor) -> RegularizerOutput:
+        if self.layout.is_rows:
+            return output
         return output._replace(
             scores=self.layout.restore(output.scores, z),
             codes=self.layout.restore(output.codes, z),

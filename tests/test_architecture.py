@@ -34,6 +34,7 @@ ROOMS = [
     "follower",
     "queue",
     "usage",
+    "fused",
     "revival",
     "schedule",
     "_warnings",

@@ -14,6 +14,7 @@ from ..kernels.scores import SCORES, scores_plain
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+
 def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> Tensor:
     """Similarity of every latent to every prototype.
 
