@@ -58,8 +58,8 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
 
 
 def alone_all(*modules: Any) -> bool:
-    """Whether each of the ``modules`` works by itself now, in training mode too."""
-    return _alone or not _initialized() or all(module.ranks.active() is None for module in modules)
+    """Whether each of the ``modules``, or None, works by itself now, in training mode too."""
+    return _alone or not _initialized() or all(module is None or module.ranks.active() is None for module in modules)
 
 
 @contextmanager

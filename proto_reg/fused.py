@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -16,23 +14,7 @@ from .kernels.rows import ordinary
 from .mmd import AnchoredMMDLoss
 from .usage import UsageMeter
 
-
-class Schedule(NamedTuple):
-    """What of a step's options may change from step to step; ``active`` and ``sharpness`` () or None for 1."""
-
-    temperature: float
-    prototype_weight: float
-    mmd_weight: float
-    active: Tensor | None
-    sharpness: Tensor | None
-
-
-class Counting(NamedTuple):
-    """What a step is counted in: the layer's ``steps`` () int64, its meter, and its follower where it is at work."""
-
-    steps: Tensor
-    meter: UsageMeter
-    follower: PrototypeFollower | None
+COMPILED = ("auto", "cpu")  # what a component's backend may be
 
 
 def fused_step(
@@ -41,13 +23,19 @@ def fused_step(
     head: PrototypeHead,
     assigner: SinkhornAssigner,
     mmd: AnchoredMMDLoss,
-    schedule: Schedule,
-    counting: Counting | None,
+    follower: PrototypeFollower | None,
+    meter: UsageMeter | None,
+    steps: Tensor,
+    active: Tensor | None,
+    sharpness: Tensor | None,
+    temperature: float,
+    prototype_weight: float,
+    mmd_weight: float,
 ) -> tuple[Tensor, ...] | None:
     """What ``proto_reg::balanced_step`` returns for latents ``z`` (N, D); None where something asks for more than it.
 
     It takes float32 on the CPU, components of our own classes with the Gaussian kernel and the analytic target, and
-    this process's latents alone. With ``counting`` the step is added to that state.
+    this process's latents alone. With a ``meter`` the step is counted, by the ``follower`` too where there is one.
     """
     prototypes, marginals = head.prototypes, assigner.marginals
     ours = type(head) is PrototypeHead and type(assigner) is SinkhornAssigner and type(mmd) is AnchoredMMDLoss
@@ -55,43 +43,41 @@ def fused_step(
         return None
     if mmd.kernel != "gaussian" or mmd.target != "analytic" or mmd.features is not None:
         return None
-    if not all(backends.choose(backend, z) == "cpu" for backend in ("auto", assigner.backend, mmd.backend)):
+    if assigner.backend not in COMPILED or mmd.backend not in COMPILED or backends.choose("auto", z) != "cpu":
         return None
-    if not alone_all(assigner, mmd) or (marginals is not None and marginals.dtype != torch.float32):
+    if not alone_all(assigner, mmd, meter, follower):
         return None
-    state: tuple[Tensor | None, ...] | None = (None,) * 5 if counting is None else _state(counting)
-    if state is None:
+    sums = counts = usage = totals = None
+    if meter is not None:
+        usage, totals = meter.counts, meter.totals
+        if follower is not None:
+            sums, counts = follower.sums, follower.counts
+    # Wider after .double(), the state stays so.
+    if not ordinary(*(x for x in (marginals, sums, totals) if x is not None)):
+        return None
+    if sums is not None and not sums.is_contiguous():
         return None
     return torch.ops.proto_reg.balanced_step.default(
         z,
         keep,
         prototypes,
         marginals,
-        schedule.active,
-        schedule.sharpness,
+        active,
+        sharpness,
         head.scores,
         assigner.epsilon,
         assigner.num_iters,
         assigner.tol,
         assigner.nan_policy == "isolate",
-        schedule.temperature,
+        temperature,
         mmd.scales,
         mmd.statistic == "unbiased",
         mmd.reduction == "mean",
-        schedule.prototype_weight,
-        schedule.mmd_weight,
-        *state,
+        prototype_weight,
+        mmd_weight,
+        sums,
+        counts,
+        usage,
+        totals,
+        steps,
     )
-
-
-def _state(counting: Counting) -> tuple[Tensor | None, ...] | None:
-    """What the operator adds to; None where it cannot."""
-    steps, meter, follower = counting
-    if not alone_all(meter) or meter.totals.dtype != torch.float32:
-        return None
-    if follower is None or not follower.rate:
-        return None, None, meter.counts, meter.totals, steps
-    sums = follower.sums
-    if not alone_all(follower) or not ordinary(sums) or not sums.is_contiguous():
-        return None
-    return sums, follower.counts, meter.counts, meter.totals, steps

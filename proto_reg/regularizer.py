@@ -17,7 +17,7 @@ from .assigner import SinkhornAssigner
 from .balance import AttachDirection, norms
 from .follower import PrototypeFollower
 from .functional.problem import check_marginals, check_no_nan
-from .fused import Counting, Schedule, fused_step
+from .fused import fused_step
 from .head import PrototypeHead
 from .kernels.once import transforming
 from .kernels.rows import add_at_weights, balance
@@ -211,7 +211,8 @@ class PrototypicalRegularizer(nn.Module):
         tracking = learning and self.tracking
         self._check_transforms(tracking)
         if tracking:
-            self.follower.move(self.head.prototypes, self.head.shards)
+            head = self.head
+            self.follower.move(head.prototypes, head.shards)
         if learning and self.mode == "balanced":
             z, output = self._balanced(z, tokens, keep, share, tracking)
         else:
@@ -226,7 +227,7 @@ class PrototypicalRegularizer(nn.Module):
     @torch.no_grad()
     def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
-        if self._follows():
+        if self._follows(self.head):
             counted = keep
             if (active := self._active()) is not None:
                 counted = active > 0 if keep is None else keep & (active > 0)
@@ -237,15 +238,16 @@ class PrototypicalRegularizer(nn.Module):
             self.queue.push(tokens, keep)
         self.steps.add_(1)
 
-    def _follows(self) -> bool:
+    def _follows(self, head: PrototypeHead) -> bool:
         """Whether prototypes follow their latents: what has no gradient stays where it is."""
-        return self.prototype_weight > 0 and self.head.num_prototypes > 1
+        return self.prototype_weight > 0 and head.num_prototypes > 1
 
     def _look(self, tokens: Tensor, share: Share, output: RegularizerOutput) -> None:
         """Have the watch look at a training forward of ``tokens`` (N, D)."""
         past = 0 if self.queue is None else self.queue.size
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
-        prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
+        head = self.head
+        prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
         self.watch.at_step(
             tokens, share.total, prototypes, output.assignments, output.prototype_loss, self._since, past
         )
@@ -290,21 +292,26 @@ class PrototypicalRegularizer(nn.Module):
 
     def _step(self, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool) -> Step:
         """What :meth:`_pull` returns for ``tokens`` (N, D), counted if ``tracking``; by one operator if it can be."""
-        alone = share.group is None and self.queue is None and not self.soft and share.total <= self.max_tokens
-        if alone:
-            schedule = Schedule(
+        if share.group is None and self.queue is None and not self.soft and share.total <= self.max_tokens:
+            head, follower = self.head, self.follower
+            fused = fused_step(
+                tokens,
+                keep,
+                head,
+                self.assigner,
+                self.mmd,
+                follower if tracking and follower.rate and self._follows(head) else None,
+                self.meter if tracking else None,
+                self.steps,
+                self._active(),
+                self._sharpness() if self.temperature_steps else None,
                 self.temperature,
                 self.prototype_weight,
                 self.mmd_weight,
-                self._active(),
-                self._sharpness() if self.temperature_steps else None,
             )
-            counting = None
-            if tracking:
-                counting = Counting(self.steps, self.meter, self.follower if self._follows() else None)
-            fused = fused_step(tokens, keep, self.head, self.assigner, self.mmd, schedule, counting)
             if fused is not None:
-                return fused[0], [(self.head.prototypes, fused[1])], RegularizerOutput(*fused[2:])
+                direction, step, *output = fused
+                return direction, [(head.prototypes, step)], RegularizerOutput(*output)
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.detach()
             pulled = self._pull(tokens, keep, share)
@@ -314,9 +321,10 @@ class PrototypicalRegularizer(nn.Module):
 
     def _gathers(self, share: Share) -> bool:
         """Whether every process computes the whole batch: one exchange then, instead of one for each sum."""
-        small = share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
+        if share.group is None or self.queue is not None or self.mmd.target != "analytic":
+            return False
         same = self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
-        return share.group is not None and small and same and self.mmd.target == "analytic" and self.queue is None
+        return same and share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
 
     def _pull(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Step:
         """Direction (N, D) of tokens (N, D), each of the head's parameters and its step, and everything on the way.
@@ -464,13 +472,13 @@ class PrototypicalRegularizer(nn.Module):
 
     def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Share]:
         """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
-        group = self.ranks.active(self.training)
-        tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim, empty=group is not None)
-        share = share_of(tokens, mask is not None or self.assigner.nan_policy == "isolate", group)
-        tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, self.head.prototypes.dtype)))
-        if self.assigner.nan_policy == "raise":
+        group, head, nan_policy = self.ranks.active(self.training), self.head, self.assigner.nan_policy
+        tokens, keep = self.layout.tokens(z, mask, head.latent_dim, empty=group is not None)
+        share = share_of(tokens, mask is not None or nan_policy == "isolate", group)
+        tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, head.prototypes.dtype)))
+        if nan_policy == "raise":
             check_no_nan("z", tokens if keep is None else tokens[keep], group)
-        if self.assigner.nan_policy == "isolate":
+        if nan_policy == "isolate":
             finite = tokens.isfinite().all(1)
             keep = finite if keep is None else keep & finite
         if keep is not None:

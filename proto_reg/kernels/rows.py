@@ -95,11 +95,12 @@ def ordinary(*tensors: Tensor) -> bool:
     return True
 
 
-def compiled(*tensors: Tensor) -> bool:
+def compiled(*matrices: Tensor) -> bool:
     """Whether these operators take the matrices: :func:`ordinary`, no graph wanted, and the library is there."""
-    if torch.is_grad_enabled() or not ordinary(*tensors):
-        return False
-    return backends.choose("auto", tensors[0]) == "cpu" and all(tensor.ndim == 2 for tensor in tensors)
+    for matrix in matrices:
+        if matrix.ndim != 2:
+            return False
+    return not torch.is_grad_enabled() and ordinary(*matrices) and backends.choose("auto", matrices[0]) == "cpu"
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
