@@ -57,11 +57,6 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
     return members if dist.get_world_size(members) > 1 else None
 
 
-def alone_all(*modules: Any) -> bool:
-    """Whether each of the ``modules``, or None, works by itself now, in training mode too."""
-    return _alone or not _initialized() or all(module is None or module.ranks.active() is None for module in modules)
-
-
 @contextmanager
 def alone() -> Iterator[None]:
     """Modules work as if there were no other process: on a batch that has been gathered already."""
@@ -73,8 +68,11 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+_AVAILABLE = dist.is_available()
+
+
 def _initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def _check_group(group: Group) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._distributed import alone_all
 from .assigner import SinkhornAssigner
 from .follower import PrototypeFollower
 from .head import PrototypeHead
@@ -35,27 +34,29 @@ def fused_step(
     """What ``proto_reg::balanced_step`` returns for latents ``z`` (N, D); None where something asks for more than it.
 
     It takes float32 on the CPU, components of our own classes with the Gaussian kernel and the analytic target, and
-    this process's latents alone. With a ``meter`` the step is counted, by the ``follower`` too where there is one.
+    this process's latents alone. With a ``meter`` the step is counted; with a ``follower`` prototypes follow before it,
+    and their latents are remembered.
     """
-    prototypes, marginals = head.prototypes, assigner.marginals
+    # One function, for in a training that does not fit the nearest caches each one more takes microseconds.
     ours = type(head) is PrototypeHead and type(assigner) is SinkhornAssigner and type(mmd) is AnchoredMMDLoss
-    if not ours or not head.in_closed_form() or torch.compiler.is_compiling() or not ordinary(z, prototypes):
+    if not ours or not head.in_closed_form() or head.shards is not None or torch.compiler.is_compiling():
         return None
     if mmd.kernel != "gaussian" or mmd.target != "analytic" or mmd.features is not None:
         return None
     if assigner.backend not in COMPILED or mmd.backend not in COMPILED or backends.choose("auto", z) != "cpu":
         return None
-    if not alone_all(assigner, mmd, meter, follower):
-        return None
-    sums = counts = usage = totals = None
+    prototypes, marginals = head.prototypes, assigner.marginals
+    sums = counts = seen = usage = totals = None
     if meter is not None:
         usage, totals = meter.counts, meter.totals
         if follower is not None:
-            sums, counts = follower.sums, follower.counts
-    # Wider after .double(), the state stays so.
-    if not ordinary(*(x for x in (marginals, sums, totals) if x is not None)):
+            sums, counts, seen = follower.sums, follower.counts, follower.seen
+    # State is wider after .double(), and strided where the prototypes are.
+    if not ordinary(z, prototypes) or any(
+        x is not None and x.dtype != torch.float32 for x in (marginals, sums, totals)
+    ):
         return None
-    if sums is not None and not sums.is_contiguous():
+    if sums is not None and not (sums.is_contiguous() and prototypes.is_contiguous()):
         return None
     return torch.ops.proto_reg.balanced_step.default(
         z,
@@ -77,7 +78,9 @@ def fused_step(
         mmd_weight,
         sums,
         counts,
+        seen if prototypes.requires_grad else None,
+        0.0 if follower is None else follower.rate,
         usage,
         totals,
-        steps,
+        None if meter is None else steps,
     )

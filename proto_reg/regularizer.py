@@ -210,24 +210,28 @@ class PrototypicalRegularizer(nn.Module):
         learning = self.training and torch.is_grad_enabled()
         tracking = learning and self.tracking
         self._check_transforms(tracking)
-        if tracking:
-            head = self.head
-            self.follower.move(head.prototypes, head.shards)
         if learning and self.mode == "balanced":
             z, output = self._balanced(z, tokens, keep, share, tracking)
         else:
+            if tracking:
+                self._move()
             with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(learning):
                 output = self._losses(tokens, keep, share)
             if tracking:
                 self._count(tokens.detach(), keep, output)
         if tracking:
             self._look(tokens, share, output)
-        return z, self._to_layout(output, z)
+        return z, output if self.layout.is_rows else self._to_layout(output, z)
+
+    def _move(self) -> None:
+        """Prototypes follow the latents that were counted before."""
+        head = self.head
+        self.follower.move(head.prototypes, head.shards)
 
     @torch.no_grad()
     def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
-        if self._follows(self.head):
+        if self.prototype_weight and self.head.num_prototypes > 1:
             counted = keep
             if (active := self._active()) is not None:
                 counted = active > 0 if keep is None else keep & (active > 0)
@@ -237,10 +241,6 @@ class PrototypicalRegularizer(nn.Module):
         if self.queue is not None:
             self.queue.push(tokens, keep)
         self.steps.add_(1)
-
-    def _follows(self, head: PrototypeHead) -> bool:
-        """Whether prototypes follow their latents: what has no gradient stays where it is."""
-        return self.prototype_weight > 0 and head.num_prototypes > 1
 
     def _look(self, tokens: Tensor, share: Share, output: RegularizerOutput) -> None:
         """Have the watch look at a training forward of ``tokens`` (N, D)."""
@@ -273,7 +273,9 @@ class PrototypicalRegularizer(nn.Module):
         self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool
     ) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
-        if self._gathers(share):
+        if share.group is not None and self._gathers(share):
+            if tracking:
+                self._move()
             with alone():
                 direction, steps, output = self._step(*gather(tokens.detach(), keep, share), False)
             own = slice(share.start, share.start + tokens.shape[0])
@@ -286,24 +288,27 @@ class PrototypicalRegularizer(nn.Module):
         else:
             direction, steps, output = self._step(tokens, keep, share, tracking)
         counted = None if keep is None else self.layout.restore(keep[:, None], z)
-        attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
+        direction = direction if self.layout.is_rows else self.layout.restore(direction, z)
+        attached = direction if self.prototype_weight or self.mmd_weight else None
         parameters, by_parameters = zip(*steps, strict=True)
         return AttachDirection.apply(share.group, z, attached, counted, *by_parameters, *parameters), output
 
     def _step(self, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool) -> Step:
         """What :meth:`_pull` returns for ``tokens`` (N, D), counted if ``tracking``; by one operator if it can be."""
-        if share.group is None and self.queue is None and not self.soft and share.total <= self.max_tokens:
-            head, follower = self.head, self.follower
+        head, follower, alone = self.head, self.follower, share.group is None and self._one_group()
+        follows = self.prototype_weight > 0 and head.num_prototypes > 1
+        plain = self.queue is None and not self.soft and share.total <= self.max_tokens
+        if alone and plain and (follows or not follower.rate):
             fused = fused_step(
                 tokens,
                 keep,
                 head,
                 self.assigner,
                 self.mmd,
-                follower if tracking and follower.rate and self._follows(head) else None,
+                follower if tracking and follower.rate else None,
                 self.meter if tracking else None,
                 self.steps,
-                self._active(),
+                self._ramp() if self.warmup_steps or self.ramp_steps else None,
                 self._sharpness() if self.temperature_steps else None,
                 self.temperature,
                 self.prototype_weight,
@@ -311,20 +316,24 @@ class PrototypicalRegularizer(nn.Module):
             )
             if fused is not None:
                 direction, step, *output = fused
-                return direction, [(head.prototypes, step)], RegularizerOutput(*output)
+                return direction, [(head.prototypes, step)], RegularizerOutput._make(output)
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.detach()
+            if tracking:
+                self._move()
             pulled = self._pull(tokens, keep, share)
             if tracking:
                 self._count(tokens, keep, pulled[-1])
         return pulled
 
+    def _one_group(self) -> bool:
+        """Whether the components work with the processes that the layer works with."""
+        return self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
+
     def _gathers(self, share: Share) -> bool:
         """Whether every process computes the whole batch: one exchange then, instead of one for each sum."""
-        if share.group is None or self.queue is not None or self.mmd.target != "analytic":
-            return False
-        same = self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
-        return same and share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
+        small = share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
+        return small and self._one_group() and self.mmd.target == "analytic" and self.queue is None
 
     def _pull(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Step:
         """Direction (N, D) of tokens (N, D), each of the head's parameters and its step, and everything on the way.
@@ -552,8 +561,6 @@ class PrototypicalRegularizer(nn.Module):
             )
 
     def _to_layout(self, output: RegularizerOutput, z: Tensor) -> RegularizerOutput:
-        if self.layout.is_rows:
-            return output
         return output._replace(
             scores=self.layout.restore(output.scores, z),
             codes=self.layout.restore(output.codes, z),

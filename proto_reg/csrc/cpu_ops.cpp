@@ -189,47 +189,50 @@ Scores scores_of(const std::string& name) {
   return name == "cosine" ? Scores::cosine : name == "dot" ? Scores::dot : Scores::euclidean;
 }
 
+// State that an operator adds to.
+float* state(const std::optional<Tensor>& tensor, int64_t numel) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(
+      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float && tensor->numel() == numel,
+      "expected contiguous float32 state of the sizes of the prototypes");
+  return data(*tensor);
+}
+
+int64_t* integers(const std::optional<Tensor>& tensor, int64_t numel) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(
+      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == numel,
+      "expected contiguous int64 state of the sizes of the prototypes");
+  return static_cast<int64_t*>(tensor->mutable_data_ptr());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balanced_step(
-    const Tensor& z_, const std::optional<Tensor>& mask_, const Tensor& prototypes_,
-    const std::optional<Tensor>& marginals_, const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness,
-    std::string scores, double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, double temperature,
-    std::vector<double> scales, bool unbiased, bool by_mass, double prototype_weight, double mmd_weight,
-    std::optional<Tensor> sums, std::optional<Tensor> counts, std::optional<Tensor> usage, std::optional<Tensor> totals,
-    std::optional<Tensor> steps) {
+    const Tensor& z_, const std::optional<Tensor>& mask_, Tensor prototypes_, const std::optional<Tensor>& marginals_,
+    const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness, std::string scores, double epsilon,
+    int64_t num_iters, std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales,
+    bool unbiased, bool by_mass, double prototype_weight, double mmd_weight, std::optional<Tensor> sums,
+    std::optional<Tensor> counts, std::optional<Tensor> seen, double follow_rate, std::optional<Tensor> usage,
+    std::optional<Tensor> totals, std::optional<Tensor> steps) {
   const Matrix z(z_), prototypes(prototypes_);
   const Flags flags(mask_, z.rows);
   const std::optional<Tensor> marginals = as_contiguous(marginals_);
   const int64_t rows = z.rows, dim = z.dim, groups = prototypes.rows;
   STD_TORCH_CHECK(rows > 0 && groups > 0 && dim > 0 && prototypes.dim == dim, "expected (N, D) latents, (K, D) prototypes");
-  STD_TORCH_CHECK(
-      !marginals || (marginals->scalar_type() == ScalarType::Float && marginals->numel() == groups),
-      "marginals: expected float32 (K,)");
-  if (sums) {
-    STD_TORCH_CHECK(
-        counts && sums->is_contiguous() && counts->is_contiguous() && sums->scalar_type() == ScalarType::Float &&
-            counts->scalar_type() == ScalarType::Float && sums->numel() == groups * dim && counts->numel() == groups,
-        "expected contiguous float32 sums (K, D) and counts (K,)");
-  }
-  if (usage) {
-    check_meter(*usage, totals.value(), groups);
-    STD_TORCH_CHECK(steps && steps->scalar_type() == ScalarType::Long && steps->numel() == 1, "steps: expected int64 ()");
-  }
+  STD_TORCH_CHECK(!seen || (sums && prototypes_.is_contiguous()), "expected contiguous prototypes and their sums");
+  STD_TORCH_CHECK(!sums == !counts && !usage == !totals && !usage == !steps, "expected a state's tensors together");
   Tensor direction = z.like(), step = prototypes.like(), codes = empty(z_, {rows, groups}, ScalarType::Float),
-         scored = empty(z_, {rows, groups}, ScalarType::Float), assignments = empty(z_, {rows}, ScalarType::Long),
+         found = empty(z_, {rows, groups}, ScalarType::Float), assignments = empty(z_, {rows}, ScalarType::Long),
          loss = empty(z_, {}, ScalarType::Float), prototype_loss = empty(z_, {}, ScalarType::Float),
          mmd_loss = empty(z_, {}, ScalarType::Float);
   const StepProblem problem{
-      z.data(), flags.counted().flags, prototypes.data(),
-      marginals ? static_cast<const float*>(marginals->const_data_ptr()) : nullptr, rows, groups, dim, scores_of(scores),
-      sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters, tol.value_or(-1.0), isolate, temperature,
-      std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight, active ? scalar(*active) : 1.0,
-      sums ? data(*sums) : nullptr, counts ? data(*counts) : nullptr,
-      usage ? static_cast<int64_t*>(usage->mutable_data_ptr()) : nullptr,
-      usage ? static_cast<int64_t*>(steps->mutable_data_ptr()) : nullptr, usage ? data(*totals) : nullptr,
-      data(direction), data(step), data(loss), data(prototype_loss), data(mmd_loss), data(scored), data(codes),
-      static_cast<int64_t*>(assignments.mutable_data_ptr())};
+      z.data(), flags.counted().flags, static_cast<float*>(prototypes.tensor.mutable_data_ptr()), state(marginals, groups),
+      rows, groups, dim, scores_of(scores), sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters, tol.value_or(-1.0),
+      isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight, follow_rate,
+      active ? scalar(*active) : 1.0, state(sums, groups * dim), state(counts, groups), state(seen, groups * dim),
+      integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction), data(step), data(loss),
+      data(prototype_loss), data(mmd_loss), data(found), data(codes), integers(assignments, rows)};
   step_cpu(problem, aten_parallel_for, aten_multiply);
-  return {direction, step, loss, prototype_loss, mmd_loss, scored, codes, assignments};
+  return {direction, step, loss, prototype_loss, mmd_loss, found, codes, assignments};
 }
 
 }  // namespace proto_reg

@@ -98,6 +98,12 @@ void argmax_cpu(const float* x, int64_t rows, int64_t columns, int64_t* index) {
   for (int64_t i = 0; i < rows; ++i, x += columns) index[i] = std::max_element(x, x + columns) - x;
 }
 
+void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows, int64_t inner, int64_t columns,
+                 float* out) {
+  static const auto run = fastest(baseline::product, avx2::product, avx512::product);
+  run(a, a_transposed ? 1 : inner, a_transposed ? rows : 1, b, rows, inner, columns, out);
+}
+
 void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,
                 int64_t step_size, float* by_z, float* by_parameter) {
   const float length = static_cast<float>(norm(gradient, rows, dim));

@@ -41,6 +41,12 @@ void tally_cpu(const float* x, const float* scores, const float* prototypes, Cou
 // The column of the largest entry of each row (rows, columns), the first of several.
 void argmax_cpu(const float* x, int64_t rows, int64_t columns, int64_t* index);
 
+// out (rows, columns) = a (rows, inner) b (inner, columns), for small ones: one thread, and up to PAST_END floats behind b
+// are read. a_transposed: a lies as (inner, rows).
+constexpr int64_t PAST_END = 32;
+void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows, int64_t inner, int64_t columns,
+                 float* out);
+
 // gradient + |gradient| direction, the norm over everything, and |gradient| step.
 void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,
                 int64_t step_size, float* by_z, float* by_parameter);

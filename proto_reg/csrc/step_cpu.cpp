@@ -17,25 +17,43 @@ struct Solver {
   const int64_t latents = problem.rows * problem.dim, anchors = problem.groups * problem.dim,
                 matrix = problem.rows * problem.groups;
   const Workspace workspace{latents, latents, latents, anchors, matrix, problem.rows, problem.rows, problem.groups,
-                            problem.groups};
-  // Unit rows of both sides and 1 / their lengths; gradients by tokens, latents and scores.
-  float *unit_z = workspace[0], *by_tokens = workspace[1], *by_latents = workspace[2], *unit_v = workspace[3],
-        *by_scores = workspace[4], *of_z = workspace[5], *weights = workspace[6], *of_v = workspace[7],
-        *potentials = workspace[8];
+                            problem.groups, anchors, PAST_END};
+  // What is scored, unit rows or the rows themselves, and 1 / their lengths; gradients by tokens, latents and scores.
+  float *left = workspace[0], *by_tokens = workspace[1], *by_latents = workspace[2], *right = workspace[3],
+        *by_scores = workspace[4], *of_left = workspace[5], *weights = workspace[6], *of_right = workspace[7],
+        *potentials = workspace[8], *transposed = workspace[9];
+  const bool cosine = problem.kind == Scores::cosine;
 
-  bool cosine() const { return problem.kind == Scores::cosine; }
-  const float* left() const { return cosine() ? unit_z : problem.z; }
-  const float* right() const { return cosine() ? unit_v : problem.prototypes; }
+  void follow() const {
+    if (problem.seen)
+      follow_cpu(problem.prototypes, problem.sums, problem.counts, problem.seen, problem.groups, problem.dim,
+                 static_cast<float>(problem.follow_rate));
+  }
+
+  void product(const Product& wanted) const {
+    constexpr int64_t SMALL = 1 << 18;  // multiplications
+    if (wanted.rows * wanted.inner * wanted.columns > SMALL) return multiply(wanted);
+    const float* b = wanted.b;
+    if (wanted.b_transposed) {
+      for (int64_t j = 0; j < wanted.columns; ++j)
+        for (int64_t d = 0; d < wanted.inner; ++d) transposed[d * wanted.columns + j] = b[j * wanted.inner + d];
+      b = transposed;
+    }
+    product_cpu(wanted.a, wanted.a_transposed, b, wanted.rows, wanted.inner, wanted.columns, wanted.out);
+  }
 
   void score() const {
-    if (cosine()) {
-      unit_rows_cpu(problem.z, problem.rows, problem.dim, unit_z, of_z);
-      unit_rows_cpu(problem.prototypes, problem.groups, problem.dim, unit_v, of_v);
+    if (cosine) {
+      unit_rows_cpu(problem.z, problem.rows, problem.dim, left, of_left);
+      unit_rows_cpu(problem.prototypes, problem.groups, problem.dim, right, of_right);
+    } else {
+      std::memcpy(left, problem.z, sizeof(float) * latents);
+      std::memcpy(right, problem.prototypes, sizeof(float) * anchors);
     }
-    multiply({left(), false, right(), true, problem.rows, problem.dim, problem.groups, problem.scores});
+    product({left, false, right, true, problem.rows, problem.dim, problem.groups, problem.scores});
     if (problem.kind != Scores::euclidean) return;
     for (int64_t k = 0; k < problem.groups; ++k) {
-      const float half = 0.5f * squares_cpu(problem.prototypes + k * problem.dim, problem.dim);
+      const float half = 0.5f * squares_cpu(right + k * problem.dim, problem.dim);
       for (int64_t i = 0; i < problem.rows; ++i) problem.scores[i * problem.groups + k] -= half;
     }
   }
@@ -62,11 +80,11 @@ struct Solver {
 
   // The prototype loss's gradient by latents and prototypes.
   void pull_back() const {
-    multiply({by_scores, false, right(), false, problem.rows, problem.groups, problem.dim, by_tokens});
-    multiply({by_scores, true, left(), false, problem.groups, problem.rows, problem.dim, problem.step});
-    if (cosine()) {
-      unit_rows_pull_back_cpu(by_tokens, unit_z, of_z, problem.rows, problem.dim, by_tokens);
-      unit_rows_pull_back_cpu(problem.step, unit_v, of_v, problem.groups, problem.dim, problem.step);
+    product({by_scores, false, right, false, problem.rows, problem.groups, problem.dim, by_tokens});
+    product({by_scores, true, left, false, problem.groups, problem.rows, problem.dim, problem.step});
+    if (cosine) {
+      unit_rows_pull_back_cpu(by_tokens, left, of_left, problem.rows, problem.dim, by_tokens);
+      unit_rows_pull_back_cpu(problem.step, right, of_right, problem.groups, problem.dim, problem.step);
     }
     if (problem.kind != Scores::euclidean) return;
     for (int64_t k = 0; k < problem.groups; ++k) {
@@ -114,6 +132,7 @@ struct Solver {
 
 void step_cpu(const StepProblem& problem, ParallelFor parallel_for, Multiply multiply) {
   const Solver solver{problem, parallel_for, multiply};
+  solver.follow();
   solver.score();
   solver.assign();
   solver.pull_back();

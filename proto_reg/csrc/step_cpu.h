@@ -9,7 +9,7 @@
 
 namespace proto_reg {
 
-// out (rows, columns) = a (rows, inner) b (inner, columns), a matrix that is said to be transposed lying as (columns,
+// A product too large for one thread: out (rows, columns) = a (rows, inner) b (inner, columns), a matrix that is said to be transposed lying as (columns,
 // rows); all are contiguous.
 struct Product {
   const float* a;
@@ -27,7 +27,7 @@ struct StepProblem {
   // In. Contiguous.
   const float* z;           // (rows, dim)
   const bool* mask;         // (rows,), false: left out; null: none
-  const float* prototypes;  // (groups, dim)
+  float* prototypes;        // (groups, dim), moved where `seen` is given
   const float* marginals;   // (groups,); null: uniform
   int64_t rows, groups, dim;
   Scores kind;
@@ -40,10 +40,11 @@ struct StepProblem {
   std::vector<double> scales;
   bool unbiased, by_mass;
   double prototype_weight, mmd_weight;
+  double follow_rate;
   double active;  // share of their full size that the weights have; 0: nothing is added, and nothing followed
 
   // State that the step adds to. Null where it is not kept.
-  float *sums, *counts;                           // the follower's, (groups, dim) and (groups,)
+  float *sums, *counts, *seen;                    // the follower's, (groups, dim), (groups,) and (groups, dim)
   int64_t *usage, *steps;                         // the meter's, (groups,), and the layer's, ()
   float* totals;                                  // the meter's, (4,)
 

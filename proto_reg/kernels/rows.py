@@ -145,7 +145,7 @@ def tally(
     mmd_loss: Tensor,
 ) -> None:
     """:func:`tally_plain` as an operator, for torch.compile must not undo what it wrote; compiled where it can be."""
-    single = compiled(x, scores, prototypes) and prototype_loss.dtype == mmd_loss.dtype == torch.float32
+    single = compiled(x, scores, prototypes) and totals.dtype == prototype_loss.dtype == mmd_loss.dtype == torch.float32
     operator = torch.ops.proto_reg.tally_float32 if single else torch.ops.proto_reg.tally
     operator.default(counts, totals, x, scores, prototypes, counted, prototype_loss, mmd_loss)
 

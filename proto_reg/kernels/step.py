@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .follow import follow_reference
 from .mmd import anchored_mmd_loss_plain, anchored_mmd_reference
 from .rows import balance_plain, sums_by_group_plain, tally_plain
 from .scores import scores_and_pull_back
@@ -35,15 +36,17 @@ def balanced_step_plain(
     mmd_weight: float,
     sums: Tensor | None,
     counts: Tensor | None,
+    seen: Tensor | None,
+    follow_rate: float,
     usage: Tensor | None,
     totals: Tensor | None,
     steps: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both losses of ``z`` (N, D), and the direction in which they pull; adds to the state that is given.
+    """Prototypes follow; then both losses of ``z`` (N, D), and the direction in which they pull; all of it counted.
 
     Args:
         mask: (N,) bool, False leaves the row out, whose latent must be finite; None: all count.
-        prototypes: (K, D); the MMD's anchors and the centres of the scores.
+        prototypes: (K, D); the MMD's anchors and the centres of the scores. Moved in place where ``seen`` is given.
         active: () share of their full size that the weights have; None: 1. At 0 nothing pulls and nothing is followed.
         sharpness: () what scores are multiplied with before ``epsilon`` and ``temperature`` apply; None: 1.
         scores: one of ``SCORES``.
@@ -61,6 +64,8 @@ def balanced_step_plain(
         scores, codes: (N, K)
         assignments: (N,) int64 largest code of each row.
     """
+    if sums is not None and counts is not None and seen is not None:
+        follow_reference(prototypes, sums, counts, seen, follow_rate)
     sharp = 1.0 if sharpness is None else sharpness
     weights = None if mask is None else mask.to(z.dtype)
     found, pull_back = scores_and_pull_back(z, prototypes, scores)
@@ -90,11 +95,11 @@ def balanced_step_plain(
 
 torch.library.define(
     "proto_reg::balanced_step",
-    "(Tensor z, Tensor? mask, Tensor prototypes, Tensor? marginals, Tensor? active, Tensor? sharpness, str scores, "
+    "(Tensor z, Tensor? mask, Tensor(a!) prototypes, Tensor? marginals, Tensor? active, Tensor? sharpness, str scores, "
     "float epsilon, int num_iters, float? tol, bool isolate, float temperature, float[] scales, bool unbiased, "
-    "bool by_mass, float prototype_weight, float mmd_weight, Tensor(a!)? sums, Tensor(b!)? counts, Tensor(c!)? usage, "
-    "Tensor(d!)? totals, Tensor(e!)? steps) -> (Tensor direction, Tensor step, Tensor loss, Tensor prototype_loss, "
-    "Tensor mmd_loss, Tensor scores, Tensor codes, Tensor assignments)",
+    "bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, Tensor(c!)? counts, Tensor(d!)? seen, "
+    "float follow_rate, Tensor(e!)? usage, Tensor(f!)? totals, Tensor(g!)? steps) -> (Tensor direction, Tensor step, "
+    "Tensor loss, Tensor prototype_loss, Tensor mmd_loss, Tensor scores, Tensor codes, Tensor assignments)",
 )
 torch.library.impl("proto_reg::balanced_step", "CompositeExplicitAutograd")(torch.no_grad()(balanced_step_plain))
 # Its gradients are what it returns: there is no graph to build.
