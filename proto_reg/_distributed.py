@@ -146,10 +146,15 @@ def gather_rows(
     start = rows_before(counts, group)
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
-    everything = rows.new_empty(len(counts) * longest, *rows.shape[1:])
-    _all_gather(everything, padded, group=group)
-    parts = [part[:count] for part, count in zip(everything.split(longest), counts, strict=True)]
+    parts = [part[:count] for part, count in zip(gather_equal(padded, group), counts, strict=True)]
     return torch.cat(parts), start
+
+
+def gather_equal(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``x`` (n, ...) of all ranks (ranks, n, ...), n the same on each."""
+    everything = x.new_empty(size(group) * x.shape[0], *x.shape[1:])
+    _all_gather(everything, x, group=group)
+    return everything.unflatten(0, (size(group), x.shape[0]))
 
 
 def local_part(whole: Tensor, sharded: Any) -> Tensor:

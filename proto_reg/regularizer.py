@@ -27,7 +27,7 @@ from .mmd import AnchoredMMDLoss
 from .queue import LatentQueue, below
 from .revival import revive
 from .schedule import check_temperature, ramp, sharpness
-from .tokens import Share, gather, share_of, subsample
+from .tokens import Gatherer, Share, subsample, undivided
 from .usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class PrototypicalRegularizer(nn.Module):
         group: Group = "default",
     ) -> None:
         super().__init__()
-        self.ranks = Ranks(group)
+        self.ranks, self.gatherer = Ranks(group), Gatherer()
         self.head = PrototypeHead(latent_dim, num_prototypes) if head is None else head
         self.assigner = SinkhornAssigner(group=group) if assigner is None else assigner
         self.mmd = AnchoredMMDLoss(group=group) if mmd is None else mmd
@@ -206,11 +206,12 @@ class PrototypicalRegularizer(nn.Module):
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
         """
-        tokens, keep, share = self._tokens(z, mask)
         learning = self.training and torch.is_grad_enabled()
+        balanced = learning and self.mode == "balanced"
+        tokens, keep, share = self._tokens(z, mask, balanced)
         tracking = learning and self.tracking
         self._check_transforms(tracking)
-        if learning and self.mode == "balanced":
+        if balanced:
             z, output = self._balanced(z, tokens, keep, share, tracking)
         else:
             if tracking:
@@ -273,17 +274,19 @@ class PrototypicalRegularizer(nn.Module):
         self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool
     ) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
-        if share.group is not None and self._gathers(share):
-            if tracking:
+        if share.whole is not None:
+            # Sums on a GPU come in any order, and prototypes would drift apart: there each counts its own tokens.
+            everything = tracking and tokens.is_cpu
+            if tracking and not everything:
                 self._move()
             with alone():
-                direction, steps, output = self._step(*gather(tokens.detach(), keep, share), False)
+                direction, steps, output = self._step(*share.whole, undivided(*share.whole), everything)
             own = slice(share.start, share.start + tokens.shape[0])
             rows = {name: getattr(output, name)[own].clone() for name in ("scores", "codes", "assignments")}
             direction, output = direction[own], output._replace(**rows)
             # Each process has the whole step; |g|, of means over each one's own batch, is their number too large.
             steps = [(parameter, step / len(share.counts)) for parameter, step in steps]
-            if tracking:
+            if tracking and not everything:
                 self._count(tokens.detach(), keep, output)
         else:
             direction, steps, output = self._step(tokens, keep, share, tracking)
@@ -330,10 +333,10 @@ class PrototypicalRegularizer(nn.Module):
         """Whether the components work with the processes that the layer works with."""
         return self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
 
-    def _gathers(self, share: Share) -> bool:
-        """Whether every process computes the whole batch: one exchange then, instead of one for each sum."""
-        small = share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
-        return small and self._one_group() and self.mmd.target == "analytic" and self.queue is None
+    def _most(self) -> int:
+        """Tokens in all up to which every process computes the whole batch: one exchange, not one for each sum."""
+        apart = not self._one_group() or self.mmd.target != "analytic" or self.queue is not None
+        return 0 if apart else GATHERED // (self.head.latent_dim + self.head.num_prototypes)
 
     def _pull(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Step:
         """Direction (N, D) of tokens (N, D), each of the head's parameters and its step, and everything on the way.
@@ -479,11 +482,10 @@ class PrototypicalRegularizer(nn.Module):
         }
         return cls(latent_dim, num_prototypes, **(choices | options))
 
-    def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Share]:
+    def _tokens(self, z: Tensor, mask: Tensor | None, balanced: bool = False) -> tuple[Tensor, Tensor | None, Share]:
         """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
         group, head, nan_policy = self.ranks.active(self.training), self.head, self.assigner.nan_policy
         tokens, keep = self.layout.tokens(z, mask, head.latent_dim, empty=group is not None)
-        share = share_of(tokens, mask is not None or nan_policy == "isolate", group)
         tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, head.prototypes.dtype)))
         if nan_policy == "raise":
             check_no_nan("z", tokens if keep is None else tokens[keep], group)
@@ -493,7 +495,9 @@ class PrototypicalRegularizer(nn.Module):
         if keep is not None:
             # Whatever stands in a position that is left out, be it NaN, reaches nothing.
             tokens = torch.where(keep[:, None], tokens, 0.0)
-        return tokens, keep, share
+        if group is None:
+            return tokens, keep, undivided(tokens, keep)
+        return tokens, keep, self.gatherer.share_of(tokens.detach(), keep, group, self._most() if balanced else 0)
 
     def _assigner_arguments(self, scores: Tensor, keep: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """Scores (N [+ Q], K) as the assigner takes them, and its mask: at this step's temperature, past ones below.

@@ -84,7 +84,7 @@ def compare(arguments: dict, tolerance: float = 2e-5) -> None:
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * largest + 1e-6, equal_nan=True)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)  # what is nearly equal may go either way
+@settings(max_examples=120, deadline=None)
 @given(
     count=st.integers(1, 120),
     groups=st.integers(2, 40),
@@ -95,15 +95,14 @@ def compare(arguments: dict, tolerance: float = 2e-5) -> None:
 )
 def test_any_shape_against_float64(count, groups, dim, scores, masked, seed) -> None:
     torch.manual_seed(seed)
-    arguments = case(count, groups, dim, scores)
+    mask = torch.rand(count) < 0.8 if masked else None
+    arguments = case(count, groups, dim, scores, mask=mask)
     # Nearly equal codes would be put to other prototypes by float32 than by float64.
     with torch.no_grad():
         codes = balanced_step_plain(*copies(arguments, torch.float64).values())[-2]
     first = codes.topk(2, 1).values
-    clear = first[:, 0] - first[:, 1] > 1e-4
-    mask = clear & (torch.rand(count) < 0.8) if masked else clear
-    assume(mask.any())
-    compare(arguments if mask.all() else arguments | {"mask": mask}, 1e-3)
+    assume((first[:, 0] - first[:, 1]).amin() > 1e-4)
+    compare(arguments, 1e-3)
 
 
 @pytest.mark.parametrize("scores", SCORES)
