@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._distributed import sum_
-from .kernels.rows import attach
+from .kernels.rows import add_at_weights, attach, balance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,3 +60,10 @@ def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     # In float64: squares of small gradients underflow float32.
     squares = sum_(torch.stack(norms).double().square(), group)
     return list(squares.sqrt().to(norms[0].dtype).unbind())
+
+
+def add_up(a: Tensor, b: Tensor, weight_a: float, weight_b: float, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """weight_a a / |a| + weight_b b / |b| of rows (N, D), norms over those of all ranks; and weight_a / |a|, ()."""
+    if group is None:
+        return balance(a, b, weight_a, weight_b)
+    return add_at_weights(a, b, norms([a, b], group), weight_a, weight_b)

@@ -22,9 +22,7 @@ def fused_step(
     head: PrototypeHead,
     assigner: SinkhornAssigner,
     mmd: AnchoredMMDLoss,
-    follower: PrototypeFollower | None,
-    meter: UsageMeter | None,
-    steps: Tensor,
+    counters: tuple[PrototypeFollower | None, UsageMeter, Tensor] | None,
     active: Tensor | None,
     sharpness: Tensor | None,
     temperature: float,
@@ -34,8 +32,8 @@ def fused_step(
     """What ``proto_reg::balanced_step`` returns for latents ``z`` (N, D); None where something asks for more than it.
 
     It takes float32 on the CPU, components of our own classes with the Gaussian kernel and the analytic target, and
-    this process's latents alone. With a ``meter`` the step is counted; with a ``follower`` prototypes follow before it,
-    and their latents are remembered.
+    this process's latents alone. ``counters`` are the follower, which moves the prototypes before and remembers their
+    latents, the meter and the layer's steps; None counts nothing. ``active``, ``sharpness``: () or None for 1.
     """
     # One function, for in a training that does not fit the nearest caches each one more takes microseconds.
     ours = type(head) is PrototypeHead and type(assigner) is SinkhornAssigner and type(mmd) is AnchoredMMDLoss
@@ -46,11 +44,13 @@ def fused_step(
     if assigner.backend not in COMPILED or mmd.backend not in COMPILED or backends.choose("auto", z) != "cpu":
         return None
     prototypes, marginals = head.prototypes, assigner.marginals
-    sums = counts = seen = usage = totals = None
-    if meter is not None:
+    sums = counts = seen = usage = totals = steps = None
+    rate = 0.0
+    if counters is not None:
+        follower, meter, steps = counters
         usage, totals = meter.counts, meter.totals
         if follower is not None:
-            sums, counts, seen = follower.sums, follower.counts, follower.seen
+            sums, counts, seen, rate = follower.sums, follower.counts, follower.seen, follower.rate
     # State is wider after .double(), and strided where the prototypes are.
     if not ordinary(z, prototypes) or any(
         x is not None and x.dtype != torch.float32 for x in (marginals, sums, totals)
@@ -79,8 +79,8 @@ def fused_step(
         sums,
         counts,
         seen if prototypes.requires_grad else None,
-        0.0 if follower is None else follower.rate,
+        rate,
         usage,
         totals,
-        None if meter is None else steps,
+        steps,
     )

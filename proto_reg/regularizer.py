@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,49 +14,25 @@ from ._checks import check_choice, check_instance, check_number, check_positive_
 from ._distributed import Group, Ranks, alone, whole
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
-from .balance import AttachDirection, norms
+from .balance import AttachDirection, add_up
 from .follower import PrototypeFollower
-from .functional.problem import check_marginals, check_no_nan
+from .functional.problem import check_marginals, usable
 from .fused import fused_step
 from .head import PrototypeHead
 from .kernels.once import transforming
-from .kernels.rows import add_at_weights, balance
 from .kernels.snapshot import snapshot
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
-from .queue import LatentQueue, below
+from .output import RegularizerOutput
+from .queue import LatentQueue
 from .revival import revive
 from .schedule import check_temperature, ramp, sharpness
 from .tokens import Gatherer, Share, subsample, undivided
 from .usage import UsageMeter
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 MODES = ("balanced", "weighted")
 # A batch of several processes with up to so many entries of latents and scores (4 MiB) is computed by each of them.
 GATHERED = 1 << 20
-
-
-class RegularizerOutput(NamedTuple):
-    """What the layer computed; positions follow the layout of the latents.
-
-    Attributes:
-        loss: () prototype_weight * prototype_loss + mmd_weight * mmd_loss; 0 during warm-up. Differentiable in
-            ``mode="weighted"`` only.
-        prototype_loss: () cross-entropy of eq. 10.
-        mmd_loss: () anchored MMD of eq. 5.
-        scores: (B, K), or the layout with K in the place of D.
-        codes: like ``scores``; K entries of each position sum to 1.
-        assignments: (B,) int64, or the layout without D: argmax of the codes in training, of the scores in eval.
-    """
-
-    loss: Tensor
-    prototype_loss: Tensor
-    mmd_loss: Tensor
-    scores: Tensor
-    codes: Tensor
-    assignments: Tensor
 
 
 # Direction (N, D), each parameter of the head with its step, and the output.
@@ -245,17 +221,11 @@ class PrototypicalRegularizer(nn.Module):
 
     def _look(self, tokens: Tensor, share: Share, output: RegularizerOutput) -> None:
         """Have the watch look at a training forward of ``tokens`` (N, D)."""
-        past = 0 if self.queue is None else self.queue.size
+        head, past = self.head, 0 if self.queue is None else self.queue.size
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
-        head = self.head
         prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
-        self.watch.at_step(
-            tokens, share.total, prototypes, output.assignments, output.prototype_loss, self._since, past
-        )
-
-    def _since(self) -> Tensor:
-        """() int64 steps since warm-up ended."""
-        return self.steps - self.warmup_steps
+        losses = output.assignments, output.prototype_loss
+        self.watch.at_step(tokens, share.total, prototypes, *losses, lambda: self.steps - self.warmup_steps, past)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
@@ -302,20 +272,12 @@ class PrototypicalRegularizer(nn.Module):
         follows = self.prototype_weight > 0 and head.num_prototypes > 1
         plain = self.queue is None and not self.soft and share.total <= self.max_tokens
         if alone and plain and (follows or not follower.rate):
+            active = self._active()
+            sharpness = self._sharpness() if self.temperature_steps else None
+            counters = (follower if follower.rate else None, self.meter, self.steps) if tracking else None
+            weights = self.prototype_weight, self.mmd_weight
             fused = fused_step(
-                tokens,
-                keep,
-                head,
-                self.assigner,
-                self.mmd,
-                follower if tracking and follower.rate else None,
-                self.meter if tracking else None,
-                self.steps,
-                self._ramp() if self.warmup_steps or self.ramp_steps else None,
-                self._sharpness() if self.temperature_steps else None,
-                self.temperature,
-                self.prototype_weight,
-                self.mmd_weight,
+                tokens, keep, head, self.assigner, self.mmd, counters, active, sharpness, self.temperature, *weights
             )
             if fused is not None:
                 direction, step, *output = fused
@@ -360,7 +322,7 @@ class PrototypicalRegularizer(nn.Module):
         if index is not None:
             by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-        direction, to_prototypes = self._direction(by_tokens, by_latents, share.group)
+        direction, to_prototypes = add_up(by_tokens, by_latents, self.prototype_weight, self.mmd_weight, share.group)
         steps = [to_prototypes * g for g in by_parameters]
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
         if (active := self._active()) is not None:
@@ -375,13 +337,6 @@ class PrototypicalRegularizer(nn.Module):
         if self.queue is not None:
             codes, assignments = codes[: scores.shape[0]], assignments[: scores.shape[0]]
         return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
-
-    def _direction(self, by_tokens: Tensor, by_latents: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """Both gradients (N, D) at the size of their weights, added up; and what the first was multiplied with, ()."""
-        if group is None:
-            return balance(by_tokens, by_latents, self.prototype_weight, self.mmd_weight)
-        over_ranks = norms([by_tokens, by_latents], group)
-        return add_at_weights(by_tokens, by_latents, over_ranks, self.prototype_weight, self.mmd_weight)
 
     def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
         """Both losses of ``z``, differentiable whatever the mode: what Algorithm 1 steps on.
@@ -487,11 +442,8 @@ class PrototypicalRegularizer(nn.Module):
         group, head, nan_policy = self.ranks.active(self.training), self.head, self.assigner.nan_policy
         tokens, keep = self.layout.tokens(z, mask, head.latent_dim, empty=group is not None)
         tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, head.prototypes.dtype)))
-        if nan_policy == "raise":
-            check_no_nan("z", tokens if keep is None else tokens[keep], group)
-        if nan_policy == "isolate":
-            finite = tokens.isfinite().all(1)
-            keep = finite if keep is None else keep & finite
+        if nan_policy != "propagate":
+            keep = usable(tokens, keep, nan_policy, group)
         if keep is not None:
             # Whatever stands in a position that is left out, be it NaN, reaches nothing.
             tokens = torch.where(keep[:, None], tokens, 0.0)
@@ -505,13 +457,9 @@ class PrototypicalRegularizer(nn.Module):
         Past latents are scored by the prototypes of today. They enter the balance, not the loss.
         """
         options: dict[str, Any] = {"mask": keep}
-        rows = scores.shape[0]
         if self.queue is not None and self.training:
-            latents, in_use = self.queue.part(self.ranks.active(self.training))
-            with torch.no_grad():
-                past = self.head(latents.to(scores.dtype))
-            scores = torch.cat([scores, past])
-            options = {"mask": below(keep, rows, in_use), "rows": rows}
+            options["rows"] = scores.shape[0]
+            scores, options["mask"] = self.queue.below(scores, keep, self.ranks.active(), self.head)
         return scores * self._sharpness() if self.temperature_steps else scores, options
 
     def _mmd_arguments(
@@ -524,9 +472,8 @@ class PrototypicalRegularizer(nn.Module):
         if index is not None:
             z, members = z[index], members[index]
         if self.queue is not None and self.queue_mmd and self.training:
-            latents, in_use = self.queue.part(self.ranks.active(self.training))
-            keep = below(keep, z.shape[0], in_use)
-            z, members = torch.cat([z, latents.to(z.dtype)]), torch.cat([members, past])
+            z, keep = self.queue.below(z, keep, self.ranks.active())
+            members = torch.cat([members, past])
         return z, self.head.prototypes.detach(), members, keep
 
     def _subsample(self, count: int, keep: Tensor | None, share: Share) -> tuple[Tensor | None, Tensor | None]:

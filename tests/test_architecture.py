@@ -35,6 +35,7 @@ ROOMS = [
     "queue",
     "usage",
     "fused",
+    "output",
     "revival",
     "schedule",
     "_warnings",
