@@ -268,10 +268,10 @@ class PrototypicalRegularizer(nn.Module):
 
     def _step(self, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool) -> Step:
         """What :meth:`_pull` returns for ``tokens`` (N, D), counted if ``tracking``; by one operator if it can be."""
-        head, follower, alone = self.head, self.follower, share.group is None and self._one_group()
+        head, follower, by_itself = self.head, self.follower, share.group is None and self._one_group()
         follows = self.prototype_weight > 0 and head.num_prototypes > 1
         plain = self.queue is None and not self.soft and share.total <= self.max_tokens
-        if alone and plain and (follows or not follower.rate):
+        if by_itself and plain and (follows or not follower.rate):
             active = self._active()
             sharpness = self._sharpness() if self.temperature_steps else None
             counters = (follower if follower.rate else None, self.meter, self.steps) if tracking else None
