@@ -40,7 +40,7 @@ class Ranks:
 
     def active(self, together: bool = True) -> dist.ProcessGroup | None:
         """The process group to work with now; None for this process alone, as without ``together``."""
-        together = together and self.group is not None and _initialized() and not _alone
+        together = together and self.group is not None and not _alone and _initialized()
         return resolve(self.group) if together else None
 
 
@@ -68,8 +68,11 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+_AVAILABLE = dist.is_available()
+
+
 def _initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def _check_group(group: Group) -> None:
@@ -143,10 +146,15 @@ def gather_rows(
     start = rows_before(counts, group)
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
-    everything = rows.new_empty(len(counts) * longest, *rows.shape[1:])
-    _all_gather(everything, padded, group=group)
-    parts = [part[:count] for part, count in zip(everything.split(longest), counts, strict=True)]
+    parts = [part[:count] for part, count in zip(gather_equal(padded, group), counts, strict=True)]
     return torch.cat(parts), start
+
+
+def gather_equal(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``x`` (n, ...) of all ranks (ranks, n, ...), n the same on each."""
+    everything = x.new_empty(size(group) * x.shape[0], *x.shape[1:])
+    _all_gather(everything, x, group=group)
+    return everything.unflatten(0, (size(group), x.shape[0]))
 
 
 def local_part(whole: Tensor, sharded: Any) -> Tensor:

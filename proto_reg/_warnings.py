@@ -98,16 +98,17 @@ class LayerWatch:
         """
         if torch.compiler.is_compiling():
             return
-        small, self._small = self._small, total + queue_size < len(prototypes)
+        small, self._small = self._small, total + queue_size < prototypes.shape[0]
         if small and self._small:  # one alone may be the last of an epoch
             self.say(
                 "batch",
-                f"{total} latents for {len(prototypes)} prototypes in a training step: most prototypes get one "
+                f"{total} latents for {prototypes.shape[0]} prototypes in a training step: most prototypes get one "
                 "or none, and the MMD needs two. Use larger batches, queue_size= or fewer prototypes.",
             )
-        self._read()
+        if self._pending is not None:
+            self._read()
         self.looks += 1
-        if len(tokens) and self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1:
+        if self.looks % FIRST_LOOK == 0 and tokens.shape[0] and (self.looks // FIRST_LOOK).bit_count() == 1:
             self._measure(tokens.detach(), prototypes, assignments, prototype_loss.detach(), active_steps())
 
     def _measure(
@@ -139,10 +140,8 @@ class LayerWatch:
         self._pending = host, event
 
     def _read(self) -> None:
-        """Judge the figures if they have arrived."""
-        if self._pending is None:
-            return
-        figures, event = self._pending
+        """Judge the pending figures if they have arrived."""
+        figures, event = cast(tuple, self._pending)
         if event is not None and not event.query():
             return
         self._pending = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._distributed import sum_
+from .kernels.rows import add_at_weights, attach, balance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,6 +42,9 @@ class AttachDirection(torch.autograd.Function):
         direction, counted, *steps = ctx.saved_tensors
         if direction is None:  # both weights are 0: not even an added zero, and prototypes without a gradient
             return None, gradient, None, None, *([None] * 2 * len(steps))
+        if ctx.group is None and counted is None and len(steps) == 1 and gradient.dtype == direction.dtype:
+            by_z, by_parameter = attach(gradient, direction, *steps)
+            return None, by_z, None, None, None, by_parameter
         # In the direction's float32: the norm of a half-precision gradient under loss scaling overflows its dtype.
         wide = gradient.to(direction.dtype)
         (norm,) = norms([wide if counted is None else torch.where(counted, wide, 0.0)], ctx.group)
@@ -56,3 +60,10 @@ def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     # In float64: squares of small gradients underflow float32.
     squares = sum_(torch.stack(norms).double().square(), group)
     return list(squares.sqrt().to(norms[0].dtype).unbind())
+
+
+def add_up(a: Tensor, b: Tensor, weight_a: float, weight_b: float, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """weight_a a / |a| + weight_b b / |b| of rows (N, D), norms over those of all ranks; and weight_a / |a|, ()."""
+    if group is None:
+        return balance(a, b, weight_a, weight_b)
+    return add_at_weights(a, b, norms([a, b], group), weight_a, weight_b)

@@ -12,7 +12,8 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
-from .functional.prototypes import SCORES, prototype_scores, prototype_scores_and_pull_back
+from .functional.prototypes import SCORES, prototype_scores
+from .kernels.scores import scores_and_pull_back
 
 
 class PrototypeHead(nn.Module):
@@ -65,15 +66,19 @@ class PrototypeHead(nn.Module):
             )
         return prototype_scores(z, self.prototypes, self.scores)
 
+    def in_closed_form(self) -> bool:
+        """Whether scores and their gradients are those of the formulas: a head of one's own may compute others."""
+        alone = list(self._parameters) == ["prototypes"] and not self._modules
+        return type(self).forward is PrototypeHead.forward and alone
+
     def scores_and_pull_back(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor]]]]:
         """Scores (N, K) of ``z`` (N, D), and what takes a gradient by them to those by z and by ``self.parameters()``.
 
         In closed form here; a head that computes its scores or prototypes otherwise goes through ``torch.func.vjp``.
         """
-        alone = list(self._parameters) == ["prototypes"] and not self._modules
-        if type(self).forward is PrototypeHead.forward and alone:
+        if self.in_closed_form():
             v = self.prototypes.detach().to(z.dtype)
-            scores, to_both = prototype_scores_and_pull_back(z, v, self.scores)
+            scores, to_both = scores_and_pull_back(z, v, self.scores)
 
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
                 by_z, by_prototypes = to_both(by_scores)

@@ -47,7 +47,8 @@ class Layout:
                 f"z: expected a non-empty tensor, got shape {tuple(z.shape)}. Skip empty batches; only among several "
                 "processes one may have none."
             )
-        check_mask("mask", mask, tuple(self._sizes(z).values()))
+        if mask is not None:
+            check_mask("mask", mask, tuple(self._sizes(z).values()))
         if self.is_rows:
             return z, mask
         rows = rearrange(z, f"{self.pattern} -> ({self.positions}) d")

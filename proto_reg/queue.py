@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,25 @@ class LatentQueue(WideState):
         first, step = dist.get_rank(group), dist.get_world_size(group)
         return self.latents[first::step], self.in_use[first::step]
 
+    def below(
+        self,
+        rows: Tensor,
+        keep: Tensor | None,
+        group: ProcessGroup | None,
+        of: Callable | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``rows`` (N, ...) and below them this process's past latents, or what is computed ``of`` them; which count.
+
+        All rows, or those where ``keep`` (N,) is True; of the slots those in use. The past carries no gradient.
+        """
+        latents, in_use = self.part(group)
+        past = latents.to(rows.dtype)
+        if of is not None:
+            with torch.no_grad():
+                past = of(past)
+        counted = in_use.new_ones(rows.shape[0]) if keep is None else keep
+        return torch.cat([rows, past]), torch.cat([counted, in_use])
+
     @torch.no_grad()
     def push(self, tokens: Tensor, counted: Tensor | None = None) -> None:
         """Enqueue the finite ones of ``tokens`` (N, D), those where ``counted`` (N,) bool is True; the last Q of them.
@@ -90,11 +110,6 @@ class LatentQueue(WideState):
 
     def extra_repr(self) -> str:
         return f"{self.size}, {self.latents.shape[1]}"
-
-
-def below(counted: Tensor | None, rows: int, in_use: Tensor) -> Tensor:
-    """Which of ``rows`` latents (all, or where ``counted`` (rows,) is True) and of the slots (q,) below them count."""
-    return torch.cat([in_use.new_ones(rows) if counted is None else counted, in_use])
 
 
 def _rows_before(count: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:

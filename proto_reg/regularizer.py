@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,48 +14,29 @@ from ._checks import check_choice, check_instance, check_number, check_positive_
 from ._distributed import Group, Ranks, alone, whole
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
-from .balance import AttachDirection, norms
+from .balance import AttachDirection, add_up
 from .follower import PrototypeFollower
-from .functional.problem import check_marginals, check_no_nan
+from .functional.problem import check_marginals, usable
+from .fused import fused_step
 from .head import PrototypeHead
 from .kernels.once import transforming
-from .kernels.rows import add_at_weights, balance
 from .kernels.snapshot import snapshot
 from .layout import Layout
 from .mmd import AnchoredMMDLoss
-from .queue import LatentQueue, below
+from .output import RegularizerOutput
+from .queue import LatentQueue
 from .revival import revive
 from .schedule import check_temperature, ramp, sharpness
-from .tokens import Share, gather, share_of, subsample
+from .tokens import Gatherer, Share, subsample, undivided
 from .usage import UsageMeter
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 MODES = ("balanced", "weighted")
 # A batch of several processes with up to so many entries of latents and scores (4 MiB) is computed by each of them.
 GATHERED = 1 << 20
 
 
-class RegularizerOutput(NamedTuple):
-    """What the layer computed; positions follow the layout of the latents.
-
-    Attributes:
-        loss: () prototype_weight * prototype_loss + mmd_weight * mmd_loss; 0 during warm-up. Differentiable in
-            ``mode="weighted"`` only.
-        prototype_loss: () cross-entropy of eq. 10.
-        mmd_loss: () anchored MMD of eq. 5.
-        scores: (B, K), or the layout with K in the place of D.
-        codes: like ``scores``; K entries of each position sum to 1.
-        assignments: (B,) int64, or the layout without D: argmax of the codes in training, of the scores in eval.
-    """
-
-    loss: Tensor
-    prototype_loss: Tensor
-    mmd_loss: Tensor
-    scores: Tensor
-    codes: Tensor
-    assignments: Tensor
+# Direction (N, D), each parameter of the head with its step, and the output.
+Step: TypeAlias = tuple[Tensor, list[tuple[nn.Parameter, Tensor]], RegularizerOutput]
 
 
 class PrototypicalRegularizer(nn.Module):
@@ -132,7 +113,7 @@ class PrototypicalRegularizer(nn.Module):
         group: Group = "default",
     ) -> None:
         super().__init__()
-        self.ranks = Ranks(group)
+        self.ranks, self.gatherer = Ranks(group), Gatherer()
         self.head = PrototypeHead(latent_dim, num_prototypes) if head is None else head
         self.assigner = SinkhornAssigner(group=group) if assigner is None else assigner
         self.mmd = AnchoredMMDLoss(group=group) if mmd is None else mmd
@@ -201,46 +182,50 @@ class PrototypicalRegularizer(nn.Module):
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
         """
-        tokens, keep, share = self._tokens(z, mask)
         learning = self.training and torch.is_grad_enabled()
+        balanced = learning and self.mode == "balanced"
+        tokens, keep, share = self._tokens(z, mask, balanced)
         tracking = learning and self.tracking
         self._check_transforms(tracking)
+        if balanced:
+            z, output = self._balanced(z, tokens, keep, share, tracking)
+        else:
+            if tracking:
+                self._move()
+            with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(learning):
+                output = self._losses(tokens, keep, share)
+            if tracking:
+                self._count(tokens.detach(), keep, output)
         if tracking:
-            self.follower.move(self.head.prototypes, self.head.shards)
-        with torch.autocast(z.device.type, enabled=False):
-            if learning and self.mode == "balanced":
-                z, output = self._balanced(z, tokens.detach(), keep, share)
-            else:
-                with torch.set_grad_enabled(learning):
-                    output = self._losses(tokens, keep, share)
-        if tracking:
-            self._track(tokens.detach(), keep, share, output)
-        return z, self._to_layout(output, z)
+            self._look(tokens, share, output)
+        return z, output if self.layout.is_rows else self._to_layout(output, z)
+
+    def _move(self) -> None:
+        """Prototypes follow the latents that were counted before."""
+        head = self.head
+        self.follower.move(head.prototypes, head.shards)
 
     @torch.no_grad()
-    def _track(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
+    def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
         if self.prototype_weight and self.head.num_prototypes > 1:
             counted = keep
-            if self.warmup_steps or self.ramp_steps:
-                active = self._ramp() > 0
-                counted = active if keep is None else keep & active
+            if (active := self._active()) is not None:
+                counted = active > 0 if keep is None else keep & (active > 0)
             self.follower.observe(tokens, output.assignments, counted)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:
             self.queue.push(tokens, keep)
         self.steps.add_(1)
-        past = 0 if self.queue is None else self.queue.size
-        # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
-        prototypes = self.head.prototypes if self.head.shards is None else self.head.prototypes.detach()
-        self.watch.at_step(
-            tokens, share.total, prototypes, output.assignments, output.prototype_loss, self._since, past
-        )
 
-    def _since(self) -> Tensor:
-        """() int64 steps since warm-up ended."""
-        return self.steps - self.warmup_steps
+    def _look(self, tokens: Tensor, share: Share, output: RegularizerOutput) -> None:
+        """Have the watch look at a training forward of ``tokens`` (N, D)."""
+        head, past = self.head, 0 if self.queue is None else self.queue.size
+        # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
+        prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
+        losses = output.assignments, output.prototype_loss
+        self.watch.at_step(tokens, share.total, prototypes, *losses, lambda: self.steps - self.warmup_steps, past)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
@@ -251,41 +236,72 @@ class PrototypicalRegularizer(nn.Module):
         index, keep = self._subsample(z.shape[0], keep, share)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-        if self.warmup_steps or self.ramp_steps:
-            weight = self._ramp()
-            loss = torch.where(weight > 0, weight * loss, 0.0)
+        if (active := self._active()) is not None:
+            loss = torch.where(active > 0, active * loss, 0.0)
         return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _balanced(
-        self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share
+        self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool
     ) -> tuple[Tensor, RegularizerOutput]:
         """Attach the direction in which the regularisers pull to ``z``, to be scaled by whatever gradient arrives."""
-        with torch.no_grad():
-            if self._gathers(share):
-                with alone():
-                    direction, steps, output = self._pull(*gather(tokens, keep, share))
-                own = slice(share.start, share.start + tokens.shape[0])
-                rows = {name: getattr(output, name)[own].clone() for name in ("scores", "codes", "assignments")}
-                direction, output = direction[own], output._replace(**rows)
-                # Each process has the whole step; |g|, of means over each one's own batch, is their number too large.
-                steps = [step / len(share.counts) for step in steps]
-            else:
-                direction, steps, output = self._pull(tokens, keep, share)
-            counted = None if keep is None else self.layout.restore(keep[:, None], z)
-        attached = self.layout.restore(direction, z) if self.prototype_weight or self.mmd_weight else None
-        z = AttachDirection.apply(share.group, z, attached, counted, *steps, *self.head.parameters())
-        return z, output
+        if share.whole is not None:
+            # Sums on a GPU come in any order, and prototypes would drift apart: there each counts its own tokens.
+            everything = tracking and tokens.is_cpu
+            if tracking and not everything:
+                self._move()
+            with alone():
+                direction, steps, output = self._step(*share.whole, undivided(*share.whole), everything)
+            own = slice(share.start, share.start + tokens.shape[0])
+            rows = {name: getattr(output, name)[own].clone() for name in ("scores", "codes", "assignments")}
+            direction, output = direction[own], output._replace(**rows)
+            # Each process has the whole step; |g|, of means over each one's own batch, is their number too large.
+            steps = [(parameter, step / len(share.counts)) for parameter, step in steps]
+            if tracking and not everything:
+                self._count(tokens.detach(), keep, output)
+        else:
+            direction, steps, output = self._step(tokens, keep, share, tracking)
+        counted = None if keep is None else self.layout.restore(keep[:, None], z)
+        direction = direction if self.layout.is_rows else self.layout.restore(direction, z)
+        attached = direction if self.prototype_weight or self.mmd_weight else None
+        parameters, by_parameters = zip(*steps, strict=True)
+        return AttachDirection.apply(share.group, z, attached, counted, *by_parameters, *parameters), output
 
-    def _gathers(self, share: Share) -> bool:
-        """Whether every process computes the whole batch: one exchange then, instead of one for each sum."""
-        small = share.total * (self.head.latent_dim + self.head.num_prototypes) <= GATHERED
-        same = self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
-        return share.group is not None and small and same and self.mmd.target == "analytic" and self.queue is None
+    def _step(self, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool) -> Step:
+        """What :meth:`_pull` returns for ``tokens`` (N, D), counted if ``tracking``; by one operator if it can be."""
+        head, follower, by_itself = self.head, self.follower, share.group is None and self._one_group()
+        follows = self.prototype_weight > 0 and head.num_prototypes > 1
+        plain = self.queue is None and not self.soft and share.total <= self.max_tokens
+        if by_itself and plain and (follows or not follower.rate):
+            active = self._active()
+            sharpness = self._sharpness() if self.temperature_steps else None
+            counters = (follower if follower.rate else None, self.meter, self.steps) if tracking else None
+            weights = self.prototype_weight, self.mmd_weight
+            fused = fused_step(
+                tokens, keep, head, self.assigner, self.mmd, counters, active, sharpness, self.temperature, *weights
+            )
+            if fused is not None:
+                direction, step, *output = fused
+                return direction, [(head.prototypes, step)], RegularizerOutput._make(output)
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.detach()
+            if tracking:
+                self._move()
+            pulled = self._pull(tokens, keep, share)
+            if tracking:
+                self._count(tokens, keep, pulled[-1])
+        return pulled
 
-    def _pull(
-        self, tokens: Tensor, keep: Tensor | None, share: Share
-    ) -> tuple[Tensor, list[Tensor], RegularizerOutput]:
-        """Direction (N, D) of tokens (N, D), step of each of the head's parameters, and everything on the way.
+    def _one_group(self) -> bool:
+        """Whether the components work with the processes that the layer works with."""
+        return self.assigner.ranks.group == self.mmd.ranks.group == self.ranks.group
+
+    def _most(self) -> int:
+        """Tokens in all up to which every process computes the whole batch: one exchange, not one for each sum."""
+        apart = not self._one_group() or self.mmd.target != "analytic" or self.queue is not None
+        return 0 if apart else GATHERED // (self.head.latent_dim + self.head.num_prototypes)
+
+    def _pull(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Step:
+        """Direction (N, D) of tokens (N, D), each of the head's parameters and its step, and everything on the way.
 
         Both losses and the scores know their gradients in closed form: no graph is built here.
         """
@@ -306,13 +322,13 @@ class PrototypicalRegularizer(nn.Module):
         if index is not None:
             by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-        direction, to_prototypes = self._direction(by_tokens, by_latents, share.group)
+        direction, to_prototypes = add_up(by_tokens, by_latents, self.prototype_weight, self.mmd_weight, share.group)
         steps = [to_prototypes * g for g in by_parameters]
         loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-        if self.warmup_steps or self.ramp_steps:
-            weight = self._ramp()
-            direction, *steps, loss = (torch.where(weight > 0, weight * x, 0.0) for x in (direction, *steps, loss))
-        return direction, steps, self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+        if (active := self._active()) is not None:
+            direction, *steps, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, *steps, loss))
+        output = self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+        return direction, list(zip(self.head.parameters(), steps, strict=True)), output
 
     def _output(
         self, loss: Tensor, prototype_loss: Tensor, mmd_loss: Tensor, scores: Tensor, codes: Tensor, assignments: Tensor
@@ -321,13 +337,6 @@ class PrototypicalRegularizer(nn.Module):
         if self.queue is not None:
             codes, assignments = codes[: scores.shape[0]], assignments[: scores.shape[0]]
         return RegularizerOutput(loss, prototype_loss, mmd_loss, scores, codes, assignments)
-
-    def _direction(self, by_tokens: Tensor, by_latents: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """Both gradients (N, D) at the size of their weights, added up; and what the first was multiplied with, ()."""
-        if group is None:
-            return balance(by_tokens, by_latents, self.prototype_weight, self.mmd_weight)
-        over_ranks = norms([by_tokens, by_latents], group)
-        return add_at_weights(by_tokens, by_latents, over_ranks, self.prototype_weight, self.mmd_weight)
 
     def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
         """Both losses of ``z``, differentiable whatever the mode: what Algorithm 1 steps on.
@@ -338,7 +347,8 @@ class PrototypicalRegularizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             output = self._losses(tokens, keep, share)
         if count and self.tracking:
-            self._track(tokens.detach(), keep, share, output)
+            self._count(tokens.detach(), keep, output)
+            self._look(tokens, share, output)
         return self._to_layout(output, z)
 
     @property
@@ -427,21 +437,19 @@ class PrototypicalRegularizer(nn.Module):
         }
         return cls(latent_dim, num_prototypes, **(choices | options))
 
-    def _tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Share]:
+    def _tokens(self, z: Tensor, mask: Tensor | None, balanced: bool = False) -> tuple[Tensor, Tensor | None, Share]:
         """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
-        group = self.ranks.active(self.training)
-        tokens, keep = self.layout.tokens(z, mask, self.head.latent_dim, empty=group is not None)
-        share = share_of(tokens, mask is not None or self.assigner.nan_policy == "isolate", group)
-        tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, self.head.prototypes.dtype)))
-        if self.assigner.nan_policy == "raise":
-            check_no_nan("z", tokens if keep is None else tokens[keep], group)
-        if self.assigner.nan_policy == "isolate":
-            finite = tokens.isfinite().all(1)
-            keep = finite if keep is None else keep & finite
+        group, head, nan_policy = self.ranks.active(self.training), self.head, self.assigner.nan_policy
+        tokens, keep = self.layout.tokens(z, mask, head.latent_dim, empty=group is not None)
+        tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, head.prototypes.dtype)))
+        if nan_policy != "propagate":
+            keep = usable(tokens, keep, nan_policy, group)
         if keep is not None:
             # Whatever stands in a position that is left out, be it NaN, reaches nothing.
             tokens = torch.where(keep[:, None], tokens, 0.0)
-        return tokens, keep, share
+        if group is None:
+            return tokens, keep, undivided(tokens, keep)
+        return tokens, keep, self.gatherer.share_of(tokens.detach(), keep, group, self._most() if balanced else 0)
 
     def _assigner_arguments(self, scores: Tensor, keep: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """Scores (N [+ Q], K) as the assigner takes them, and its mask: at this step's temperature, past ones below.
@@ -449,13 +457,9 @@ class PrototypicalRegularizer(nn.Module):
         Past latents are scored by the prototypes of today. They enter the balance, not the loss.
         """
         options: dict[str, Any] = {"mask": keep}
-        rows = scores.shape[0]
         if self.queue is not None and self.training:
-            latents, in_use = self.queue.part(self.ranks.active(self.training))
-            with torch.no_grad():
-                past = self.head(latents.to(scores.dtype))
-            scores = torch.cat([scores, past])
-            options = {"mask": below(keep, rows, in_use), "rows": rows}
+            options["rows"] = scores.shape[0]
+            scores, options["mask"] = self.queue.below(scores, keep, self.ranks.active(), self.head)
         return scores * self._sharpness() if self.temperature_steps else scores, options
 
     def _mmd_arguments(
@@ -468,9 +472,8 @@ class PrototypicalRegularizer(nn.Module):
         if index is not None:
             z, members = z[index], members[index]
         if self.queue is not None and self.queue_mmd and self.training:
-            latents, in_use = self.queue.part(self.ranks.active(self.training))
-            keep = below(keep, z.shape[0], in_use)
-            z, members = torch.cat([z, latents.to(z.dtype)]), torch.cat([members, past])
+            z, keep = self.queue.below(z, keep, self.ranks.active())
+            members = torch.cat([members, past])
         return z, self.head.prototypes.detach(), members, keep
 
     def _subsample(self, count: int, keep: Tensor | None, share: Share) -> tuple[Tensor | None, Tensor | None]:
@@ -486,6 +489,10 @@ class PrototypicalRegularizer(nn.Module):
     def _ramp(self) -> Tensor:
         """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
         return ramp(self._now(), self.warmup_steps, self.ramp_steps)
+
+    def _active(self) -> Tensor | None:
+        """:meth:`_ramp`; None where the weights have their full size from the start."""
+        return self._ramp() if self.warmup_steps or self.ramp_steps else None
 
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""

@@ -34,6 +34,8 @@ ROOMS = [
     "follower",
     "queue",
     "usage",
+    "fused",
+    "output",
     "revival",
     "schedule",
     "_warnings",

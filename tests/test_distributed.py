@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proto_reg import (
     AnchoredMMDLoss,
@@ -259,6 +260,8 @@ def stay_equal(model: nn.Module) -> None:
 
 
 def layer() -> None:
+    exchanges()
+    compiled()
     for limit in (regularizer.GATHERED, 0):  # small batches computed by each process, and sums exchanged
         regularizer.GATHERED = limit
         one_against_two()
@@ -303,6 +306,48 @@ def an_empty_rank() -> None:
         layer.eval()(mine) if dist.get_rank() else None  # alone in eval: nobody waits
     with pytest.raises(ValueError, match="in one process of the group at least"):
         layer.train()(z[:0])
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the collectives of a process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function).startswith("c10d")
+        return function(*args, **(kwargs or {}))
+
+
+def exchanges() -> None:
+    """Rows with their counts, and the norm: two a step, three where a share is larger than any before it.
+
+    Every rank counts the whole batch: to the bit as one process does. A copy starts anew, on all ranks alike.
+    """
+    layer, alone = (PrototypicalRegularizer(DIM, K, group=group) for group in ("default", None))
+    dist.broadcast(layer.head.prototypes.data, 0)
+    alone.load_state_dict(layer.state_dict())
+    shares = [(16, 16), (16, 16), (7, 16), (0, 12), (20, 1), (1, 20), (20, 20)]
+    expected = [3, 2, 2, 2, 3, 2, 2]
+    for i, (split, number) in enumerate(zip(shares, expected, strict=True)):
+        z = spread(i, sum(split), DIM)
+        masked = i in (2, 4)  # the second rank alone leaves rows out in the end
+        mask = torch.cat([torch.ones(split[0], dtype=torch.bool), spread(9, split[1]) > 0]) if masked else None
+        part = own(mask, split) if masked and dist.get_rank() else None
+        with Exchanges() as seen:
+            out, _ = layer(own(z, split).clone().requires_grad_(), part)
+            out.sum().backward()
+        assert seen.count == number, (i, seen.count)
+        alone(z.requires_grad_(), mask)
+        for name, value in alone.state_dict().items():
+            assert torch.equal(layer.state_dict()[name], value), name
+    stay_equal(layer)
+    for number in (3, 2):
+        layer = copy.deepcopy(layer) if number == 3 else layer
+        with Exchanges() as seen:
+            layer(own(z, (20, 20)).detach().requires_grad_())[0].sum().backward()
+        assert seen.count == number
 
 
 def compiled() -> None:

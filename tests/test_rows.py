@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from proto_reg.functional.prototypes import SCORES, prototype_scores, prototype_scores_and_pull_back
+from proto_reg.functional.prototypes import SCORES, prototype_scores
 from proto_reg.kernels import backends, rows
 from proto_reg.kernels.follow import follow, follow_reference
+from proto_reg.kernels.scores import scores_and_pull_back
 
 DIMS = (1, 3, 4, 15, 16, 17, 64, 100)
 operators = torch.ops.proto_reg
@@ -135,7 +136,7 @@ def test_non_contiguous_rows() -> None:
 @pytest.mark.parametrize("scores", SCORES)
 def test_the_pull_back_is_that_of_autograd(scores: str) -> None:
     z, v, by_scores = torch.randn(30, 12), torch.randn(7, 12), torch.randn(30, 7)
-    found, pull_back = prototype_scores_and_pull_back(z, v, scores)
+    found, pull_back = scores_and_pull_back(z, v, scores)
     wide = [x.double().requires_grad_() for x in (z, v)]
     expected = prototype_scores(*wide, scores)
     close(found, expected.detach())

@@ -39,6 +39,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   for (int64_t axis = rank - 1, stride = 1; axis >= 0; stride *= sizes[axis--]) strides[axis] = stride;
   AtenTensorHandle handle;
   const int32_t code = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Long ? aoti_torch_dtype_int64()
                        : dtype == ScalarType::Half ? aoti_torch_dtype_float16()
                                                    : aoti_torch_dtype_bfloat16();
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(

@@ -1,8 +1,12 @@
 // Registers the CPU kernels behind the ops that proto_reg/kernels/sinkhorn.py and mmd.py define.
+#include <cstring>
+#include <string>
+
 #include "binding.h"
 #include "mmd_cpu.h"
 #include "rows_cpu.h"
 #include "sinkhorn_cpu.h"
+#include "step_cpu.h"
 
 namespace proto_reg {
 
@@ -86,50 +90,55 @@ std::tuple<Tensor, Tensor> balance(const Tensor& a_, const Tensor& b_, double we
 }
 
 // Which rows count: bool for each, or one for all.
-struct Counted {
+struct Flags {
   std::optional<Tensor> tensor;
 
-  Counted(const std::optional<Tensor>& given, int64_t rows) : tensor(as_contiguous(given)) {
+  Flags(const std::optional<Tensor>& given, int64_t rows) : tensor(as_contiguous(given)) {
     STD_TORCH_CHECK(
         !tensor || (tensor->scalar_type() == ScalarType::Bool && (tensor->dim() == 0 || tensor->numel() == rows)),
         "counted: expected bool for each row or for all");
   }
-  const bool* data() const { return tensor ? static_cast<const bool*>(tensor->const_data_ptr()) : nullptr; }
-  int64_t stride() const { return tensor && tensor->dim() > 0 ? 1 : 0; }
+  Counted counted() const {
+    if (!tensor) return {};
+    return {static_cast<const bool*>(tensor->const_data_ptr()), tensor->dim() > 0 ? 1 : 0};
+  }
 };
 
 Tensor sums_by_group(const Tensor& x_, const Tensor& index_, const std::optional<Tensor>& counted_, int64_t groups) {
   const Matrix x(x_);
   const Tensor index = as_contiguous(index_);
-  const Counted counted(counted_, x.rows);
+  const Flags flags(counted_, x.rows);
   STD_TORCH_CHECK(index.numel() == x.rows && index.scalar_type() == ScalarType::Long,
                   "index: expected int64 for each row");
   Tensor sums = empty(x_, {groups, x.dim + 1}, ScalarType::Float);
-  sums_by_group_cpu(x.data(), static_cast<const int64_t*>(index.const_data_ptr()), counted.data(), counted.stride(),
-                    x.rows, x.dim, groups, data(sums));
+  std::memset(data(sums), 0, sizeof(float) * groups * (x.dim + 1));
+  add_by_group_cpu(x.data(), static_cast<const int64_t*>(index.const_data_ptr()), flags.counted(), x.rows, x.dim, groups,
+                   data(sums), x.dim + 1, data(sums) + x.dim, x.dim + 1);
   return sums;
+}
+
+// The state of a UsageMeter of so many prototypes.
+void check_meter(const Tensor& counts, const Tensor& totals, int64_t prototypes) {
+  STD_TORCH_CHECK(
+      counts.is_contiguous() && counts.scalar_type() == ScalarType::Long && counts.numel() == prototypes &&
+          totals.is_contiguous() && totals.scalar_type() == ScalarType::Float && totals.numel() == 4,
+      "expected (K,) int64 counts and (4,) float32 totals");
+}
+
+float scalar(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, "expected a float32 scalar");
+  return *static_cast<const float*>(tensor.const_data_ptr());
 }
 
 void tally(Tensor counts, Tensor totals, const Tensor& x_, const Tensor& scores_, const Tensor& prototypes_,
            const std::optional<Tensor>& counted_, const Tensor& prototype_loss, const Tensor& mmd_loss) {
   const Matrix x(x_), scores(scores_), prototypes(prototypes_);
-  const Counted counted(counted_, x.rows);
-  STD_TORCH_CHECK(
-      counts.is_contiguous() && counts.scalar_type() == ScalarType::Long && counts.numel() == prototypes.rows &&
-          totals.is_contiguous() && totals.scalar_type() == ScalarType::Float && totals.numel() == 4,
-      "expected (K,) int64 counts and (4,) float32 totals");
+  const Flags flags(counted_, x.rows);
+  check_meter(counts, totals, prototypes.rows);
   STD_TORCH_CHECK(scores.rows == x.rows && scores.dim == prototypes.rows && prototypes.dim == x.dim,
                   "expected (N, D) latents, (N, K) scores and (K, D) prototypes");
-  STD_TORCH_CHECK(
-      prototype_loss.numel() == 1 && mmd_loss.numel() == 1 && prototype_loss.scalar_type() == ScalarType::Float &&
-          mmd_loss.scalar_type() == ScalarType::Float,
-      "expected two losses, float32 scalars");
-  float* sums = data(totals);
-  sums[0] += *static_cast<const float*>(prototype_loss.const_data_ptr());
-  sums[1] += *static_cast<const float*>(mmd_loss.const_data_ptr());
-  sums[2] += 1;
-  sums[3] += tally_cpu(x.data(), scores.data(), prototypes.data(), counted.data(), counted.stride(), x.rows, x.dim,
-                       prototypes.rows, static_cast<int64_t*>(counts.mutable_data_ptr()));
+  tally_cpu(x.data(), scores.data(), prototypes.data(), flags.counted(), x.rows, x.dim, prototypes.rows,
+            scalar(prototype_loss), scalar(mmd_loss), static_cast<int64_t*>(counts.mutable_data_ptr()), data(totals));
 }
 
 void follow(Tensor prototypes, Tensor sums, Tensor counts, Tensor seen, double rate) {
@@ -140,6 +149,91 @@ void follow(Tensor prototypes, Tensor sums, Tensor counts, Tensor seen, double r
       sums.numel() == rows * dim && seen.numel() == rows * dim && counts.numel() == rows,
       "expected (K, D) prototypes, sums and seen, and (K,) counts");
   follow_cpu(data(prototypes), data(sums), data(counts), data(seen), rows, dim, static_cast<float>(rate));
+}
+
+std::tuple<Tensor, Tensor> attach(const Tensor& gradient_, const Tensor& direction_, const Tensor& step_) {
+  const Tensor gradient = as_contiguous(gradient_), direction = as_contiguous(direction_);
+  const Matrix step(step_);
+  STD_TORCH_CHECK(
+      gradient.scalar_type() == ScalarType::Float && direction.scalar_type() == ScalarType::Float &&
+          gradient.numel() == direction.numel(),
+      "expected two float32 tensors of one shape");
+  Tensor by_z = torch::stable::empty_like(gradient), by_parameter = step.like();
+  const int64_t dim = gradient.dim() > 0 ? gradient.size(gradient.dim() - 1) : 1;
+  attach_cpu(static_cast<const float*>(gradient.const_data_ptr()), static_cast<const float*>(direction.const_data_ptr()),
+             dim > 0 ? gradient.numel() / dim : 0, dim, step.data(), step.rows * step.dim, data(by_z),
+             data(by_parameter));
+  return {by_z, by_parameter};
+}
+
+// ATen's own product: its threads, and its libraries. By mm.out, which autocast leaves alone.
+void aten_multiply(const Product& product) {
+  const auto wrap = [](const float* memory, bool transposed, int64_t rows, int64_t columns) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {transposed ? 1 : columns, transposed ? rows : 1};
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+        const_cast<float*>(memory), 2, sizes, strides, 0, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+        &handle));
+    return Tensor(handle);
+  };
+  const Tensor a = wrap(product.a, product.a_transposed, product.rows, product.inner);
+  const Tensor b = wrap(product.b, product.b_transposed, product.inner, product.columns);
+  const Tensor out = wrap(product.out, false, product.rows, product.columns);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Scores scores_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "cosine" || name == "dot" || name == "euclidean", "scores: expected cosine, dot or euclidean");
+  return name == "cosine" ? Scores::cosine : name == "dot" ? Scores::dot : Scores::euclidean;
+}
+
+// State that an operator adds to.
+float* state(const std::optional<Tensor>& tensor, int64_t numel) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(
+      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float && tensor->numel() == numel,
+      "expected contiguous float32 state of the sizes of the prototypes");
+  return data(*tensor);
+}
+
+int64_t* integers(const std::optional<Tensor>& tensor, int64_t numel) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(
+      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == numel,
+      "expected contiguous int64 state of the sizes of the prototypes");
+  return static_cast<int64_t*>(tensor->mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balanced_step(
+    const Tensor& z_, const std::optional<Tensor>& mask_, Tensor prototypes_, const std::optional<Tensor>& marginals_,
+    const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness, std::string scores, double epsilon,
+    int64_t num_iters, std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales,
+    bool unbiased, bool by_mass, double prototype_weight, double mmd_weight, std::optional<Tensor> sums,
+    std::optional<Tensor> counts, std::optional<Tensor> seen, double follow_rate, std::optional<Tensor> usage,
+    std::optional<Tensor> totals, std::optional<Tensor> steps) {
+  const Matrix z(z_), prototypes(prototypes_);
+  const Flags flags(mask_, z.rows);
+  const std::optional<Tensor> marginals = as_contiguous(marginals_);
+  const int64_t rows = z.rows, dim = z.dim, groups = prototypes.rows;
+  STD_TORCH_CHECK(rows > 0 && groups > 0 && dim > 0 && prototypes.dim == dim, "expected (N, D) latents, (K, D) prototypes");
+  STD_TORCH_CHECK(!seen || (sums && prototypes_.is_contiguous()), "expected contiguous prototypes and their sums");
+  STD_TORCH_CHECK(!sums == !counts && !usage == !totals && !usage == !steps, "expected a state's tensors together");
+  Tensor direction = z.like(), step = prototypes.like(), codes = empty(z_, {rows, groups}, ScalarType::Float),
+         found = empty(z_, {rows, groups}, ScalarType::Float), assignments = empty(z_, {rows}, ScalarType::Long),
+         loss = empty(z_, {}, ScalarType::Float), prototype_loss = empty(z_, {}, ScalarType::Float),
+         mmd_loss = empty(z_, {}, ScalarType::Float);
+  const StepProblem problem{
+      z.data(), flags.counted().flags, static_cast<float*>(prototypes.tensor.mutable_data_ptr()), state(marginals, groups),
+      rows, groups, dim, scores_of(scores), sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters, tol.value_or(-1.0),
+      isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight, follow_rate,
+      active ? scalar(*active) : 1.0, state(sums, groups * dim), state(counts, groups), state(seen, groups * dim),
+      integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction), data(step), data(loss),
+      data(prototype_loss), data(mmd_loss), data(found), data(codes), integers(assignments, rows)};
+  step_cpu(problem, aten_parallel_for, aten_multiply);
+  return {direction, step, loss, prototype_loss, mmd_loss, found, codes, assignments};
 }
 
 }  // namespace proto_reg
@@ -154,4 +248,6 @@ STABLE_TORCH_LIBRARY_IMPL(proto_reg, CPU, library) {
   library.impl("sums_by_group", TORCH_BOX(&proto_reg::sums_by_group));
   library.impl("tally_float32", TORCH_BOX(&proto_reg::tally));
   library.impl("follow_float32", TORCH_BOX(&proto_reg::follow));
+  library.impl("attach", TORCH_BOX(&proto_reg::attach));
+  library.impl("balanced_step", TORCH_BOX(&proto_reg::balanced_step));
 }

@@ -43,6 +43,8 @@ double norm(const float* x, int64_t rows, int64_t dim) {
 
 }  // namespace
 
+float squares_cpu(const float* x, int64_t dim) { return dot(x, x, dim); }
+
 void unit_rows_cpu(const float* x, int64_t rows, int64_t dim, float* unit, float* inverse_norms) {
   for (int64_t i = 0; i < rows; ++i, x += dim, unit += dim) {
     const float length = std::sqrt(dot(x, x, dim));
@@ -66,27 +68,47 @@ void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, cons
   *scale = scales[0];
 }
 
-void sums_by_group_cpu(const float* x, const int64_t* index, const bool* counted, int64_t counted_stride, int64_t rows,
-                       int64_t dim, int64_t groups, float* sums) {
-  std::memset(sums, 0, sizeof(float) * groups * (dim + 1));
+void add_by_group_cpu(const float* x, const int64_t* index, Counted counted, int64_t rows, int64_t dim, int64_t groups,
+                      float* sums, int64_t stride, float* counts, int64_t stride_counts) {
   for (int64_t i = 0; i < rows; ++i, x += dim) {
-    if ((counted && !counted[i * counted_stride]) || index[i] < 0 || index[i] >= groups || !finite(x, dim)) continue;
-    float* group = sums + index[i] * (dim + 1);
+    if (!counted.row(i) || index[i] < 0 || index[i] >= groups || !finite(x, dim)) continue;
+    float* group = sums + index[i] * stride;
     combine(1, group, 1, x, dim, group);
-    group[dim] += 1;
+    counts[index[i] * stride_counts] += 1;
   }
 }
 
-float tally_cpu(const float* x, const float* scores, const float* prototypes, const bool* counted,
-                int64_t counted_stride, int64_t rows, int64_t dim, int64_t num_prototypes, int64_t* counts) {
+void tally_cpu(const float* x, const float* scores, const float* prototypes, Counted counted, int64_t rows, int64_t dim,
+               int64_t num_prototypes, float prototype_loss, float mmd_loss, int64_t* counts, float* totals) {
   double total = 0;
   for (int64_t i = 0; i < rows; ++i, x += dim, scores += num_prototypes) {
-    if ((counted && !counted[i * counted_stride]) || !finite(x, dim)) continue;
-    const int64_t nearest = std::max_element(scores, scores + num_prototypes) - scores;
+    if (!counted.row(i) || !finite(x, dim)) continue;
+    int64_t nearest;
+    argmax_cpu(scores, 1, num_prototypes, &nearest);
     counts[nearest] += 1;
     total += squared_distance(x, prototypes + nearest * dim, dim);
   }
-  return static_cast<float>(total / dim);
+  totals[0] += prototype_loss;
+  totals[1] += mmd_loss;
+  totals[2] += 1;
+  totals[3] += static_cast<float>(total / dim);
+}
+
+void argmax_cpu(const float* x, int64_t rows, int64_t columns, int64_t* index) {
+  for (int64_t i = 0; i < rows; ++i, x += columns) index[i] = std::max_element(x, x + columns) - x;
+}
+
+void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows, int64_t inner, int64_t columns,
+                 float* out) {
+  static const auto run = fastest(baseline::product, avx2::product, avx512::product);
+  run(a, a_transposed ? 1 : inner, a_transposed ? rows : 1, b, rows, inner, columns, out);
+}
+
+void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,
+                int64_t step_size, float* by_z, float* by_parameter) {
+  const float length = static_cast<float>(norm(gradient, rows, dim));
+  combine(1, gradient, length, direction, rows * dim, by_z);
+  for (int64_t i = 0; i < step_size; ++i) by_parameter[i] = length * step[i];
 }
 
 void follow_cpu(float* prototypes, float* sums, float* counts, float* seen, int64_t rows, int64_t dim, float rate) {

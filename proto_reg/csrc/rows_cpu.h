@@ -17,14 +17,39 @@ void unit_rows_pull_back_cpu(const float* gradient, const float* unit, const flo
 void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, const double* weights, float* direction,
                  float* scale);
 
-// By group (groups, dim + 1): the sum of its finite rows, and their number. `counted` has a stride of 0 or 1; null: all.
-void sums_by_group_cpu(const float* x, const int64_t* index, const bool* counted, int64_t counted_stride, int64_t rows,
-                       int64_t dim, int64_t groups, float* sums);
+// |x|^2
+float squares_cpu(const float* x, int64_t dim);
 
-// Adds to counts (prototypes,) the finite rows of x (rows, dim) that score (rows, prototypes) highest with each; returns
-// the sum of their squared distances from it, per dimension.
-float tally_cpu(const float* x, const float* scores, const float* prototypes, const bool* counted,
-                int64_t counted_stride, int64_t rows, int64_t dim, int64_t num_prototypes, int64_t* counts);
+// What is left out of the functions below: rows where `flags` is false; with a stride of 0 one flag is for all; null: none.
+struct Counted {
+  const bool* flags = nullptr;
+  int64_t stride = 0;
+
+  bool row(int64_t i) const { return !flags || flags[i * stride]; }
+};
+
+// Adds each finite row of x (rows, dim) to the row `index` of sums (groups, dim), whose rows lie `stride` apart, and 1 to
+// the entry of counts, which lie `stride_counts` apart.
+void add_by_group_cpu(const float* x, const int64_t* index, Counted counted, int64_t rows, int64_t dim, int64_t groups,
+                      float* sums, int64_t stride, float* counts, int64_t stride_counts);
+
+// Adds to counts (prototypes,) the finite rows of x (rows, dim) that score (rows, prototypes) highest with each, and to
+// totals both losses, 1, and the squared distances of those rows from those prototypes, per dimension.
+void tally_cpu(const float* x, const float* scores, const float* prototypes, Counted counted, int64_t rows, int64_t dim,
+               int64_t num_prototypes, float prototype_loss, float mmd_loss, int64_t* counts, float* totals);
+
+// The column of the largest entry of each row (rows, columns), the first of several.
+void argmax_cpu(const float* x, int64_t rows, int64_t columns, int64_t* index);
+
+// out (rows, columns) = a (rows, inner) b (inner, columns), for small ones: one thread, and up to PAST_END floats behind b
+// are read. a_transposed: a lies as (inner, rows).
+constexpr int64_t PAST_END = 32;
+void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows, int64_t inner, int64_t columns,
+                 float* out);
+
+// gradient + |gradient| direction, the norm over everything, and |gradient| step.
+void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,
+                int64_t step_size, float* by_z, float* by_parameter);
 
 // Prototypes move on towards the mean of their latents; all of them are written.
 void follow_cpu(float* prototypes, float* sums, float* counts, float* seen, int64_t rows, int64_t dim, float rate);

@@ -43,4 +43,27 @@ inline bool finite(const float* x, int64_t dim) {
   return sum(total) == 0;
 }
 
+// out (rows, columns) = a b, a's entries `row` and `inner_step` apart, b (inner, columns) with 2 LANES floats to read past
+// its end.
+inline void product(const float* a, int64_t row, int64_t inner_step, const float* b, int64_t rows, int64_t inner,
+                    int64_t columns, float* out) {
+  constexpr int64_t ROWS = 4, VECTORS = 2;
+  for (int64_t i = 0; i < rows; i += ROWS)
+    for (int64_t d = 0; d < columns; d += VECTORS * LANES) {
+      V sums[ROWS][VECTORS]{};
+      const float* from[ROWS];
+      for (int64_t r = 0; r < ROWS; ++r) from[r] = a + std::min(i + r, rows - 1) * row;
+      for (int64_t j = 0; j < inner; ++j)
+#pragma GCC unroll 2
+        for (int64_t v = 0; v < VECTORS; ++v) {
+          const V x = load(b + j * columns + d + v * LANES);
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < ROWS; ++r) sums[r][v] += from[r][j * inner_step] * x;
+        }
+      for (int64_t r = 0; r < std::min(ROWS, rows - i); ++r)
+        for (int64_t v = 0; v < VECTORS && d + v * LANES < columns; ++v)
+          store_first(out + (i + r) * columns + d + v * LANES, sums[r][v], columns - d - v * LANES);
+    }
+}
+
 #undef LANES

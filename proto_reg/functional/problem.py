@@ -171,3 +171,16 @@ def check_no_nan(name: str, value: Tensor, group: ProcessGroup | None = None) ->
             f"({where}). Look for the overflow upstream, or use nan_policy='isolate' to "
             "go on without those rows."
         )
+
+
+def usable(rows: Tensor, keep: Tensor | None, nan_policy: str, group: ProcessGroup | None) -> Tensor | None:
+    """Which of ``rows`` (N, D) count under a policy other than ``"propagate"``, of those where ``keep`` (N,) is True.
+
+    Raises:
+        ValueError: under ``"raise"``, on all ranks, if one that counts is not finite.
+    """
+    if nan_policy == "raise":
+        check_no_nan("z", rows if keep is None else rows[keep], group)
+        return keep
+    finite = rows.isfinite().all(1)
+    return finite if keep is None else keep & finite

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_choice, check_mask, check_matrix, check_number, compute_dtype
 from .._distributed import Group, resolve, size, sum_
-from ..kernels.rows import unit_rows, unit_rows_plain, unit_rows_pull_back
+from ..kernels.scores import SCORES, scores_plain
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-SCORES = ("cosine", "dot", "euclidean")
 
 
 def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> Tensor:
@@ -37,34 +33,7 @@ def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> T
     check_choice("scores", scores, SCORES)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     z, prototypes = z.to(dtype), prototypes.to(dtype)
-    if scores == "cosine":
-        return F.linear(unit_rows_plain(z)[0], unit_rows_plain(prototypes)[0])
-    if scores == "dot":
-        return F.linear(z, prototypes)
-    return F.linear(z, prototypes, -0.5 * prototypes.square().sum(-1))
-
-
-@torch.no_grad()
-def prototype_scores_and_pull_back(
-    z: Tensor, prototypes: Tensor, scores: str = "cosine"
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """:func:`prototype_scores` (N, K) of ``z`` (N, D), and a function from the gradient by them to those by both."""
-    if scores != "cosine":
-
-        def pull_back(by_scores: Tensor) -> tuple[Tensor, Tensor]:
-            by_prototypes = by_scores.mT @ z
-            if scores == "euclidean":
-                by_prototypes = by_prototypes - by_scores.sum(0)[:, None] * prototypes
-            return by_scores @ prototypes, by_prototypes
-
-        return prototype_scores(z, prototypes, scores), pull_back
-    (unit_z, of_z), (unit_v, of_v) = unit_rows(z), unit_rows(prototypes)
-
-    def pull_back_cosine(by_scores: Tensor) -> tuple[Tensor, Tensor]:
-        by_z = unit_rows_pull_back(by_scores @ unit_v, unit_z, of_z)
-        return by_z, unit_rows_pull_back(by_scores.mT @ unit_z, unit_v, of_v)
-
-    return F.linear(unit_z, unit_v), pull_back_cosine
+    return scores_plain(z, prototypes, scores)
 
 
 def prototype_cross_entropy(

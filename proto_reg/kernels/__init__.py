@@ -7,7 +7,19 @@ every device until a compiled one is registered behind the same name; ``backends
 
 from __future__ import annotations
 
-from . import backends, follow, mmd, once, rows, sinkhorn, sinkhorn_distributed, sinkhorn_reference, snapshot
+from . import (
+    backends,
+    follow,
+    mmd,
+    once,
+    rows,
+    scores,
+    sinkhorn,
+    sinkhorn_distributed,
+    sinkhorn_reference,
+    snapshot,
+    step,
+)
 
 __all__ = [
     "backends",
@@ -15,8 +27,10 @@ __all__ = [
     "mmd",
     "once",
     "rows",
+    "scores",
     "sinkhorn",
     "sinkhorn_distributed",
     "sinkhorn_reference",
     "snapshot",
+    "step",
 ]

@@ -35,7 +35,7 @@ BACKENDS = ("cpu", "cuda")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PREBUILT = Path(__file__).resolve().parent / "lib"  # filled by PROTO_REG_BUILD=... pip install
 SOURCES = {
-    "cpu": ("cpu_ops.cpp", "sinkhorn_cpu.cpp", "mmd_cpu.cpp", "rows_cpu.cpp"),
+    "cpu": ("cpu_ops.cpp", "sinkhorn_cpu.cpp", "mmd_cpu.cpp", "rows_cpu.cpp", "step_cpu.cpp"),
     "cuda": ("cuda_ops.cpp", "sinkhorn_cuda.cu"),
 }
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped

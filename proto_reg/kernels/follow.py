@@ -33,8 +33,8 @@ def follow_reference(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Ten
 
 def follow(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
     """:func:`follow_reference` as an operator, compiled where it can be."""
-    state = (prototypes, sums, seen)
-    single = rows.compiled(*state) and all(tensor.is_contiguous() for tensor in state)
+    contiguous = prototypes.is_contiguous() and sums.is_contiguous() and seen.is_contiguous()
+    single = contiguous and rows.compiled(prototypes, sums, seen)
     operator = torch.ops.proto_reg.follow_float32 if single else torch.ops.proto_reg.follow
     operator.default(prototypes, sums, counts, seen, rate)
 

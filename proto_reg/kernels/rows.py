@@ -41,6 +41,12 @@ def add_at_weights(
     return scale_a * a + scale_b * b, scale_a
 
 
+def attach_plain(gradient: Tensor, direction: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """``gradient + |gradient| direction``, norm over everything, and ``|gradient| step``, of a parameter (K, D)."""
+    norm = torch.linalg.vector_norm(gradient)
+    return gradient + norm * direction, norm * step
+
+
 def sums_by_group_plain(x: Tensor, index: Tensor, counted: Tensor | None, groups: int) -> Tensor:
     """(groups, D + 1): for each group the sum of its finite rows of ``x`` (N, D), and their number.
 
@@ -79,14 +85,22 @@ def _usable(x: Tensor, counted: Tensor | None) -> Tensor:
     return finite if counted is None else finite & counted
 
 
-def compiled(*tensors: Tensor) -> bool:
-    """Whether these operators take the tensors: float32, on the CPU, no graph wanted, and the library is there."""
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether the tensors are float32 on the CPU, and nothing but tensors."""
     for tensor in tensors:
         # A subclass, such as a parameter that is spread over processes, goes its own ways.
-        ordinary = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-        if not (ordinary and tensor.is_cpu and tensor.dtype == torch.float32 and tensor.ndim == 2):
+        plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        if not (plain and tensor.dtype is torch.float32 and tensor.is_cpu):
             return False
-    return not torch.is_grad_enabled() and backends.choose("auto", tensors[0]) == "cpu"
+    return True
+
+
+def compiled(*matrices: Tensor) -> bool:
+    """Whether these operators take the matrices: :func:`ordinary`, no graph wanted, and the library is there."""
+    for matrix in matrices:
+        if matrix.ndim != 2:
+            return False
+    return not torch.is_grad_enabled() and ordinary(*matrices) and backends.choose("auto", matrices[0]) == "cpu"
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +121,13 @@ def balance(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> tuple[Ten
     return form(a, b, weight_a, weight_b)
 
 
+def attach(gradient: Tensor, direction: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`attach_plain`, compiled where it can be; in its place gradients of any number of axes."""
+    single = ordinary(gradient, direction) and compiled(step)
+    form = torch.ops.proto_reg.attach.default if single else attach_plain
+    return form(gradient, direction, step)
+
+
 def sums_by_group(x: Tensor, index: Tensor, counted: Tensor | None, groups: int) -> Tensor:
     """:func:`sums_by_group_plain`, compiled where it can be."""
     form = torch.ops.proto_reg.sums_by_group.default if compiled(x) else sums_by_group_plain
@@ -124,7 +145,7 @@ def tally(
     mmd_loss: Tensor,
 ) -> None:
     """:func:`tally_plain` as an operator, for torch.compile must not undo what it wrote; compiled where it can be."""
-    single = compiled(x, scores, prototypes) and prototype_loss.dtype == mmd_loss.dtype == torch.float32
+    single = compiled(x, scores, prototypes) and totals.dtype == prototype_loss.dtype == mmd_loss.dtype == torch.float32
     operator = torch.ops.proto_reg.tally_float32 if single else torch.ops.proto_reg.tally
     operator.default(counts, totals, x, scores, prototypes, counted, prototype_loss, mmd_loss)
 
@@ -133,6 +154,7 @@ _DEFINITIONS: dict[str, Callable[..., object]] = {
     "unit_rows(Tensor x) -> (Tensor unit, Tensor inverse_norms)": unit_rows_plain,
     "unit_rows_pull_back(Tensor gradient, Tensor unit, Tensor inverse_norms) -> Tensor": unit_rows_pull_back_plain,
     "balance(Tensor a, Tensor b, float weight_a, float weight_b) -> (Tensor direction, Tensor scale)": balance_plain,
+    "attach(Tensor gradient, Tensor direction, Tensor step) -> (Tensor by_z, Tensor by_parameter)": attach_plain,
     "sums_by_group(Tensor x, Tensor index, Tensor? counted, SymInt groups) -> Tensor": sums_by_group_plain,
 }
 for _signature, _function in _DEFINITIONS.items():

@@ -1,0 +1,47 @@
+// Scratch memory of the CPU kernels.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace proto_reg {
+namespace {
+
+// Arrays of float32 of the given sizes, in one piece, each from the start of a cache line on; nothing is initialised. Small
+// ones come from memory that the thread keeps, for each source its own: a page fault costs more than a small problem.
+class Workspace {
+ public:
+  template <class... Sizes>
+  explicit Workspace(Sizes... sizes) {
+    constexpr int64_t KEPT = 1 << 17;
+    static thread_local std::vector<float> kept;
+    int64_t offset = 0, slot = 0;
+    for (const int64_t size : {static_cast<int64_t>(sizes)...}) {
+      offsets_[slot++] = offset;
+      offset += (size + LINE - 1) / LINE * LINE;
+    }
+    if (offset <= KEPT) {
+      if (kept.size() < static_cast<size_t>(offset + LINE)) kept.resize(offset + LINE);
+      base_ = aligned(kept.data());
+    } else {
+      owned_.reset(new float[offset + LINE]);  // not initialised: every element is written before it is read
+      base_ = aligned(owned_.get());
+    }
+  }
+  float* operator[](int64_t slot) const { return base_ + offsets_[slot]; }
+
+ private:
+  static constexpr int64_t LINE = 16;
+  static float* aligned(float* memory) {
+    return memory + (LINE - reinterpret_cast<uintptr_t>(memory) / sizeof(float) % LINE) % LINE;
+  }
+
+  std::unique_ptr<float[]> owned_;
+  float* base_;
+  std::array<int64_t, 12> offsets_{};
+};
+
+}  // namespace
+}  // namespace proto_reg

@@ -1,0 +1,144 @@
+// The layer's balanced training step on the CPU, made of the kernels that are there for its parts.
+#include "step_cpu.h"
+
+#include <cstring>
+
+#include "cpu_workspace.h"
+#include "mmd_cpu.h"
+#include "rows_cpu.h"
+
+namespace proto_reg {
+namespace {
+
+struct Solver {
+  const StepProblem& problem;
+  const ParallelFor parallel_for;
+  const Multiply multiply;
+  const int64_t latents = problem.rows * problem.dim, anchors = problem.groups * problem.dim,
+                matrix = problem.rows * problem.groups;
+  const Workspace workspace{latents, latents, latents, anchors, matrix, problem.rows, problem.rows, problem.groups,
+                            problem.groups, anchors, PAST_END};
+  // What is scored, unit rows or the rows themselves, and 1 / their lengths; gradients by tokens, latents and scores.
+  float *left = workspace[0], *by_tokens = workspace[1], *by_latents = workspace[2], *right = workspace[3],
+        *by_scores = workspace[4], *of_left = workspace[5], *weights = workspace[6], *of_right = workspace[7],
+        *potentials = workspace[8], *transposed = workspace[9];
+  const bool cosine = problem.kind == Scores::cosine;
+
+  void follow() const {
+    if (problem.seen)
+      follow_cpu(problem.prototypes, problem.sums, problem.counts, problem.seen, problem.groups, problem.dim,
+                 static_cast<float>(problem.follow_rate));
+  }
+
+  void product(const Product& wanted) const {
+    constexpr int64_t SMALL = 1 << 18;  // multiplications
+    if (wanted.rows * wanted.inner * wanted.columns > SMALL) return multiply(wanted);
+    const float* b = wanted.b;
+    if (wanted.b_transposed) {
+      for (int64_t j = 0; j < wanted.columns; ++j)
+        for (int64_t d = 0; d < wanted.inner; ++d) transposed[d * wanted.columns + j] = b[j * wanted.inner + d];
+      b = transposed;
+    }
+    product_cpu(wanted.a, wanted.a_transposed, b, wanted.rows, wanted.inner, wanted.columns, wanted.out);
+  }
+
+  void score() const {
+    if (cosine) {
+      unit_rows_cpu(problem.z, problem.rows, problem.dim, left, of_left);
+      unit_rows_cpu(problem.prototypes, problem.groups, problem.dim, right, of_right);
+    } else {
+      std::memcpy(left, problem.z, sizeof(float) * latents);
+      std::memcpy(right, problem.prototypes, sizeof(float) * anchors);
+    }
+    product({left, false, right, true, problem.rows, problem.dim, problem.groups, problem.scores});
+    if (problem.kind != Scores::euclidean) return;
+    for (int64_t k = 0; k < problem.groups; ++k) {
+      const float half = 0.5f * squares_cpu(right + k * problem.dim, problem.dim);
+      for (int64_t i = 0; i < problem.rows; ++i) problem.scores[i * problem.groups + k] -= half;
+    }
+  }
+
+  // Codes, assignments, the prototype loss and its gradient by the scores.
+  void assign() const {
+    if (problem.mask)
+      for (int64_t i = 0; i < problem.rows; ++i) weights[i] = problem.mask[i];
+    SinkhornProblem balance{};
+    balance.scores = problem.scores;
+    balance.marginals = problem.marginals;
+    balance.weights = problem.mask ? weights : nullptr;
+    balance.groups = 1, balance.rows = problem.rows, balance.columns = problem.groups;
+    balance.dtype = Dtype::f32;
+    // Sharper scores are scores under a lower temperature and epsilon; so is the gradient.
+    balance.epsilon = problem.epsilon / problem.sharpness;
+    balance.temperature = problem.temperature / problem.sharpness;
+    balance.num_iters = problem.num_iters, balance.tol = problem.tol, balance.isolate = problem.isolate;
+    balance.codes = problem.codes, balance.potentials = potentials;
+    balance.loss = problem.prototype_loss, balance.gradient = by_scores;
+    sinkhorn_cpu(balance, parallel_for);
+    argmax_cpu(problem.codes, problem.rows, problem.groups, problem.assignments);
+  }
+
+  // The prototype loss's gradient by latents and prototypes.
+  void pull_back() const {
+    product({by_scores, false, right, false, problem.rows, problem.groups, problem.dim, by_tokens});
+    product({by_scores, true, left, false, problem.groups, problem.rows, problem.dim, problem.step});
+    if (cosine) {
+      unit_rows_pull_back_cpu(by_tokens, left, of_left, problem.rows, problem.dim, by_tokens);
+      unit_rows_pull_back_cpu(problem.step, right, of_right, problem.groups, problem.dim, problem.step);
+    }
+    if (problem.kind != Scores::euclidean) return;
+    for (int64_t k = 0; k < problem.groups; ++k) {
+      float total = 0;
+      for (int64_t i = 0; i < problem.rows; ++i) total += by_scores[i * problem.groups + k];
+      for (int64_t d = k * problem.dim; d < (k + 1) * problem.dim; ++d)
+        problem.step[d] -= total * problem.prototypes[d];
+    }
+  }
+
+  void match() const {
+    mmd_cpu({problem.z, problem.prototypes, problem.assignments, problem.mask, problem.rows, problem.groups, problem.dim,
+             problem.scales, problem.unbiased, problem.by_mass, problem.mmd_loss, by_latents},
+            parallel_for);
+  }
+
+  // Both gradients at their weights.
+  void add_up() const {
+    *problem.loss = 0;
+    if (!(problem.active > 0)) {
+      std::memset(problem.direction, 0, sizeof(float) * latents);
+      std::memset(problem.step, 0, sizeof(float) * anchors);
+      return;
+    }
+    const double sizes[] = {problem.active * problem.prototype_weight, problem.active * problem.mmd_weight};
+    float scale;
+    balance_cpu(by_tokens, by_latents, problem.rows, problem.dim, sizes, problem.direction, &scale);
+    for (int64_t d = 0; d < anchors; ++d) problem.step[d] *= scale;
+    *problem.loss = static_cast<float>(sizes[0] * *problem.prototype_loss + sizes[1] * *problem.mmd_loss);
+  }
+
+  void track() const {
+    const Counted counted{problem.mask, 1};
+    if (problem.sums && problem.active > 0)
+      add_by_group_cpu(problem.z, problem.assignments, counted, problem.rows, problem.dim, problem.groups, problem.sums,
+                       problem.dim, problem.counts, 1);
+    if (problem.usage)
+      tally_cpu(problem.z, problem.scores, problem.prototypes, counted, problem.rows, problem.dim, problem.groups,
+                *problem.prototype_loss, *problem.mmd_loss, problem.usage, problem.totals);
+    if (problem.steps) *problem.steps += 1;
+  }
+};
+
+}  // namespace
+
+void step_cpu(const StepProblem& problem, ParallelFor parallel_for, Multiply multiply) {
+  const Solver solver{problem, parallel_for, multiply};
+  solver.follow();
+  solver.score();
+  solver.assign();
+  solver.pull_back();
+  solver.match();
+  solver.add_up();
+  solver.track();
+}
+
+}  // namespace proto_reg

@@ -1,0 +1,61 @@
+// The layer's balanced training step, from latents to the direction that is attached to them, as the CPU kernel receives
+// it: plain pointers, no torch. The contract is that of balanced_step_plain in proto_reg/kernels/step.py.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "sinkhorn_cpu.h"
+
+namespace proto_reg {
+
+// A product too large for one thread: out (rows, columns) = a (rows, inner) b (inner, columns), a matrix that is said to be transposed lying as (columns,
+// rows); all are contiguous.
+struct Product {
+  const float* a;
+  bool a_transposed;
+  const float* b;
+  bool b_transposed;
+  int64_t rows, inner, columns;
+  float* out;
+};
+using Multiply = void (*)(const Product& product);
+
+enum class Scores : int32_t { cosine, dot, euclidean };
+
+struct StepProblem {
+  // In. Contiguous.
+  const float* z;           // (rows, dim)
+  const bool* mask;         // (rows,), false: left out; null: none
+  float* prototypes;        // (groups, dim), moved where `seen` is given
+  const float* marginals;   // (groups,); null: uniform
+  int64_t rows, groups, dim;
+  Scores kind;
+  double sharpness;  // what scores are multiplied with, under the temperature and epsilon below
+  double epsilon;
+  int64_t num_iters;
+  double tol;  // < 0: always num_iters iterations
+  bool isolate;
+  double temperature;
+  std::vector<double> scales;
+  bool unbiased, by_mass;
+  double prototype_weight, mmd_weight;
+  double follow_rate;
+  double active;  // share of their full size that the weights have; 0: nothing is added, and nothing followed
+
+  // State that the step adds to. Null where it is not kept.
+  float *sums, *counts, *seen;                    // the follower's, (groups, dim), (groups,) and (groups, dim)
+  int64_t *usage, *steps;                         // the meter's, (groups,), and the layer's, ()
+  float* totals;                                  // the meter's, (4,)
+
+  // Out.
+  float* direction;                           // (rows, dim)
+  float* step;                                // (groups, dim)
+  float *loss, *prototype_loss, *mmd_loss;    // ()
+  float *scores, *codes;                      // (rows, groups)
+  int64_t* assignments;                       // (rows,)
+};
+
+void step_cpu(const StepProblem& problem, ParallelFor parallel_for, Multiply multiply);
+
+}  // namespace proto_reg

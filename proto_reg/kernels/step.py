@@ -1,0 +1,114 @@
+"""``proto_reg::balanced_step``: what the layer computes in a balanced training step, from latents to the direction that
+is attached to them, as one operator; schema, plain-torch reference and registration.
+
+On small batches the number of operators, and the Python between them, is what a layer costs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .follow import follow_reference
+from .mmd import anchored_mmd_loss_plain, anchored_mmd_reference
+from .rows import balance_plain, sums_by_group_plain, tally_plain
+from .scores import scores_and_pull_back
+from .sinkhorn_reference import sinkhorn_cross_entropy_reference
+
+
+def balanced_step_plain(
+    z: Tensor,
+    mask: Tensor | None,
+    prototypes: Tensor,
+    marginals: Tensor | None,
+    active: Tensor | None,
+    sharpness: Tensor | None,
+    scores: str,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    temperature: float,
+    scales: list[float],
+    unbiased: bool,
+    by_mass: bool,
+    prototype_weight: float,
+    mmd_weight: float,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    seen: Tensor | None,
+    follow_rate: float,
+    usage: Tensor | None,
+    totals: Tensor | None,
+    steps: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Prototypes follow; then both losses of ``z`` (N, D), and the direction in which they pull; all of it counted.
+
+    Args:
+        mask: (N,) bool, False leaves the row out, whose latent must be finite; None: all count.
+        prototypes: (K, D); the MMD's anchors and the centres of the scores. Moved in place where ``seen`` is given.
+        active: () share of their full size that the weights have; None: 1. At 0 nothing pulls and nothing is followed.
+        sharpness: () what scores are multiplied with before ``epsilon`` and ``temperature`` apply; None: 1.
+        scores: one of ``SCORES``.
+        marginals, epsilon, num_iters, tol, isolate: see :func:`~.sinkhorn_reference.sinkhorn_reference`.
+        scales, unbiased, by_mass: see :func:`~.mmd.anchored_mmd_loss_plain`.
+        prototype_weight, mmd_weight: sizes of the two parts of the direction.
+        sums, counts: (K, D) and (K,), to which finite latents and their number are added by prototype; None: not kept.
+        usage, totals, steps: (K,) int64 and (4,), see :func:`~.rows.tally_plain`, and () int64, to which 1 is added;
+            None: not kept.
+
+    Returns:
+        direction: (N, D) to be multiplied with |g| and added to the gradient g at ``z``.
+        step: (K, D) of the prototypes, to be multiplied with |g|.
+        loss, prototype_loss, mmd_loss: ()
+        scores, codes: (N, K)
+        assignments: (N,) int64 largest code of each row.
+    """
+    if sums is not None and counts is not None and seen is not None:
+        follow_reference(prototypes, sums, counts, seen, follow_rate)
+    sharp = 1.0 if sharpness is None else sharpness
+    weights = None if mask is None else mask.to(z.dtype)
+    found, pull_back = scores_and_pull_back(z, prototypes, scores)
+    prototype_loss, by_scores, _, codes = sinkhorn_cross_entropy_reference(
+        found * sharp, marginals, weights, epsilon, num_iters, tol, isolate, temperature, True
+    )
+    by_tokens, by_prototypes = pull_back(by_scores * sharp)
+    assignments = codes.argmax(1)
+    mmd_loss, by_latents = anchored_mmd_loss_plain(
+        z, prototypes, assignments, mask, scales, unbiased, by_mass, statistic=anchored_mmd_reference
+    )
+    direction, scale = balance_plain(by_tokens, by_latents, prototype_weight, mmd_weight)
+    step, loss = scale * by_prototypes, prototype_weight * prototype_loss + mmd_weight * mmd_loss
+    followed = mask
+    if active is not None:
+        direction, step, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, step, loss))
+        followed = active > 0 if mask is None else mask & (active > 0)
+    if sums is not None and counts is not None:
+        both = sums_by_group_plain(z, assignments, followed, len(prototypes))
+        sums.add_(both[:, :-1])
+        counts.add_(both[:, -1])
+    if usage is not None and totals is not None and steps is not None:
+        tally_plain(usage, totals, z, found, prototypes, mask, prototype_loss, mmd_loss)
+        steps.add_(1)
+    return direction, step, loss, prototype_loss, mmd_loss, found, codes, assignments
+
+
+torch.library.define(
+    "proto_reg::balanced_step",
+    "(Tensor z, Tensor? mask, Tensor(a!) prototypes, Tensor? marginals, Tensor? active, Tensor? sharpness, str scores, "
+    "float epsilon, int num_iters, float? tol, bool isolate, float temperature, float[] scales, bool unbiased, "
+    "bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, Tensor(c!)? counts, Tensor(d!)? seen, "
+    "float follow_rate, Tensor(e!)? usage, Tensor(f!)? totals, Tensor(g!)? steps) -> (Tensor direction, Tensor step, "
+    "Tensor loss, Tensor prototype_loss, Tensor mmd_loss, Tensor scores, Tensor codes, Tensor assignments)",
+)
+torch.library.impl("proto_reg::balanced_step", "CompositeExplicitAutograd")(torch.no_grad()(balanced_step_plain))
+# Its gradients are what it returns: there is no graph to build.
+torch.library.impl("proto_reg::balanced_step", "Autograd")(torch.library.fallthrough_kernel)
+
+
+@torch.library.register_fake("proto_reg::balanced_step")
+def _fake(z: Tensor, mask: Tensor | None, prototypes: Tensor, *options: object) -> tuple[Tensor, ...]:
+    rows, groups = z.shape[0], prototypes.shape[0]
+    contiguous = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (z, prototypes)]
+    matrices = [z.new_empty(rows, groups) for _ in range(2)]
+    return *contiguous, *(z.new_empty(()) for _ in range(3)), *matrices, z.new_empty(rows, dtype=torch.int64)

@@ -1,0 +1,302 @@
+"""The balanced step as one operator: against its reference in float64, in a training, and where it is taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg.functional.mmd import DEFAULT_SCALES
+from proto_reg.kernels import backends, rows
+from proto_reg.kernels.step import balanced_step_plain
+
+DIM, K, BATCH = 16, 5, 48
+SCORES = ("cosine", "dot", "euclidean")
+operators = torch.ops.proto_reg
+
+
+@pytest.fixture(autouse=True)
+def loaded(cpu_library: object) -> None:
+    assert backends.choose("cpu", torch.zeros(1, 1)) == "cpu"
+
+
+def case(count: int, groups: int, dim: int, scores: str = "cosine", **changes) -> dict:
+    """Every argument of the operator: latents around some prototypes, and state that has seen others."""
+    v = 0.5 * torch.randn(groups, dim)
+    scale = 1.0 if scores == "cosine" else float(dim)
+    return {
+        "z": v[torch.randint(groups, (count,))] + torch.randn(count, dim),
+        "mask": None,
+        "prototypes": v,
+        "marginals": None,
+        "active": None,
+        "sharpness": None,
+        "scores": scores,
+        "epsilon": 0.05 * scale,
+        "num_iters": 3,
+        "tol": None,
+        "isolate": False,
+        "temperature": 0.1 * scale,
+        "scales": list(DEFAULT_SCALES),
+        "unbiased": True,
+        "by_mass": True,
+        "prototype_weight": 0.3,
+        "mmd_weight": 0.2,
+        "sums": torch.randn(groups, dim),
+        "counts": torch.randint(3, (groups,)).float(),
+        "seen": v + 0.01,
+        "follow_rate": 0.02,
+        "usage": torch.arange(groups),
+        "totals": torch.rand(4),
+        "steps": torch.tensor(7),
+    } | changes
+
+
+def copies(arguments: dict, dtype: torch.dtype) -> dict:
+    def copy(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+        return value
+
+    return {name: copy(value) for name, value in arguments.items()}
+
+
+def compare(arguments: dict, tolerance: float = 2e-5) -> None:
+    """Results and state of the operator beside those of the reference in float64, relative to their largest entry."""
+    ours, theirs = copies(arguments, torch.float32), copies(arguments, torch.float64)
+    with torch.no_grad():
+        found = operators.balanced_step(*ours.values())
+        expected = balanced_step_plain(*theirs.values())
+    found += tuple(value for value in ours.values() if isinstance(value, Tensor))
+    expected += tuple(value for value in theirs.values() if isinstance(value, Tensor))
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        largest = float(b.double().abs().nan_to_num().amax()) if b.numel() else 0.0
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * largest + 1e-6, equal_nan=True)
+
+
+# Always the same ones: a direction is a gradient over its length, and where that happens to vanish all is rounding.
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    count=st.integers(16, 120),
+    groups=st.integers(2, 40),
+    dim=st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 64, 100]),
+    scores=st.sampled_from(SCORES),
+    masked=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_any_shape_against_float64(count, groups, dim, scores, masked, seed) -> None:
+    torch.manual_seed(seed)
+    mask = torch.rand(count) < 0.8 if masked else None
+    arguments = case(count, groups, dim, scores, mask=mask)
+    # Nearly equal codes would be put to other prototypes by float32 than by float64.
+    with torch.no_grad():
+        codes = balanced_step_plain(*copies(arguments, torch.float64).values())[-2]
+    first = codes.topk(2, 1).values
+    assume((first[:, 0] - first[:, 1]).amin() > 1e-4)
+    compare(arguments, 1e-3)
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("shape", [(48, 30, 32), (300, 40, 100), (600, 9, 200)])
+def test_small_and_large_products(shape: tuple[int, int, int], scores: str) -> None:
+    compare(case(*shape, scores), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"marginals": torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1])},
+        {"tol": 1e-2, "num_iters": 50},
+        {"sharpness": torch.tensor(0.4)},
+        {"active": torch.tensor(0.3)},
+        {"active": torch.tensor(0.0)},
+        {"active": torch.tensor(0.5), "sharpness": torch.tensor(2.0), "mask": torch.arange(BATCH) % 3 > 0},
+        {"mask": torch.zeros(BATCH, dtype=torch.bool)},
+        {"unbiased": False, "by_mass": False, "scales": [1.0]},
+        {"prototype_weight": 0.0},
+        {"seen": None},
+        {"sums": None, "counts": None, "seen": None},
+        {"usage": None, "totals": None, "steps": None},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_every_option_against_float64(changes: dict) -> None:
+    compare(case(BATCH, K, DIM, **changes))
+
+
+def test_prototypes_that_were_not_moved_do_not_follow() -> None:
+    arguments = case(BATCH, K, DIM)
+    arguments["seen"] = arguments["prototypes"].clone()
+    compare(arguments)
+    after = copies(arguments, torch.float32)
+    operators.balanced_step(*after.values())
+    assert torch.equal(after["prototypes"], arguments["prototypes"])
+    assert (after["counts"] - arguments["counts"]).sum() == BATCH
+
+
+@pytest.mark.parametrize(("groups", "dim"), [(1, DIM), (1, 1), (K, 1)])
+def test_where_the_prototype_loss_has_no_gradient(groups: int, dim: int) -> None:
+    """One prototype, or a line on which cosines are signs: what remains is rounding, and it stays finite."""
+    found = operators.balanced_step(*case(BATCH, groups, dim).values())
+    assert all(result.isfinite().all() for result in found)
+    if groups == 1:
+        assert not found[1].any()
+
+
+def test_rows_that_are_not_finite_are_isolated_and_not_counted() -> None:
+    arguments = case(BATCH, K, DIM, isolate=True)
+    with torch.no_grad():
+        arguments["z"][3, 2] = torch.nan
+        found = operators.balanced_step(*copies(arguments, torch.float32).values())
+    assert found[6].isnan().any(1).tolist() == [i == 3 for i in range(BATCH)]
+    assert found[3].isfinite()
+
+
+def test_non_contiguous_inputs() -> None:
+    arguments = case(BATCH, K, DIM)
+    strided = copies(arguments, torch.float32)
+    strided["z"] = strided["z"].T.contiguous().T
+    found = operators.balanced_step(*strided.values())
+    expected = operators.balanced_step(*copies(arguments, torch.float32).values())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    strided["prototypes"] = strided["prototypes"].T.contiguous().T
+    with pytest.raises(RuntimeError, match="contiguous prototypes"):
+        operators.balanced_step(*strided.values())
+
+
+def test_opcheck() -> None:
+    arguments = case(9, 3, 4, mask=torch.arange(9) > 2)
+    torch.library.opcheck(operators.balanced_step.default, tuple(arguments.values()))
+    torch.library.opcheck(operators.attach.default, (torch.randn(6, 5), torch.randn(6, 5), torch.randn(3, 5)))
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (3, 5), (2, 7, 3, 3), (0, 4)])
+def test_attach(shape: tuple[int, ...]) -> None:
+    gradient, direction, step = torch.randn(shape), torch.randn(shape), torch.randn(4, 6)
+    for given_ in (gradient, torch.ones(()).expand(shape)):
+        with torch.no_grad():
+            found = rows.attach(given_, direction.mT.contiguous().mT, step)
+        expected = rows.attach_plain(given_.double(), direction.double(), step.double())
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+class Names(TorchDispatchMode):
+    """The library's operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def taken(layer: PrototypicalRegularizer, z: Tensor, mask: Tensor | None = None) -> bool:
+    with Names() as names:
+        layer(z.requires_grad_(), mask)[0].sum().backward()
+    return "proto_reg.balanced_step.default" in names.seen
+
+
+def test_where_it_is_taken() -> None:
+    z, mask = torch.randn(BATCH, DIM), torch.rand(BATCH) > 0.2
+    for options in (
+        {},
+        {"warmup_steps": 2, "ramp_steps": 3},
+        {"temperature": (0.3, 0.1), "temperature_steps": 4},
+        {"head": PrototypeHead(DIM, K, scores="euclidean")},
+        {"assigner": SinkhornAssigner(nan_policy="isolate", marginals=[0.2] * K, tol=1e-2)},
+        {"follow_rate": 0.0},
+        {"tracking": False},
+        {"group": None},
+    ):
+        assert taken(PrototypicalRegularizer(DIM, K, **options), z, mask), options
+    assert taken(PrototypicalRegularizer(DIM, K, layout="b d h w"), torch.randn(2, DIM, 3, 3))
+    assert taken(PrototypicalRegularizer(DIM, K), z.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert taken(PrototypicalRegularizer(DIM, K), z.detach())
+
+
+def test_where_it_is_not_taken() -> None:
+    class Own(PrototypeHead):
+        pass
+
+    z = torch.randn(BATCH, DIM)
+    for options in (
+        {"soft": True},
+        {"queue_size": 8},
+        {"max_tokens": 20},
+        {"mode": "weighted"},
+        {"head": Own(DIM, K)},
+        {"mmd": AnchoredMMDLoss("energy")},
+        {"mmd": AnchoredMMDLoss(backend="torch")},
+        {"assigner": SinkhornAssigner(backend="torch")},
+        {"prototype_weight": 0.0},
+    ):
+        assert not taken(PrototypicalRegularizer(DIM, K, **options), z), options
+    assert not taken(PrototypicalRegularizer(DIM, K).double(), z.double())
+    assert not taken(PrototypicalRegularizer(DIM, K).double().float(), z)  # whose state stayed float64
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"warmup_steps": 2, "ramp_steps": 2}, {"layout": "b d h w"}], ids=str)
+def test_a_training_is_that_of_float64(options: dict, masked: bool) -> None:
+    torch.manual_seed(1)
+    encoder, layer = nn.Linear(DIM, DIM), PrototypicalRegularizer(DIM, K, **options)
+    wide = PrototypicalRegularizer(DIM, K, **options)
+    wide.load_state_dict(layer.state_dict())
+    parts = [(encoder, layer), (nn.Linear(DIM, DIM).double(), wide.double())]
+    parts[1][0].load_state_dict(encoder.state_dict())
+    optimizers = [torch.optim.SGD([*a.parameters(), *b.parameters()], lr=0.1) for a, b in parts]
+    maps = "layout" in options
+    for _ in range(6):
+        x = torch.randn(BATCH, DIM)
+        mask = torch.rand(BATCH) > 0.2 if masked else None
+        for (encode, regularize), optimizer in zip(parts, optimizers, strict=True):
+            z = encode(x.to(encode.weight.dtype))
+            z = z.unflatten(0, (3, 4, 4)).permute(0, 3, 1, 2) if maps else z
+            out, _ = regularize(z, mask.unflatten(0, (3, 4, 4)) if maps and masked else mask)
+            optimizer.zero_grad()
+            (out - 1).square().mean().backward()
+            optimizer.step()
+    for name, value in wide.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name].double(), value.double(), rtol=1e-4, atol=1e-4, msg=name)
+    torch.testing.assert_close(parts[0][0].weight.double(), parts[1][0].weight, rtol=1e-4, atol=1e-5)
+
+
+BY_ISA = """
+import sys, torch
+sys.path.insert(0, "tests")
+from proto_reg.kernels import backends
+from test_step import case
+torch.manual_seed(0)
+assert backends.choose("cpu", torch.zeros(1, 1)) == "cpu"
+results = []
+for shape in ((5, 1, 1), (48, 30, 32), (50, 7, 17), (40, 3, 100)):
+    for scores in ("cosine", "euclidean"):
+        results += torch.ops.proto_reg.balanced_step(*case(*shape, scores).values())
+torch.save(results, sys.argv[1])
+"""
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    found = []
+    for isa in ("baseline", "avx2", "avx512"):  # a machine that lacks one takes the next below
+        target = tmp_path / f"{isa}.pt"
+        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
+        found.append(torch.load(target))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * float(b.abs().max()) + 1e-6)
