@@ -261,7 +261,7 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
     assert "VAE-KL, seed 0: FloatingPointError: nan after epoch 3" in page
     assert "autoencoder, seed 0: finished, but control are not numbers" in page
     assert "| autoencoder | 2 | NaN |" in page  # in the table of synthesis; the other seed does not stand in for it
-    assert "DEC, K = 10 | ACC .8430 | Xie et al. 2016" in page
+    assert "VaDE, K = 10 | ACC .9446 | Jiang et al. 2017" in page
     for claim in ("C1", "C2", "C3", "C4", "C5", "C6"):
         assert f"- **{claim}: " in page
     pictures = [line.split("](")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
