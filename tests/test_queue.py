@@ -79,8 +79,9 @@ def test_the_balanced_gradient_with_a_queue_is_that_of_the_losses() -> None:
     (g_r,) = torch.autograd.grad(layer.losses(leaf).mmd_loss, leaf)
     out, _ = layer(leaf)
     (out * g).sum().backward()
-    torch.testing.assert_close(leaf.grad, g + g.norm() * (layer.prototype_weight * g_p / g_p.norm() + layer.mmd_weight * g_r / g_r.norm()))
-    torch.testing.assert_close(layer.head.prototypes.grad, layer.prototype_weight * g.norm() / g_p.norm() * by_v)
+    by_prototypes = layer.prototype_weight * g.norm() / g_p.norm()
+    torch.testing.assert_close(leaf.grad, g + by_prototypes * g_p + layer.mmd_weight * g.norm() / g_r.norm() * g_r)
+    torch.testing.assert_close(layer.head.prototypes.grad, by_prototypes * by_v)
 
 
 def test_the_mmd_takes_past_latents_as_constants() -> None:
