@@ -48,7 +48,9 @@ class Variant(VAE):
     ) -> None:
         super().__init__(pixels, args.latent_dim, args.hidden)
         self.on, self.noise, self.kl = on, noise, kl
-        self.regularizer = proto_reg.PrototypicalRegularizer(args.latent_dim, args.prototypes, **layer) if on else None
+        options = {"prototype_weight": args.prototype_weight} | layer
+        build = proto_reg.PrototypicalRegularizer
+        self.regularizer = build(args.latent_dim, args.prototypes, **options) if on else None
 
     def loss(self, x: Tensor) -> Tensor:
         h = self.encoder(x)
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="default: 100 for the digits, 8 for larger data")
     parser.add_argument("--prototypes", type=int, default=30)
+    parser.add_argument("--prototype-weight", type=float, default=0.03)
     parser.add_argument("--batch-size", type=int, help="default: 64 for the digits, 256 for larger data; queue: 16")
     parser.add_argument("--only", nargs="*", help="names of the variants to run")
     args = parser.parse_args()
