@@ -269,7 +269,7 @@ def curves(runs: list[Run]) -> Figure | None:
     groups = [(SHORT[m], m, 0.0, base(runs, m)) for m in PLAIN]
     for method in PROTOTYPICAL:
         counts = [K for K in CURVES if base(runs, method, K)]
-        shades = np.linspace(0.65, 0, len(counts)) if counts else []
+        shades = np.linspace(0, 0.65, len(counts))[::-1]  # the largest K, or the only one, in full colour
         groups += [
             (f"{SHORT[method]}, K = {K}", method, shade, base(runs, method, K))
             for K, shade in zip(counts, shades, strict=True)
