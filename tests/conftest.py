@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,3 +111,15 @@ def cosines(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tens
     """Cosine scores of random vectors in 16 dimensions."""
     z, v = torch.randn(rows, 16, dtype=dtype), torch.randn(columns, 16, dtype=dtype)
     return torch.nn.functional.normalize(z, dim=1) @ torch.nn.functional.normalize(v, dim=1).T
+
+
+def across_instruction_sets(code: str, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of what ``code`` saves to ``sys.argv[1]``, a list of tensors: by baseline code, and by any other."""
+    found = []
+    for isa in ("baseline", "avx2", "avx512"):  # a machine that lacks one takes the next below
+        target = folder / f"{isa}.pt"
+        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(target)], check=True, env=environment)
+        found.append(torch.load(target))
+    for other in found[1:]:
+        yield from zip(found[0], other, strict=True)

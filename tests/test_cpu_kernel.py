@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import cosines, log_sinkhorn
+from conftest import across_instruction_sets, cosines, log_sinkhorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proto_reg.functional import sinkhorn, sinkhorn_cross_entropy
-
-ISAS = ("baseline", "avx2", "avx512")  # a machine that lacks one takes the next below
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 
@@ -131,13 +126,6 @@ torch.save(results, sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    found = []
-    for isa in ISAS:
-        target = tmp_path / f"{isa}.pt"
-        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
-        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
-        found.append(torch.load(target))
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            step = 10 * torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0
-            assert (a.double() - b.double()).abs().max() <= 1e-5 + step
+    for a, b in across_instruction_sets(BY_ISA, tmp_path):
+        step = 10 * torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0
+        assert (a.double() - b.double()).abs().max() <= 1e-5 + step

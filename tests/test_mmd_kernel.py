@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import across_instruction_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,8 +15,6 @@ from torch import Tensor
 from proto_reg import AnchoredMMDLoss
 from proto_reg.functional import anchored_mmd
 from proto_reg.functional.mmd import DEFAULT_SCALES, anchored_mmd_and_gradient
-
-ISAS = ("baseline", "avx2", "avx512")  # a machine that lacks one takes the next below
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 
@@ -226,12 +222,5 @@ torch.save(results, sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    found = []
-    for isa in ISAS:
-        target = tmp_path / f"{isa}.pt"
-        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
-        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
-        found.append(torch.load(target))
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=5e-6 * float(b.abs().max()) + 2e-7)
+    for a, b in across_instruction_sets(BY_ISA, tmp_path):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-6 * float(b.abs().max()) + 2e-7)

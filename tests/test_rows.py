@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import across_instruction_sets
 from torch import Tensor
 
 from proto_reg.functional.prototypes import SCORES, prototype_scores
@@ -173,12 +171,5 @@ torch.save(results, sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    found = []
-    for isa in ("baseline", "avx2", "avx512"):  # a machine that lacks one takes the next below
-        target = tmp_path / f"{isa}.pt"
-        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
-        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
-        found.append(torch.load(target))
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            close(a, b)
+    for a, b in across_instruction_sets(BY_ISA, tmp_path):
+        close(a, b)

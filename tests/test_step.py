@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import across_instruction_sets
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -291,12 +289,5 @@ torch.save(results, sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    found = []
-    for isa in ("baseline", "avx2", "avx512"):  # a machine that lacks one takes the next below
-        target = tmp_path / f"{isa}.pt"
-        environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
-        subprocess.run([sys.executable, "-W", "ignore", "-c", BY_ISA, str(target)], check=True, env=environment)
-        found.append(torch.load(target))
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * float(b.abs().max()) + 1e-6)
+    for a, b in across_instruction_sets(BY_ISA, tmp_path):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * float(b.abs().max()) + 1e-6)
