@@ -117,12 +117,21 @@ Tensor sums_by_group(const Tensor& x_, const Tensor& index_, const std::optional
   return sums;
 }
 
-// The state of a UsageMeter of so many prototypes.
-void check_meter(const Tensor& counts, const Tensor& totals, int64_t prototypes) {
+// State of so many entries that an operator adds to; null where it is not kept.
+float* state(const std::optional<Tensor>& tensor, int64_t numel) {
+  if (!tensor) return nullptr;
   STD_TORCH_CHECK(
-      counts.is_contiguous() && counts.scalar_type() == ScalarType::Long && counts.numel() == prototypes &&
-          totals.is_contiguous() && totals.scalar_type() == ScalarType::Float && totals.numel() == 4,
-      "expected (K,) int64 counts and (4,) float32 totals");
+      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float && tensor->numel() == numel,
+      "expected contiguous float32 state of the prototypes' sizes");
+  return data(*tensor);
+}
+
+int64_t* integers(const std::optional<Tensor>& tensor, int64_t numel) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(
+      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == numel,
+      "expected contiguous int64 state of the prototypes' sizes");
+  return static_cast<int64_t*>(tensor->mutable_data_ptr());
 }
 
 float scalar(const Tensor& tensor) {
@@ -134,21 +143,17 @@ void tally(Tensor counts, Tensor totals, const Tensor& x_, const Tensor& scores_
            const std::optional<Tensor>& counted_, const Tensor& prototype_loss, const Tensor& mmd_loss) {
   const Matrix x(x_), scores(scores_), prototypes(prototypes_);
   const Flags flags(counted_, x.rows);
-  check_meter(counts, totals, prototypes.rows);
   STD_TORCH_CHECK(scores.rows == x.rows && scores.dim == prototypes.rows && prototypes.dim == x.dim,
                   "expected (N, D) latents, (N, K) scores and (K, D) prototypes");
   tally_cpu(x.data(), scores.data(), prototypes.data(), flags.counted(), x.rows, x.dim, prototypes.rows,
-            scalar(prototype_loss), scalar(mmd_loss), static_cast<int64_t*>(counts.mutable_data_ptr()), data(totals));
+            scalar(prototype_loss), scalar(mmd_loss), integers(counts, prototypes.rows), state(totals, 4));
 }
 
 void follow(Tensor prototypes, Tensor sums, Tensor counts, Tensor seen, double rate) {
-  for (const Tensor& tensor : {prototypes, sums, counts, seen})
-    STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float, "expected contiguous float32");
+  STD_TORCH_CHECK(prototypes.dim() == 2, "expected (K, D) prototypes");
   const int64_t rows = prototypes.size(0), dim = prototypes.size(1);
-  STD_TORCH_CHECK(
-      sums.numel() == rows * dim && seen.numel() == rows * dim && counts.numel() == rows,
-      "expected (K, D) prototypes, sums and seen, and (K,) counts");
-  follow_cpu(data(prototypes), data(sums), data(counts), data(seen), rows, dim, static_cast<float>(rate));
+  follow_cpu(state(prototypes, rows * dim), state(sums, rows * dim), state(counts, rows), state(seen, rows * dim), rows,
+             dim, static_cast<float>(rate));
 }
 
 std::tuple<Tensor, Tensor> attach(const Tensor& gradient_, const Tensor& direction_, const Tensor& step_) {
@@ -188,23 +193,6 @@ void aten_multiply(const Product& product) {
 Scores scores_of(const std::string& name) {
   STD_TORCH_CHECK(name == "cosine" || name == "dot" || name == "euclidean", "scores: expected cosine, dot or euclidean");
   return name == "cosine" ? Scores::cosine : name == "dot" ? Scores::dot : Scores::euclidean;
-}
-
-// State that an operator adds to.
-float* state(const std::optional<Tensor>& tensor, int64_t numel) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(
-      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float && tensor->numel() == numel,
-      "expected contiguous float32 state of the sizes of the prototypes");
-  return data(*tensor);
-}
-
-int64_t* integers(const std::optional<Tensor>& tensor, int64_t numel) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(
-      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == numel,
-      "expected contiguous int64 state of the sizes of the prototypes");
-  return static_cast<int64_t*>(tensor->mutable_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balanced_step(

@@ -9,8 +9,8 @@
 namespace proto_reg {
 namespace {
 
-// Arrays of float32 of the given sizes, in one piece, each from the start of a cache line on; nothing is initialised. Small
-// ones come from memory that the thread keeps, for each source its own: a page fault costs more than a small problem.
+// Arrays of float32 of the given sizes, in one piece, each from the start of a cache line on; nothing is initialised.
+// Small ones come from memory that the thread keeps, for each source its own: a page fault costs more than a small problem.
 class Workspace {
  public:
   template <class... Sizes>

@@ -46,7 +46,7 @@ struct Solver {
     if (cosine) {
       unit_rows_cpu(problem.z, problem.rows, problem.dim, left, of_left);
       unit_rows_cpu(problem.prototypes, problem.groups, problem.dim, right, of_right);
-    } else {
+    } else {  // copies, for products read past the end
       std::memcpy(left, problem.z, sizeof(float) * latents);
       std::memcpy(right, problem.prototypes, sizeof(float) * anchors);
     }

@@ -9,8 +9,8 @@
 
 namespace proto_reg {
 
-// A product too large for one thread: out (rows, columns) = a (rows, inner) b (inner, columns), a matrix that is said to be transposed lying as (columns,
-// rows); all are contiguous.
+// A product too large for one thread: out (rows, columns) = a (rows, inner) b (inner, columns). A matrix that is said to
+// be transposed lies as (columns, rows); all are contiguous.
 struct Product {
   const float* a;
   bool a_transposed;
@@ -44,16 +44,16 @@ struct StepProblem {
   double active;  // share of their full size that the weights have; 0: nothing is added, and nothing followed
 
   // State that the step adds to. Null where it is not kept.
-  float *sums, *counts, *seen;                    // the follower's, (groups, dim), (groups,) and (groups, dim)
-  int64_t *usage, *steps;                         // the meter's, (groups,), and the layer's, ()
-  float* totals;                                  // the meter's, (4,)
+  float *sums, *counts, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)
+  int64_t *usage, *steps;       // the meter's, (groups,), and the layer's, ()
+  float* totals;                // the meter's, (4,)
 
   // Out.
-  float* direction;                           // (rows, dim)
-  float* step;                                // (groups, dim)
-  float *loss, *prototype_loss, *mmd_loss;    // ()
-  float *scores, *codes;                      // (rows, groups)
-  int64_t* assignments;                       // (rows,)
+  float* direction;                        // (rows, dim)
+  float* step;                             // (groups, dim)
+  float *loss, *prototype_loss, *mmd_loss; // ()
+  float *scores, *codes;                   // (rows, groups)
+  int64_t* assignments;                    // (rows,)
 };
 
 void step_cpu(const StepProblem& problem, ParallelFor parallel_for, Multiply multiply);
