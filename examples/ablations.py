@@ -1,6 +1,6 @@
 """The measurements behind three choices: how prototypes learn, what becomes of a VAE's KL term and noise, and a queue.
 
-python examples/ablations.py prototypes --data-dir DIR        # V by gradient, faster, from data, by running mean
+python examples/ablations.py prototypes --data-dir DIR        # V by gradient, faster, from data, following its latents
 python examples/ablations.py kl --data-dir DIR                # the layer on mu or on the sample, KL dropped or kept
 python examples/ablations.py queue --data-dir DIR             # batches of 16 latents, with and without past ones
 
@@ -51,11 +51,15 @@ class Variant(VAE):
         options = {"prototype_weight": args.prototype_weight} | layer
         build = proto_reg.PrototypicalRegularizer
         self.regularizer = build(args.latent_dim, args.prototypes, **options) if on else None
+        self.last: tuple[Tensor, Tensor] | None = None  # latents and their assignments
 
     def loss(self, x: Tensor) -> Tensor:
         h = self.encoder(x)
         mu, logvar = self.mu(h), self.logvar(h)
-        z = self.regularizer(mu)[0] if self.on == "mu" else mu
+        z = mu
+        if self.on == "mu":
+            z, info = self.regularizer(mu)
+            self.last = mu.detach(), info.assignments
         if self.noise:
             z = z + (0.5 * logvar).exp() * torch.randn_like(mu)
         if self.on == "sampled":
@@ -82,9 +86,10 @@ def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Calla
         "own group, 10 x rate": build(follow_rate=0.0),
         "scaled by 10": build(follow_rate=0.0, scaled=True),
         "k-means after warm-up": build(follow_rate=0.0, warmup_steps=args.warmup),
-        "running mean .02": build(follow_rate=0.02),
-        "running mean .05": build(follow_rate=0.05),
-        "running mean .2": build(follow_rate=0.2),
+        "towards the mean, .02": build(follow_rate=0.0),
+        "towards typical latents, .02": build(follow_rate=0.02),
+        "towards typical latents, .05": build(follow_rate=0.05),
+        "towards typical latents, .2": build(follow_rate=0.2),
     }
 
 
@@ -124,8 +129,17 @@ def queue_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
 STUDIES = {"prototypes": prototype_variants, "kl": kl_variants, "queue": queue_variants}
 
 
+@torch.no_grad()
+def follow_the_mean(prototypes: Tensor, latents: Tensor, assignments: Tensor, rate: float) -> None:
+    """What the layer does, but with every latent of a cluster weighing the same."""
+    members = F.one_hot(assignments, len(prototypes)).to(latents)
+    counts = members.sum(0)[:, None]
+    means = members.T @ latents / counts.clamp_min(1)
+    prototypes.lerp_(torch.where(counts > 0, means, prototypes), rate)
+
+
 def train(name: str, model: Variant, data: Images, args: argparse.Namespace) -> None:
-    """An ordinary loop; the two variants that need more than the layer get it here."""
+    """An ordinary loop; the variants that need more than the layer get it here."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     if name.startswith("own group"):
         own = {id(p) for p in model.regularizer.parameters()}
@@ -144,6 +158,8 @@ def train(name: str, model: Variant, data: Images, args: argparse.Namespace) -> 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if name.startswith("towards the mean"):
+                follow_the_mean(model.regularizer.head.prototypes, *model.last, 0.02)
             step += 1
     model.eval()
 

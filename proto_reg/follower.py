@@ -1,4 +1,4 @@
-"""Prototypes that follow the latents assigned to them."""
+"""Prototypes that follow the most typical of the latents assigned to them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from ._checks import check_number, compute_dtype
 from ._distributed import Group, Ranks, local_part, sum_
 from ._state import WideState
 from .kernels.follow import follow
-from .kernels.rows import sums_by_group
+from .kernels.rows import typical_sums
 
 
 class PrototypeFollower(WideState):
-    """Whenever an optimizer has moved the prototypes, moves them on by a share of the way to their latents' mean.
+    """Whenever an optimizer has moved the prototypes, moves them on by a share of the way to their typical latents.
 
     Cosine scores give prototypes no radial gradient, and an optimizer's step is as small for them as for any weight:
     left to it, they stay at the distance from each other that they were initialised with. The mean of their latents
-    tells both direction and distance.
+    tells both direction and distance, but of two kinds of example in one cluster it is neither. So latents weigh the
+    less the farther they are (mean shift; :func:`~.kernels.rows.typical_sums_plain`), and prototypes go to a mode.
 
     Two things must come together: latents that were observed while the prototype loss was at work, and prototypes that
     are no longer where they were last seen. So whatever holds prototypes still holds them still here too: a frozen
@@ -36,7 +37,7 @@ class PrototypeFollower(WideState):
     """
 
     sums: Tensor
-    counts: Tensor
+    mass: Tensor
     seen: Tensor
 
     def __init__(self, prototypes: Tensor, rate: float, *, group: Group = "default") -> None:
@@ -49,7 +50,7 @@ class PrototypeFollower(WideState):
         if self.rate:
             like = prototypes.detach().to(compute_dtype(prototypes.dtype))
             self.register_buffer("sums", torch.zeros_like(like))
-            self.register_buffer("counts", torch.zeros_like(like[:, 0]))
+            self.register_buffer("mass", torch.zeros_like(like[:, 0]))
             # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
             self.register_buffer("seen", torch.zeros_like(like))
 
@@ -72,7 +73,7 @@ class PrototypeFollower(WideState):
         # Nobody has touched them by torch's count, which fused optimizers do not keep: the device compares. Its write
         # of nothing goes past the count too, for graphs that hold the prototypes would mind.
         untouched = eager and prototypes._version == self._seen_version
-        follow(prototypes.data if untouched else prototypes, self.sums, self.counts, self.seen, self.rate)
+        follow(prototypes.data if untouched else prototypes, self.sums, self.mass, self.seen, self.rate)
         if eager and prototypes._version != self._seen_version:
             self._seen_version = prototypes._version
 
@@ -80,23 +81,23 @@ class PrototypeFollower(WideState):
         """Every rank computes the same move of all prototypes, and makes it in its own part."""
         moved = prototypes.to(self.seen.dtype, copy=True)
         before = moved.clone()
-        torch.ops.proto_reg.follow(moved, self.sums, self.counts, self.seen, self.rate)
+        torch.ops.proto_reg.follow(moved, self.sums, self.mass, self.seen, self.rate)
         prototypes.copy_(moved)
         self.seen.copy_(prototypes)  # in the dtype that they are gathered in
         shards.to_local().add_(local_part(moved - before, shards))
 
-    def observe(self, tokens: Tensor, assignments: Tensor, counted: Tensor | None = None) -> None:
-        """Remember the finite ones of latents ``tokens`` (N, D) by their prototypes ``assignments`` (N,).
+    def observe(self, tokens: Tensor, assignments: Tensor, prototypes: Tensor, counted: Tensor | None = None) -> None:
+        """Remember the finite ones of latents ``tokens`` (N, D) by their ``prototypes`` (K, D), ``assignments`` (N,).
 
         ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the group.
         """
         if not self.rate:
             return
-        both = sums_by_group(tokens.to(self.sums.dtype), assignments, counted, len(self.counts))
+        both = typical_sums(tokens.to(self.sums.dtype), assignments, counted, prototypes)
         both = sum_(both, self.ranks.active())
         # Not +=, which would have the module register its buffers anew.
         self.sums.add_(both[:, :-1])
-        self.counts.add_(both[:, -1])
+        self.mass.add_(both[:, -1])
 
     @torch.no_grad()
     def forget(self, index: Tensor, prototypes: Tensor) -> None:
@@ -104,7 +105,7 @@ class PrototypeFollower(WideState):
         if not self.rate:
             return
         self.sums[index] = 0
-        self.counts[index] = 0
+        self.mass[index] = 0
         self.seen[index] = prototypes[index].to(self.seen.dtype)
 
     def extra_repr(self) -> str:

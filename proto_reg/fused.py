@@ -44,13 +44,13 @@ def fused_step(
     if assigner.backend not in COMPILED or mmd.backend not in COMPILED or backends.choose("auto", z) != "cpu":
         return None
     prototypes, marginals = head.prototypes, assigner.marginals
-    sums = counts = seen = usage = totals = steps = None
+    sums = mass = seen = usage = totals = steps = None
     rate = 0.0
     if counters is not None:
         follower, meter, steps = counters
         usage, totals = meter.counts, meter.totals
         if follower is not None:
-            sums, counts, seen, rate = follower.sums, follower.counts, follower.seen, follower.rate
+            sums, mass, seen, rate = follower.sums, follower.mass, follower.seen, follower.rate
     # State is wider after .double(), and strided where the prototypes are.
     if not ordinary(z, prototypes) or any(
         x is not None and x.dtype != torch.float32 for x in (marginals, sums, totals)
@@ -77,7 +77,7 @@ def fused_step(
         prototype_weight,
         mmd_weight,
         sums,
-        counts,
+        mass,
         seen if prototypes.requires_grad else None,
         rate,
         usage,

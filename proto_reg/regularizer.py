@@ -65,8 +65,8 @@ class PrototypicalRegularizer(nn.Module):
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
         max_tokens: at most this many latents enter the MMD, a new subsample each step, fixed by ``seed`` and the step.
         seed: of the subsample.
-        follow_rate: share of the way to the mean of their latents that prototypes go with each optimizer step, on top
-            of it; 0 leaves them to the optimizer. See :class:`proto_reg.follower.PrototypeFollower`.
+        follow_rate: share of the way to the most typical of their latents that prototypes go with each optimizer step,
+            on top of it; 0 leaves them to the optimizer. See :class:`proto_reg.follower.PrototypeFollower`.
         soft: weigh the MMD by the codes instead of their argmax (costs a B x B product).
         queue_size: past latents that are balanced together with those of the batch; 0 for none. The prototype loss is
             that of the batch alone. See :class:`proto_reg.queue.LatentQueue`.
@@ -212,7 +212,7 @@ class PrototypicalRegularizer(nn.Module):
             counted = keep
             if (active := self._active()) is not None:
                 counted = active > 0 if keep is None else keep & (active > 0)
-            self.follower.observe(tokens, output.assignments, counted)
+            self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:

@@ -58,11 +58,11 @@ def test_balance(dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_sums_by_group_leave_out_what_is_not_finite_or_not_counted(dim: int) -> None:
-    x, index, counted = torch.randn(50, dim), torch.randint(6, (50,)), torch.rand(50) < 0.7
+def test_typical_sums_leave_out_what_is_not_finite_or_not_counted(dim: int) -> None:
+    x, index, counted, v = torch.randn(50, dim), torch.randint(6, (50,)), torch.rand(50) < 0.7, torch.randn(6, dim)
     x[3, -1], x[8, 0], x[9, dim // 2] = math.nan, math.inf, -math.inf
     for mask in (None, counted, torch.tensor(True), torch.tensor(False), counted.repeat_interleave(2)[::2]):
-        close(operators.sums_by_group(x, index, mask, 6), rows.sums_by_group_plain(x.double(), index, mask, 6))
+        close(operators.typical_sums(x, index, mask, v), rows.typical_sums_plain(x.double(), index, mask, v.double()))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -120,8 +120,8 @@ def test_non_contiguous_rows() -> None:
             (rows.unit_rows(x)[0], rows.unit_rows_plain(x)[0]),
             (rows.balance(x, x.flip(0), 1.0, 2.0)[0], rows.balance_plain(x, x.flip(0), 1.0, 2.0)[0]),
             (
-                rows.sums_by_group(x, index, torch.tensor(True), 3),
-                rows.sums_by_group_plain(x, index, torch.tensor(True), 3),
+                rows.typical_sums(x, index, torch.tensor(True), x[:3].T.contiguous().T),
+                rows.typical_sums_plain(x, index, torch.tensor(True), x[:3]),
             ),
         ):
             close(ours, plain)
@@ -148,7 +148,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.unit_rows.default, (x,))
     torch.library.opcheck(operators.unit_rows_pull_back.default, (x, unit, inverse_norms))
     torch.library.opcheck(operators.balance.default, (x, unit, 0.1, 0.2))
-    torch.library.opcheck(operators.sums_by_group.default, (x, index, torch.tensor(True), 3))
+    torch.library.opcheck(operators.typical_sums.default, (x, index, torch.tensor(True), unit[:3]))
     tallied = (torch.zeros(3, dtype=torch.int64), torch.zeros(4), x, torch.randn(6, 3), torch.randn(3, 5), None)
     torch.library.opcheck(operators.tally_float32.default, (*tallied, torch.tensor(1.0), torch.tensor(2.0)))
     state = (torch.randn(3, 5), torch.randn(3, 5), torch.ones(3), torch.randn(3, 5), 0.1)
@@ -165,7 +165,7 @@ for dim in (1, 3, 8, 17, 100):
     x, y, index = torch.randn(12, dim), torch.randn(12, dim), torch.randint(3, (12,))
     unit, inverse_norms = operators.unit_rows(x)
     results += [unit, inverse_norms, operators.unit_rows_pull_back(y, unit, inverse_norms)]
-    results += [*operators.balance(x, y, 0.1, 0.2), operators.sums_by_group(x, index, torch.tensor(True), 3)]
+    results += [*operators.balance(x, y, 0.1, 0.2), operators.typical_sums(x, index, torch.tensor(True), y[:3])]
 torch.save(results, sys.argv[1])
 """
 

@@ -100,14 +100,14 @@ def test_nobody_remembers_the_dead(optimizer, names: set[str]) -> None:
     state = optimizer.state[layer.head.prototypes]
     before = {name: state[name].clone() for name in names}
     layer.follower.sums += 1
-    layer.follower.counts += 1
+    layer.follower.mass += 1
     index = layer.revive(torch.randn(50, DIM), optimizer=optimizer)
     for name in names:
         assert before[name][index].any()
         assert not state[name][index].any()
         assert torch.equal(state[name][:3], before[name][:3])
     assert not layer.follower.sums[index].any()
-    assert (layer.follower.counts > 0).tolist() == [True] * 3 + [False] * 2
+    assert (layer.follower.mass > 0).tolist() == [True] * 3 + [False] * 2
     revived = layer.head.prototypes.detach().clone()[index]
     layer(torch.zeros(BATCH, DIM, requires_grad=True))  # nothing pulls them back to where they were
     assert torch.equal(layer.head.prototypes[index], revived)

@@ -104,16 +104,19 @@ struct Flags {
   }
 };
 
-Tensor sums_by_group(const Tensor& x_, const Tensor& index_, const std::optional<Tensor>& counted_, int64_t groups) {
-  const Matrix x(x_);
+Tensor typical_sums(const Tensor& x_, const Tensor& index_, const std::optional<Tensor>& counted_,
+                    const Tensor& prototypes_) {
+  const Matrix x(x_), prototypes(prototypes_);
   const Tensor index = as_contiguous(index_);
   const Flags flags(counted_, x.rows);
   STD_TORCH_CHECK(index.numel() == x.rows && index.scalar_type() == ScalarType::Long,
                   "index: expected int64 for each row");
-  Tensor sums = empty(x_, {groups, x.dim + 1}, ScalarType::Float);
-  std::memset(data(sums), 0, sizeof(float) * groups * (x.dim + 1));
-  add_by_group_cpu(x.data(), static_cast<const int64_t*>(index.const_data_ptr()), flags.counted(), x.rows, x.dim, groups,
-                   data(sums), x.dim + 1, data(sums) + x.dim, x.dim + 1);
+  STD_TORCH_CHECK(prototypes.dim == x.dim, "expected (N, D) rows and (K, D) prototypes");
+  const int64_t groups = prototypes.rows, stride = x.dim + 1;
+  Tensor sums = empty(x_, {groups, stride}, ScalarType::Float);
+  std::memset(data(sums), 0, sizeof(float) * groups * stride);
+  add_typical_cpu(x.data(), static_cast<const int64_t*>(index.const_data_ptr()), flags.counted(), prototypes.data(),
+                  x.rows, x.dim, groups, data(sums), stride, data(sums) + x.dim, stride);
   return sums;
 }
 
@@ -149,10 +152,10 @@ void tally(Tensor counts, Tensor totals, const Tensor& x_, const Tensor& scores_
             scalar(prototype_loss), scalar(mmd_loss), integers(counts, prototypes.rows), state(totals, 4));
 }
 
-void follow(Tensor prototypes, Tensor sums, Tensor counts, Tensor seen, double rate) {
+void follow(Tensor prototypes, Tensor sums, Tensor mass, Tensor seen, double rate) {
   STD_TORCH_CHECK(prototypes.dim() == 2, "expected (K, D) prototypes");
   const int64_t rows = prototypes.size(0), dim = prototypes.size(1);
-  follow_cpu(state(prototypes, rows * dim), state(sums, rows * dim), state(counts, rows), state(seen, rows * dim), rows,
+  follow_cpu(state(prototypes, rows * dim), state(sums, rows * dim), state(mass, rows), state(seen, rows * dim), rows,
              dim, static_cast<float>(rate));
 }
 
@@ -200,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
     const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness, std::string scores, double epsilon,
     int64_t num_iters, std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales,
     bool unbiased, bool by_mass, double prototype_weight, double mmd_weight, std::optional<Tensor> sums,
-    std::optional<Tensor> counts, std::optional<Tensor> seen, double follow_rate, std::optional<Tensor> usage,
+    std::optional<Tensor> mass, std::optional<Tensor> seen, double follow_rate, std::optional<Tensor> usage,
     std::optional<Tensor> totals, std::optional<Tensor> steps) {
   const Matrix z(z_), prototypes(prototypes_);
   const Flags flags(mask_, z.rows);
@@ -208,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
   const int64_t rows = z.rows, dim = z.dim, groups = prototypes.rows;
   STD_TORCH_CHECK(rows > 0 && groups > 0 && dim > 0 && prototypes.dim == dim, "expected (N, D) latents, (K, D) prototypes");
   STD_TORCH_CHECK(!seen || (sums && prototypes_.is_contiguous()), "expected contiguous prototypes and their sums");
-  STD_TORCH_CHECK(!sums == !counts && !usage == !totals && !usage == !steps, "expected a state's tensors together");
+  STD_TORCH_CHECK(!sums == !mass && !usage == !totals && !usage == !steps, "expected a state's tensors together");
   Tensor direction = z.like(), step = prototypes.like(), codes = empty(z_, {rows, groups}, ScalarType::Float),
          found = empty(z_, {rows, groups}, ScalarType::Float), assignments = empty(z_, {rows}, ScalarType::Long),
          loss = empty(z_, {}, ScalarType::Float), prototype_loss = empty(z_, {}, ScalarType::Float),
@@ -217,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
       z.data(), flags.counted().flags, static_cast<float*>(prototypes.tensor.mutable_data_ptr()), state(marginals, groups),
       rows, groups, dim, scores_of(scores), sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters, tol.value_or(-1.0),
       isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight, follow_rate,
-      active ? scalar(*active) : 1.0, state(sums, groups * dim), state(counts, groups), state(seen, groups * dim),
+      active ? scalar(*active) : 1.0, state(sums, groups * dim), state(mass, groups), state(seen, groups * dim),
       integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction), data(step), data(loss),
       data(prototype_loss), data(mmd_loss), data(found), data(codes), integers(assignments, rows)};
   step_cpu(problem, aten_parallel_for, aten_multiply);
@@ -233,7 +236,7 @@ STABLE_TORCH_LIBRARY_IMPL(proto_reg, CPU, library) {
   library.impl("unit_rows", TORCH_BOX(&proto_reg::unit_rows));
   library.impl("unit_rows_pull_back", TORCH_BOX(&proto_reg::unit_rows_pull_back));
   library.impl("balance", TORCH_BOX(&proto_reg::balance));
-  library.impl("sums_by_group", TORCH_BOX(&proto_reg::sums_by_group));
+  library.impl("typical_sums", TORCH_BOX(&proto_reg::typical_sums));
   library.impl("tally_float32", TORCH_BOX(&proto_reg::tally));
   library.impl("follow_float32", TORCH_BOX(&proto_reg::follow));
   library.impl("attach", TORCH_BOX(&proto_reg::attach));

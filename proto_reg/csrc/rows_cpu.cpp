@@ -68,13 +68,15 @@ void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, cons
   *scale = scales[0];
 }
 
-void add_by_group_cpu(const float* x, const int64_t* index, Counted counted, int64_t rows, int64_t dim, int64_t groups,
-                      float* sums, int64_t stride, float* counts, int64_t stride_counts) {
+void add_typical_cpu(const float* x, const int64_t* index, Counted counted, const float* prototypes, int64_t rows,
+                     int64_t dim, int64_t groups, float* sums, int64_t stride, float* mass, int64_t stride_mass) {
   for (int64_t i = 0; i < rows; ++i, x += dim) {
     if (!counted.row(i) || index[i] < 0 || index[i] >= groups || !finite(x, dim)) continue;
+    const float spread = 1 + squared_distance(x, prototypes + index[i] * dim, dim) / dim;
+    const float weight = 1 / (spread * spread);
     float* group = sums + index[i] * stride;
-    combine(1, group, 1, x, dim, group);
-    counts[index[i] * stride_counts] += 1;
+    combine(1, group, weight, x, dim, group);
+    mass[index[i] * stride_mass] += weight;
   }
 }
 
@@ -111,16 +113,16 @@ void attach_cpu(const float* gradient, const float* direction, int64_t rows, int
   for (int64_t i = 0; i < step_size; ++i) by_parameter[i] = length * step[i];
 }
 
-void follow_cpu(float* prototypes, float* sums, float* counts, float* seen, int64_t rows, int64_t dim, float rate) {
+void follow_cpu(float* prototypes, float* sums, float* mass, float* seen, int64_t rows, int64_t dim, float rate) {
   bool moved = false;
   for (int64_t i = 0; i < rows * dim; ++i) moved |= prototypes[i] != seen[i];
   if (!moved) return;
   for (int64_t k = 0; k < rows; ++k)
-    if (counts[k] > 0)
-      combine(rate / std::max(counts[k], 1.0f), sums + k * dim, 1 - rate, prototypes + k * dim, dim,
+    if (mass[k] > 0)
+      combine(rate / mass[k], sums + k * dim, 1 - rate, prototypes + k * dim, dim,
               prototypes + k * dim);
   std::memset(sums, 0, sizeof(float) * rows * dim);
-  std::memset(counts, 0, sizeof(float) * rows);
+  std::memset(mass, 0, sizeof(float) * rows);
   std::memcpy(seen, prototypes, sizeof(float) * rows * dim);
 }
 

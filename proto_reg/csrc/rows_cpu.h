@@ -28,10 +28,10 @@ struct Counted {
   bool row(int64_t i) const { return !flags || flags[i * stride]; }
 };
 
-// Adds each finite row of x (rows, dim) to the row `index` of sums (groups, dim), whose rows lie `stride` apart, and 1 to
-// the entry of counts, which lie `stride_counts` apart.
-void add_by_group_cpu(const float* x, const int64_t* index, Counted counted, int64_t rows, int64_t dim, int64_t groups,
-                      float* sums, int64_t stride, float* counts, int64_t stride_counts);
+// Adds each finite row of x (rows, dim), times the weight that its distance from prototypes (groups, dim) gives it, to the
+// row `index` of sums, whose rows lie `stride` apart, and the weight to the entry of mass, which lie `stride_mass` apart.
+void add_typical_cpu(const float* x, const int64_t* index, Counted counted, const float* prototypes, int64_t rows,
+                     int64_t dim, int64_t groups, float* sums, int64_t stride, float* mass, int64_t stride_mass);
 
 // Adds to counts (prototypes,) the finite rows of x (rows, dim) that score (rows, prototypes) highest with each, and to
 // totals both losses, 1, and the squared distances of those rows from those prototypes, per dimension.
@@ -51,7 +51,7 @@ void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows
 void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,
                 int64_t step_size, float* by_z, float* by_parameter);
 
-// Prototypes move on towards the mean of their latents; all of them are written.
-void follow_cpu(float* prototypes, float* sums, float* counts, float* seen, int64_t rows, int64_t dim, float rate);
+// Prototypes move on towards sums / mass; all of them are written.
+void follow_cpu(float* prototypes, float* sums, float* mass, float* seen, int64_t rows, int64_t dim, float rate);
 
 }  // namespace proto_reg

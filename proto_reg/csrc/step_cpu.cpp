@@ -26,7 +26,7 @@ struct Solver {
 
   void follow() const {
     if (problem.seen)
-      follow_cpu(problem.prototypes, problem.sums, problem.counts, problem.seen, problem.groups, problem.dim,
+      follow_cpu(problem.prototypes, problem.sums, problem.mass, problem.seen, problem.groups, problem.dim,
                  static_cast<float>(problem.follow_rate));
   }
 
@@ -119,8 +119,8 @@ struct Solver {
   void track() const {
     const Counted counted{problem.mask, 1};
     if (problem.sums && problem.active > 0)
-      add_by_group_cpu(problem.z, problem.assignments, counted, problem.rows, problem.dim, problem.groups, problem.sums,
-                       problem.dim, problem.counts, 1);
+      add_typical_cpu(problem.z, problem.assignments, counted, problem.prototypes, problem.rows, problem.dim,
+                      problem.groups, problem.sums, problem.dim, problem.mass, 1);
     if (problem.usage)
       tally_cpu(problem.z, problem.scores, problem.prototypes, counted, problem.rows, problem.dim, problem.groups,
                 *problem.prototype_loss, *problem.mmd_loss, problem.usage, problem.totals);

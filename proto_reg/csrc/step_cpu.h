@@ -44,7 +44,7 @@ struct StepProblem {
   double active;  // share of their full size that the weights have; 0: nothing is added, and nothing followed
 
   // State that the step adds to. Null where it is not kept.
-  float *sums, *counts, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)
+  float *sums, *mass, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)
   int64_t *usage, *steps;       // the meter's, (groups,), and the layer's, ()
   float* totals;                // the meter's, (4,)
 

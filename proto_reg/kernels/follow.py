@@ -1,4 +1,4 @@
-"""``proto_reg::follow``: prototypes move on towards the mean of their latents; schema, reference and registration.
+"""``proto_reg::follow``: prototypes move on towards typical latents; schema, reference and registration.
 
 An operator of its own because it writes to a parameter and to buffers: traced as plain tensor code, torch.compile would
 recompute its result in the backward pass from buffers that have since been overwritten.
@@ -12,38 +12,38 @@ from torch import Tensor
 from . import rows
 
 
-def follow_reference(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
-    """If ``prototypes`` differ from ``seen``: move them by ``rate`` of the way to their mean and forget the latents.
+def follow_reference(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tensor, rate: float) -> None:
+    """If ``prototypes`` differ from ``seen``: move them by ``rate`` of the way to sums / mass and forget those.
 
     Args:
         prototypes: (K, D), moved in place.
-        sums, counts: (K, D) and (K,), latents observed since the last move, zeroed in place.
+        sums, mass: (K, D) and (K,), latents observed since the last move, weighted, and their weights; zeroed in place.
         seen: (K, D), set in place to where the prototypes are now, with all its digits where it is the wider.
     """
     there = prototypes != seen.to(prototypes.dtype)
     moved = there.any()
     position = torch.where(there, prototypes.to(seen.dtype), seen)
-    way = sums / counts.clamp_min(1)[:, None] - position
-    way = torch.where(moved & (counts > 0)[:, None], way, 0.0)
+    way = sums / torch.where(mass > 0, mass, 1.0)[:, None] - position
+    way = torch.where(moved & (mass > 0)[:, None], way, 0.0)
     seen.copy_(position.add(way, alpha=rate))
     prototypes.copy_(seen)
     sums.copy_(torch.where(moved, 0.0, sums))
-    counts.copy_(torch.where(moved, 0.0, counts))
+    mass.copy_(torch.where(moved, 0.0, mass))
 
 
-def follow(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
+def follow(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tensor, rate: float) -> None:
     """:func:`follow_reference` as an operator, compiled where it can be."""
     contiguous = prototypes.is_contiguous() and sums.is_contiguous() and seen.is_contiguous()
     single = contiguous and rows.compiled(prototypes, sums, seen)
     operator = torch.ops.proto_reg.follow_float32 if single else torch.ops.proto_reg.follow
-    operator.default(prototypes, sums, counts, seen, rate)
+    operator.default(prototypes, sums, mass, seen, rate)
 
 
-def _fake(prototypes: Tensor, sums: Tensor, counts: Tensor, seen: Tensor, rate: float) -> None:
+def _fake(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tensor, rate: float) -> None:
     return None
 
 
-_SCHEMA = "(Tensor(a!) prototypes, Tensor(b!) sums, Tensor(c!) counts, Tensor(d!) seen, float rate) -> ()"
+_SCHEMA = "(Tensor(a!) prototypes, Tensor(b!) sums, Tensor(c!) mass, Tensor(d!) seen, float rate) -> ()"
 for _name in ("follow", "follow_float32"):  # only the second has a compiled kernel
     torch.library.define(f"proto_reg::{_name}", _SCHEMA)
     torch.library.impl(f"proto_reg::{_name}", "CompositeExplicitAutograd")(follow_reference)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .follow import follow_reference
 from .mmd import anchored_mmd_loss_plain, anchored_mmd_reference
-from .rows import balance_plain, sums_by_group_plain, tally_plain
+from .rows import balance_plain, tally_plain, typical_sums_plain
 from .scores import scores_and_pull_back
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference
 
@@ -35,7 +35,7 @@ def balanced_step_plain(
     prototype_weight: float,
     mmd_weight: float,
     sums: Tensor | None,
-    counts: Tensor | None,
+    mass: Tensor | None,
     seen: Tensor | None,
     follow_rate: float,
     usage: Tensor | None,
@@ -53,7 +53,8 @@ def balanced_step_plain(
         marginals, epsilon, num_iters, tol, isolate: see :func:`~.sinkhorn_reference.sinkhorn_reference`.
         scales, unbiased, by_mass: see :func:`~.mmd.anchored_mmd_loss_plain`.
         prototype_weight, mmd_weight: sizes of the two parts of the direction.
-        sums, counts: (K, D) and (K,), to which finite latents and their number are added by prototype; None: not kept.
+        sums, mass: (K, D) and (K,), to which finite latents are added by prototype, weighted, and their weights; see
+            :func:`~.rows.typical_sums_plain`. None: not kept.
         usage, totals, steps: (K,) int64 and (4,), see :func:`~.rows.tally_plain`, and () int64, to which 1 is added;
             None: not kept.
 
@@ -64,8 +65,8 @@ def balanced_step_plain(
         scores, codes: (N, K)
         assignments: (N,) int64 largest code of each row.
     """
-    if sums is not None and counts is not None and seen is not None:
-        follow_reference(prototypes, sums, counts, seen, follow_rate)
+    if sums is not None and mass is not None and seen is not None:
+        follow_reference(prototypes, sums, mass, seen, follow_rate)
     sharp = 1.0 if sharpness is None else sharpness
     weights = None if mask is None else mask.to(z.dtype)
     found, pull_back = scores_and_pull_back(z, prototypes, scores)
@@ -83,10 +84,10 @@ def balanced_step_plain(
     if active is not None:
         direction, step, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, step, loss))
         followed = active > 0 if mask is None else mask & (active > 0)
-    if sums is not None and counts is not None:
-        both = sums_by_group_plain(z, assignments, followed, len(prototypes))
+    if sums is not None and mass is not None:
+        both = typical_sums_plain(z, assignments, followed, prototypes)
         sums.add_(both[:, :-1])
-        counts.add_(both[:, -1])
+        mass.add_(both[:, -1])
     if usage is not None and totals is not None and steps is not None:
         tally_plain(usage, totals, z, found, prototypes, mask, prototype_loss, mmd_loss)
         steps.add_(1)
@@ -97,7 +98,7 @@ torch.library.define(
     "proto_reg::balanced_step",
     "(Tensor z, Tensor? mask, Tensor(a!) prototypes, Tensor? marginals, Tensor? active, Tensor? sharpness, str scores, "
     "float epsilon, int num_iters, float? tol, bool isolate, float temperature, float[] scales, bool unbiased, "
-    "bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, Tensor(c!)? counts, Tensor(d!)? seen, "
+    "bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, Tensor(c!)? mass, Tensor(d!)? seen, "
     "float follow_rate, Tensor(e!)? usage, Tensor(f!)? totals, Tensor(g!)? steps) -> (Tensor direction, Tensor step, "
     "Tensor loss, Tensor prototype_loss, Tensor mmd_loss, Tensor scores, Tensor codes, Tensor assignments)",
 )
