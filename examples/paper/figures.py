@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, LogLocator
+from matplotlib.ticker import FixedLocator
 
 from .results import (
     NAMES,
@@ -173,7 +173,7 @@ def _padded(images: np.ndarray, columns: int) -> np.ndarray:
 def noise(runs: list[Run], results: Path, blocks: int = 3) -> Figure | None:
     """Figure 4 of one method: a line a prototype, in blocks side by side."""
     arrays = arrays_of(runs, results)
-    if arrays is None:
+    if arrays is None or "noise" not in arrays:  # the largest array: kept results may lack it
         return None
     prototypes, samples = arrays["prototypes"], arrays["noise"]
     columns = samples.shape[1] + 1
@@ -368,8 +368,11 @@ def _point(axis: Axes, x: Mean, y: Mean, method: str, name: str, offset: int) ->
 
 
 def plain_ticks(axis: Axis) -> None:
-    """1, 2 and 5 of each decade, written out."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 2 and 5 of each decade, written out; more of them where the axis spans less than one."""
+    low, high = axis.get_view_interval()
+    steps = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)
+    # Not LogLocator, which turns to linear ticks, one over the other, where it finds fewer than two.
+    axis.set_major_locator(FixedLocator([c * 10.0**n for n in range(-9, 9) for c in steps]))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: "")
 
