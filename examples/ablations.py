@@ -89,7 +89,6 @@ def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Calla
         "towards the mean, .02": build(follow_rate=0.0),
         "towards typical latents, .02": build(follow_rate=0.02),
         "towards typical latents, .05": build(follow_rate=0.05),
-        "towards typical latents, .2": build(follow_rate=0.2),
     }
 
 
