@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,17 @@ def test_follow(dim: int) -> None:
         for ours, theirs in zip(state, expected, strict=True):
             close(ours, theirs)
         assert torch.equal(state[0][0], v[0])
+
+
+@pytest.mark.parametrize("form", [follow, follow_reference])
+def test_latents_too_far_to_weigh_anything_move_nothing(form: Callable[..., None]) -> None:
+    """Where a weight of 1e-42 is all there is, its inverse is infinite."""
+    v = torch.randn(2, 8)
+    state = [v.clone(), torch.full((2, 8), 1e-30), torch.tensor([1e-42, 0.5]), v + 1]
+    with torch.no_grad():
+        form(*state, 0.02)
+    assert torch.equal(state[0][0], v[0])
+    close(state[0][1], 0.98 * v[1])
 
 
 def test_they_are_taken_where_they_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:

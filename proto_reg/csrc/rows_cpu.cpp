@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "cpu_targets.h"
@@ -118,7 +119,7 @@ void follow_cpu(float* prototypes, float* sums, float* mass, float* seen, int64_
   for (int64_t i = 0; i < rows * dim; ++i) moved |= prototypes[i] != seen[i];
   if (!moved) return;
   for (int64_t k = 0; k < rows; ++k)
-    if (mass[k] > 0)
+    if (mass[k] >= std::numeric_limits<float>::min())  // less has no digits, and no finite inverse
       combine(rate / mass[k], sums + k * dim, 1 - rate, prototypes + k * dim, dim,
               prototypes + k * dim);
   std::memset(sums, 0, sizeof(float) * rows * dim);

@@ -45,8 +45,8 @@ struct StepProblem {
 
   // State that the step adds to. Null where it is not kept.
   float *sums, *mass, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)
-  int64_t *usage, *steps;       // the meter's, (groups,), and the layer's, ()
-  float* totals;                // the meter's, (4,)
+  int64_t *usage, *steps;     // the meter's, (groups,), and the layer's, ()
+  float* totals;              // the meter's, (4,)
 
   // Out.
   float* direction;                        // (rows, dim)

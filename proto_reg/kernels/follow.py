@@ -23,8 +23,9 @@ def follow_reference(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tenso
     there = prototypes != seen.to(prototypes.dtype)
     moved = there.any()
     position = torch.where(there, prototypes.to(seen.dtype), seen)
-    way = sums / torch.where(mass > 0, mass, 1.0)[:, None] - position
-    way = torch.where(moved & (mass > 0)[:, None], way, 0.0)
+    weighed = mass >= torch.finfo(mass.dtype).tiny  # less has no digits: latents out of all proportion
+    way = sums / torch.where(weighed, mass, 1.0)[:, None] - position
+    way = torch.where(moved & weighed[:, None], way, 0.0)
     seen.copy_(position.add(way, alpha=rate))
     prototypes.copy_(seen)
     sums.copy_(torch.where(moved, 0.0, sums))
