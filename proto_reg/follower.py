@@ -30,6 +30,8 @@ class PrototypeFollower(WideState):
     Where prototypes have been converted to half precision, ``seen`` keeps the digits that they cannot hold: a way too
     short for bfloat16 adds up there from step to step, until it shows.
 
+    A single prototype has no gradient by which an optimizer could move it: it follows with every training pass.
+
     Args:
         prototypes: (K, D), for the shape and dtype of the state, which stays float32 or wider.
         rate: share of the way, in [0, 1); 0 leaves prototypes to the optimizer alone and keeps no state.

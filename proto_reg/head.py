@@ -21,7 +21,7 @@ class PrototypeHead(nn.Module):
 
     Args:
         latent_dim: D.
-        num_prototypes: K. With K = 1 the prototype loss has no gradient: the prototype stays where it is.
+        num_prototypes: K. With K = 1 the prototype loss has no gradient: only the layer's follower moves the prototype.
         scores: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
         init_std: standard deviation of the initial coordinates; .5 puts prototypes .7 sqrt(D) apart.

@@ -208,7 +208,7 @@ class PrototypicalRegularizer(nn.Module):
     @torch.no_grad()
     def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
-        if self.prototype_weight and self.head.num_prototypes > 1:
+        if self.prototype_weight:
             counted = keep
             if (active := self._active()) is not None:
                 counted = active > 0 if keep is None else keep & (active > 0)
@@ -269,7 +269,7 @@ class PrototypicalRegularizer(nn.Module):
     def _step(self, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool) -> Step:
         """What :meth:`_pull` returns for ``tokens`` (N, D), counted if ``tracking``; by one operator if it can be."""
         head, follower, by_itself = self.head, self.follower, share.group is None and self._one_group()
-        follows = self.prototype_weight > 0 and head.num_prototypes > 1
+        follows = self.prototype_weight > 0
         plain = self.queue is None and not self.soft and share.total <= self.max_tokens
         if by_itself and plain and (follows or not follower.rate):
             active = self._active()

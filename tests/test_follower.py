@@ -61,6 +61,14 @@ def test_prototypes_follow_whatever_optimizer_moves_them(optimizer: type, fused:
     assert torch.allclose(v, torch.full((3, 2), 3.5))
 
 
+@pytest.mark.parametrize("operator", ["follow", "follow_float32"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_single_prototype_waits_for_no_optimizer(operator: str, count: int) -> None:
+    v, sums, mass = torch.zeros(count, 2), torch.full((count, 2), 8.0), torch.full((count,), 2.0)
+    getattr(torch.ops.proto_reg, operator)(v, sums, mass, v.clone(), 0.5)
+    assert v.unique().tolist() == [2.0 if count == 1 else 0.0]
+
+
 def test_a_prototype_goes_to_one_of_two_kinds_and_not_between_them() -> None:
     """Two thirds of its latents around -4, one third around 4: their mean, near -1.3, would be like neither."""
     torch.manual_seed(0)

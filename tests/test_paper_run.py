@@ -23,7 +23,7 @@ from examples.paper.records import Records, held
 from examples.paper.session import Run, Session, new_method, runs_of
 from examples.paper.train import batches, train
 
-# The layer speaks up where a run is one to be warned of, such as that of one prototype, which never moves.
+# The layer speaks up where a run is one to be warned of, such as one of a step or two.
 pytestmark = pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 
 ROOT = Path(__file__).resolve().parents[1]

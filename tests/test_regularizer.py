@@ -187,18 +187,31 @@ def test_mmd_leaves_prototypes_alone() -> None:
     assert torch.autograd.grad(loss, layer.head.prototypes, allow_unused=True)[0] is None
 
 
-def test_a_single_prototype_stays_where_it_is() -> None:
-    layer = PrototypicalRegularizer(DIM, 1)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_single_prototype_follows_its_latents_without_a_gradient(rate: float) -> None:
+    layer = PrototypicalRegularizer(DIM, 1, follow_rate=rate)
     encoder = nn.Linear(DIM, DIM)
     optimizer = torch.optim.Adam([*encoder.parameters(), *layer.parameters()], lr=0.1)
     before = layer.head.prototypes.detach().clone()
-    for _ in range(5):
-        z, info = layer(encoder(torch.randn(BATCH, DIM)))
+    for _ in range(20):
+        z, info = layer(encoder(torch.randn(BATCH, DIM)) + 3)
         optimizer.zero_grad()
         z.square().mean().backward()
         assert not layer.head.prototypes.grad.any()
         optimizer.step()
         assert info.prototype_loss == 0
+    if rate:
+        assert (layer.head.prototypes - z.mean(0)).norm() < 0.2 * (before - z.mean(0)).norm()
+    else:
+        assert torch.equal(layer.head.prototypes, before)
+
+
+def test_a_frozen_single_prototype_stays_where_it_is() -> None:
+    layer = PrototypicalRegularizer(DIM, 1, follow_rate=0.5)
+    layer.head.prototypes.requires_grad_(False)
+    before = layer.head.prototypes.clone()
+    for _ in range(3):
+        layer(torch.randn(BATCH, DIM, requires_grad=True) + 3)
     assert torch.equal(layer.head.prototypes, before)
 
 
@@ -228,7 +241,7 @@ def test_prototypes_follow_their_latents_once_an_optimizer_moved_them() -> None:
 
 @pytest.mark.parametrize(
     ("prototypes", "options"),
-    [(K, {"warmup_steps": 99}), (K, {"prototype_weight": 0.0}), (1, {}), (K, {"follow_rate": 0.0})],
+    [(K, {"warmup_steps": 99}), (K, {"prototype_weight": 0.0}), (K, {"follow_rate": 0.0})],
 )
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_what_holds_prototypes_still_holds_them_still(prototypes: int, options: dict, decay: float) -> None:

@@ -115,7 +115,7 @@ void attach_cpu(const float* gradient, const float* direction, int64_t rows, int
 }
 
 void follow_cpu(float* prototypes, float* sums, float* mass, float* seen, int64_t rows, int64_t dim, float rate) {
-  bool moved = false;
+  bool moved = rows == 1;  // no optimizer moves a single one, whose loss has no gradient
   for (int64_t i = 0; i < rows * dim; ++i) moved |= prototypes[i] != seen[i];
   if (!moved) return;
   for (int64_t k = 0; k < rows; ++k)

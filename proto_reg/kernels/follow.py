@@ -15,13 +15,15 @@ from . import rows
 def follow_reference(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tensor, rate: float) -> None:
     """If ``prototypes`` differ from ``seen``: move them by ``rate`` of the way to sums / mass and forget those.
 
+    A single one moves in any case: its prototype loss has no gradient by which an optimizer could.
+
     Args:
         prototypes: (K, D), moved in place.
         sums, mass: (K, D) and (K,), latents observed since the last move, weighted, and their weights; zeroed in place.
         seen: (K, D), set in place to where the prototypes are now, with all its digits where it is the wider.
     """
     there = prototypes != seen.to(prototypes.dtype)
-    moved = there.any()
+    moved = there.any() | (prototypes.shape[0] == 1)
     position = torch.where(there, prototypes.to(seen.dtype), seen)
     weighed = mass >= torch.finfo(mass.dtype).tiny  # less has no digits: latents out of all proportion
     way = sums / torch.where(weighed, mass, 1.0)[:, None] - position
