@@ -32,8 +32,15 @@ NAMES = {
     "algorithm-1": "Algorithm 1, our defaults",
     "balanced": "balanced layer (ours)",
 }
+SHORT = NAMES | {
+    "algorithm-1-paper": "Algorithm 1 (paper)",
+    "algorithm-1": "Algorithm 1 (our defaults)",
+    "balanced": "balanced (ours)",
+}
 METHODS = tuple(NAMES)
 PROTOTYPICAL = ("algorithm-1-paper", "algorithm-1", "balanced")
+PLAIN = ("autoencoder", "vae", "infovae", "wae", "vq-vae")
+CURVES = (1, 2, 10, 30)  # the K whose curves and reconstructions are shown
 
 
 class Study(NamedTuple):
