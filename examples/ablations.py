@@ -1,8 +1,9 @@
-"""The measurements behind three choices: how prototypes learn, what becomes of a VAE's KL term and noise, and a queue.
+"""The measurements behind four choices: how prototypes learn, a VAE's KL term and noise, a queue, the latents' scale.
 
 python examples/ablations.py prototypes --data-dir DIR        # V by gradient, faster, from data, following its latents
 python examples/ablations.py kl --data-dir DIR                # the layer on mu or on the sample, KL dropped or kept
 python examples/ablations.py queue --data-dir DIR             # batches of 16 latents, with and without past ones
+python examples/ablations.py scale --data-dir DIR             # a linear output under a squared error: latents too close
 
 One line a run, then the mean over seeds of each variant. Without --data-dir: scikit-learn's digits.
 """
@@ -68,6 +69,31 @@ class Variant(VAE):
         return loss - 0.5 * (1 + logvar - mu.square() - logvar.exp()).sum() if self.kl else loss
 
 
+class LinearOutput(VAE):
+    """A plain autoencoder under a mean squared error, whose latents the layer sees ``scale`` times as large."""
+
+    def __init__(
+        self, pixels: int, args: argparse.Namespace, *, scale: float = 1.0, plain: bool = False, **layer
+    ) -> None:
+        super().__init__(pixels, args.latent_dim, args.hidden)
+        options = {"prototype_weight": args.prototype_weight} | layer
+        build = proto_reg.PrototypicalRegularizer
+        self.regularizer = None if plain else build(args.latent_dim, args.prototypes, **options)
+        self.scale = scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.scale * super().encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z / self.scale)
+
+    def loss(self, x: Tensor) -> Tensor:
+        z = self.encode(x)
+        if self.regularizer:
+            z, _ = self.regularizer(z)
+        return F.mse_loss(self.decode(z), x, reduction="sum")
+
+
 def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
     """How V may learn; all on mu, without noise and KL. ``follow_rate=0`` leaves V to its gradient."""
     form = {"on": "mu", "noise": False, "kl": False}
@@ -125,7 +151,16 @@ def queue_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
     }
 
 
-STUDIES = {"prototypes": prototype_variants, "kl": kl_variants, "queue": queue_variants}
+def scale_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], LinearOutput]]:
+    """What helps where the reconstruction leaves latents much closer to each other than N(v, I)."""
+    return {
+        "autoencoder": lambda: LinearOutput(pixels, args, plain=True),
+        **{f"latents times {c}": lambda c=c: LinearOutput(pixels, args, scale=c) for c in (1, 2, 4, 8)},
+        "mmd_weight = 1": lambda: LinearOutput(pixels, args, mmd_weight=1.0),
+    }
+
+
+STUDIES = {"prototypes": prototype_variants, "kl": kl_variants, "queue": queue_variants, "scale": scale_variants}
 
 
 @torch.no_grad()
@@ -137,7 +172,7 @@ def follow_the_mean(prototypes: Tensor, latents: Tensor, assignments: Tensor, ra
     prototypes.lerp_(torch.where(counts > 0, means, prototypes), rate)
 
 
-def train(name: str, model: Variant, data: Images, args: argparse.Namespace) -> None:
+def train(name: str, model: VAE, data: Images, args: argparse.Namespace) -> None:
     """An ordinary loop; the variants that need more than the layer get it here."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     if name.startswith("own group"):

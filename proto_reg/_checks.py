@@ -40,7 +40,18 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
 def check_instance(name: str, value: object, kind: type) -> None:
     """TypeError unless ``value`` is a ``kind``."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}. Derive yours from it.")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(
+            f"{name}: expected {article} {kind.__name__}, got {type(value).__name__}. Pass {kind.__name__}(...), or one "
+            "derived from it."
+        )
+
+
+def check_head(value: object) -> None:
+    """TypeError unless ``value`` has prototypes."""
+    if not hasattr(value, "prototypes"):
+        cure = "Pass its .head" if hasattr(value, "head") else "Pass a layer's .head"
+        raise TypeError(f"head: expected a PrototypeHead, got {type(value).__name__}. {cure}.")
 
 
 def check_floating(name: str, value: Tensor) -> Tensor:

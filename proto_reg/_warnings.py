@@ -109,6 +109,12 @@ class LayerWatch:
             self._read()
         self.looks += 1
         if self.looks % FIRST_LOOK == 0 and tokens.shape[0] and (self.looks // FIRST_LOOK).bit_count() == 1:
+            if not tokens.requires_grad:
+                self.say(
+                    "detached",
+                    "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
+                    "detach(), unless the encoder is to stay as it is.",
+                )
             self._measure(tokens.detach(), prototypes, assignments, prototype_loss.detach(), active_steps())
 
     def _measure(
@@ -128,6 +134,7 @@ class LayerWatch:
                 torch.pdist(shown.float()).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
                 untouched,
+                (shown.isfinite().all() & tokens.isfinite().all()).logical_not(),
             ]
         ).float()
         if figures.device.type != "cuda":
@@ -145,20 +152,28 @@ class LayerWatch:
         if event is not None and not event.query():
             return
         self._pending = None
-        loss, lowest, radius, separation, active_steps, untouched = figures.tolist()
+        loss, lowest, radius, separation, active_steps, untouched, broken = figures.tolist()
+        if broken:
+            self.say(
+                "finite",
+                "NaN or infinity in the latents or the prototypes: one such latent makes the gradient of a whole batch "
+                "NaN. Skip those steps, or let the layer leave such latents out: "
+                "assigner=SinkhornAssigner(nan_policy='isolate').",
+            )
         if untouched and active_steps > FIRST_LOOK:
             weighted = "Add info.loss to your loss (mode='weighted'), and give" if self.weighted else "Give"
             self.say(
                 "optimizer",
                 f"No optimizer has touched the prototypes in {FIRST_LOOK} training steps or more. {weighted} it the "
-                "layer's parameters, for example optimizer.add_param_group({'params': layer.parameters()}).",
+                "layer's parameters, for example optimizer.add_param_group({'params': layer.parameters()}), and decode "
+                "the z that the layer returns: its gradient comes back through it.",
             )
         if active_steps >= SETTLED and loss > 0.98:
             self.say(
                 "loss",
-                f"The prototype loss is still {loss:.2f} ln K after {active_steps:.0f} steps: every latent is spread "
-                "evenly over all prototypes. Lower the temperature, start from data (head.init_from) or use fewer "
-                "prototypes.",
+                f"The prototype loss is still {loss:.2f} ln K after {active_steps:.0f} steps: latents know their "
+                "prototypes no better than by chance. Lower the temperature, start from data (head.init_from) or use "
+                "fewer prototypes.",
             )
         if lowest >= 0:
             self.say(
@@ -178,7 +193,8 @@ class LayerWatch:
                 "narrow",
                 f"Mean r^2/D, the squared distance of latents from their prototypes per dimension, is {radius:.2f} "
                 f"after {active_steps:.0f} steps, where N(v, I) has 1: samples around prototypes would be noise to the "
-                "decoder. Raise mmd_weight, for example to 1; a linear output under a mean squared error needs that.",
+                f"decoder. Scale the latents by c = {radius**-0.5:.1f}: layer(c * encoder(x)), and decode z / c. Where "
+                "that cannot be, raise mmd_weight, which costs reconstruction.",
             )
         elif active_steps >= SETTLED and separation < SEPARATION:
             self.say(

@@ -38,9 +38,11 @@ class Layout:
         """
         check_floating("z", z)
         if z.ndim != len(self.axes) or z.shape[self.latent_axis] != latent_dim:
+            cure = "Set layout= and latent_dim= to what your encoder returns"
+            if z.ndim == len(self.axes) and z.shape[self.latent_axis] == 2 * latent_dim:
+                cure += f"; of mu and log variance in one tensor pass mu alone (attach: select=slice({latent_dim}))"
             raise ValueError(
-                f"z: expected a {self.pattern!r} tensor with d = {latent_dim}, got shape {tuple(z.shape)}. Set layout= "
-                "and latent_dim= to what your encoder returns."
+                f"z: expected a {self.pattern!r} tensor with d = {latent_dim}, got shape {tuple(z.shape)}. {cure}."
             )
         if z.numel() == 0 and not empty:
             raise ValueError(

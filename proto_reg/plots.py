@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_floating, check_matrix, check_positive_int
+from ._checks import check_choice, check_floating, check_head, check_matrix, check_positive_int
 from .head import PrototypeHead
 
 try:
@@ -46,6 +46,7 @@ def prototypes(
     Raises:
         TypeError, ValueError: an argument out of its range, or images that are not, named.
     """
+    check_head(head)
     check_positive_int("num_samples", num_samples, minimum=0)
     check_positive_int("blocks", blocks)
     chosen = [head.check_index(k) for k in (range(head.num_prototypes) if indices is None else indices)]
@@ -107,6 +108,7 @@ def latent_map(z: Tensor, head: PrototypeHead, labels: Tensor | None = None, *, 
         TypeError, ValueError: an argument out of its range, named.
         ImportError: without scikit-learn.
     """
+    check_head(head)
     check_matrix("z", z, head.latent_dim, axes="(N, D)")
     check_choice("method", method, MAPS)
     if labels is not None and labels.shape != z.shape[:1]:

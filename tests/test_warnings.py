@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -121,7 +122,27 @@ def test_a_last_smaller_batch_is_nothing_to_speak_of() -> None:
 def test_latents_that_stay_near_their_prototypes() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.1 * torch.randn(64, DIM)
-    assert "Raise mmd_weight" in one_of(layer, z, 410, "where N(v, I) has 1")
+    text = one_of(layer, z, 410, "where N(v, I) has 1")
+    scale = float(re.search(r"by c = (\d+\.\d)", text).group(1))
+    assert scale == pytest.approx(10, rel=0.1)
+
+
+def test_latents_without_a_gradient() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    z = layer.head.sample(64)
+    assert any("carry no gradient" in text for text in spoken(lambda: [layer(z) for _ in range(60)]))
+    z.requires_grad_()
+    assert not any("carry no gradient" in text for text in spoken(lambda: [layer(z) for _ in range(60)]))
+
+
+@pytest.mark.parametrize("where", ["latents", "prototypes"])
+def test_what_is_not_finite(where: str) -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    z = layer.head.sample(64)
+    with torch.no_grad():
+        (z if where == "latents" else layer.head.prototypes)[0, 0] = torch.nan
+    texts = spoken(lambda: [layer(z.requires_grad_()) for _ in range(60)])
+    assert any("nan_policy='isolate'" in text for text in texts)
 
 
 def test_errors_name_argument_expectation_and_cure() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels  # noqa: F401  (registers torch.ops.proto_reg)
-from .._checks import check_matrix, compute_dtype
+from .._checks import check_head, check_matrix, compute_dtype
 from .._distributed import Group, gather_rows, resolve
 from ..kernels.closed_forms import gaussian_null_variance
 from .mmd import DEFAULT_SCALES
@@ -47,6 +47,7 @@ def latent_metrics(
         TypeError, ValueError: a wrong rank, dtype or size, named.
         ImportError: labels without the extra.
     """
+    check_head(head)
     prototypes = cast(Tensor, head.prototypes)
     ranks = resolve(group)
     if ranks is not None:
