@@ -181,7 +181,7 @@ def train(name: str, model: VAE, data: Images, args: argparse.Namespace) -> None
         groups = [{"params": rest}, {"params": list(model.regularizer.parameters()), "lr": 1e-2}]
         optimizer = torch.optim.Adam(groups, lr=1e-3)
     step = 0
-    for _ in tqdm(range(args.epochs), desc=name, leave=False):
+    for _ in tqdm(range(args.epochs), desc=name, leave=False, disable=None):
         for index in torch.randperm(len(data.train)).split(args.batch_size):
             if name.startswith("k-means") and step == args.warmup:
                 with torch.no_grad():
@@ -209,7 +209,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: 64 for the digits, 256 for larger data; queue: 16")
     parser.add_argument("--only", nargs="*", help="names of the variants to run")
     args = parser.parse_args()
-    data = load(args.data_dir)
+    try:
+        data = load(args.data_dir)
+    except ValueError as error:
+        parser.error(str(error))
     small = len(data.train) < 10_000
     args.epochs = args.epochs or (100 if small else 8)
     args.latent_dim, args.hidden = (32, 256) if small else (256, 512)

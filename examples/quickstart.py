@@ -1,6 +1,6 @@
 """A VAE as people have it, and the same VAE with prototypes: two lines added, one dropped.
 
-python examples/quickstart.py                     # scikit-learn's digits, half a minute on a CPU core
+python examples/quickstart.py                     # scikit-learn's digits, a minute on a CPU core
 python examples/quickstart.py --data-dir DIR      # MNIST, Fashion-MNIST or CIFAR-10, as torchvision leaves them
 
 Prints a table, writes quickstart.png (each row: a decoded prototype and samples around it) and quickstart.pt, which
@@ -75,7 +75,7 @@ def train(model: VAE, data: Images, epochs: int, batch_size: int, seed: int) -> 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     start = time.perf_counter()
     model.train()
-    for _ in (progress := tqdm(range(epochs), desc=f"{type(model).__name__:>16}")):
+    for _ in (progress := tqdm(range(epochs), desc=f"{type(model).__name__:>16}", disable=None)):
         for index in torch.randperm(len(data.train), generator=generator).split(batch_size):
             loss = model.loss(data.train[index]) / len(index)
             optimizer.zero_grad()
@@ -118,7 +118,10 @@ def main() -> None:
     parser.add_argument("--latent-dim", type=int, help="default: 32 for the digits, 256 for larger data")
     parser.add_argument("--hidden", type=int, help="default: 256 for the digits, 512 for larger data")
     args = parser.parse_args()
-    data = load(args.data_dir)
+    try:
+        data = load(args.data_dir)
+    except ValueError as error:
+        parser.error(str(error))
     small = len(data.train) < 10_000
     args.epochs = args.epochs or (100 if small else 10)
     args.latent_dim = args.latent_dim or (32 if small else 256)

@@ -31,6 +31,9 @@ def main() -> None:
     model = PrototypicalVAE(**saved["config"])
     model.load_state_dict(saved["model"])
     model.eval()
+    for k in args.prototypes:
+        if k not in range(model.regularizer.head.num_prototypes):
+            parser.error(f"prototypes: {k} is not among 0 to {model.regularizer.head.num_prototypes - 1}.")
     figure = plots.prototypes(
         model.decode,
         model.regularizer.head,

@@ -32,7 +32,7 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r}). Pass a Python float.")
     bound = f" > {above:g}" if above is not None else f" >= {at_least:g}" if at_least is not None else ""
     too_low = (above is not None and not value > above) or (at_least is not None and not value >= at_least)
-    if too_low or not math.isfinite(value):
+    if too_low or not -math.inf < value < math.inf:  # math.isfinite takes no number that is being traced
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}. Choose a value in that range.")
     return float(value)
 
@@ -42,8 +42,8 @@ def check_instance(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(
-            f"{name}: expected {article} {kind.__name__}, got {type(value).__name__}. Pass {kind.__name__}(...), or one "
-            "derived from it."
+            f"{name}: expected {article} {kind.__name__}, got {type(value).__name__}. Pass {kind.__name__}(...), or "
+            "one derived from it."
         )
 
 

@@ -85,6 +85,7 @@ class LayerWatch:
     def at_step(
         self,
         tokens: Tensor,
+        keep: Tensor | None,
         total: int,
         prototypes: Tensor,
         assignments: Tensor,
@@ -92,7 +93,7 @@ class LayerWatch:
         active_steps: Callable[[], Tensor],
         queue_size: int = 0,
     ) -> None:
-        """Look at a training step of latents (N, D), ``total`` in all processes.
+        """Look at a training step of latents (N, D), of which ``keep`` (N,) count, ``total`` in all processes.
 
         Shapes always, values after 50, 100, 200, ... steps; only then ``active_steps``, those since warm-up, is called.
         """
@@ -115,10 +116,16 @@ class LayerWatch:
                     "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
                     "detach(), unless the encoder is to stay as it is.",
                 )
-            self._measure(tokens.detach(), prototypes, assignments, prototype_loss.detach(), active_steps())
+            self._measure(tokens.detach(), keep, prototypes, assignments, prototype_loss.detach(), active_steps())
 
     def _measure(
-        self, tokens: Tensor, prototypes: Tensor, assignments: Tensor, prototype_loss: Tensor, active_steps: Tensor
+        self,
+        tokens: Tensor,
+        keep: Tensor | None,
+        prototypes: Tensor,
+        assignments: Tensor,
+        prototype_loss: Tensor,
+        active_steps: Tensor,
     ) -> None:
         """Queue the figures to look at; on a GPU they arrive while it works on."""
         learns, prototypes = prototypes.requires_grad, prototypes.detach()
@@ -126,11 +133,14 @@ class LayerWatch:
         last, self._last = self._last, shown.clone()
         known = learns and several and last is not None and last.device == shown.device
         untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros(())
+        lowest, radius = tokens.amin(1), (tokens - prototypes[assignments]).square().mean(1)
+        if keep is not None:
+            lowest, radius = torch.where(keep, lowest, torch.inf), torch.where(keep, radius, 0.0)
         figures = torch.stack(
             [
                 prototype_loss / math.log(max(2, len(prototypes))),
-                tokens.amin(),
-                (tokens - prototypes[assignments]).square().mean(),
+                lowest.amin(),
+                radius.mean() if keep is None else radius.sum() / keep.sum().clamp_min(1),
                 torch.pdist(shown.float()).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
                 untouched,
@@ -175,7 +185,7 @@ class LayerWatch:
                 "prototypes no better than by chance. Lower the temperature, start from data (head.init_from) or use "
                 "fewer prototypes.",
             )
-        if lowest >= 0:
+        if 0 <= lowest < math.inf:
             self.say(
                 "sign",
                 "All latents are >= 0: no normal distribution around a prototype looks like that. Let the encoder end "

@@ -210,6 +210,8 @@ def _put(output: Any, select: Select, axis: int, z: Tensor) -> Any:
         return output._make(entries) if hasattr(output, "_make") else type(output)(entries)
     if dataclasses.is_dataclass(output) and not isinstance(output, (Mapping, type)):
         return dataclasses.replace(output, **{select: z})
+    if hasattr(output, "_replace"):
+        return output._replace(**{select: z})
     changed = copy.copy(output)
     if isinstance(output, Mapping):
         changed[select] = z

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from ._distributed import sum_
+from .kernels.once import Once
 from .kernels.rows import add_at_weights, attach, balance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+ONCE = (
+    "PrototypicalRegularizer: expected one derivative through mode='balanced', got a second. Use mode='weighted', or "
+    "call the layer where no gradient is to be differentiated."
+)
 
 
 class AttachDirection(torch.autograd.Function):
@@ -40,6 +46,8 @@ class AttachDirection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         direction, counted, *steps = ctx.saved_tensors
+        if direction is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            direction = Once.apply(direction, gradient, ONCE)
         if direction is None:  # both weights are 0: not even an added zero, and prototypes without a gradient
             return None, gradient, None, None, *([None] * 2 * len(steps))
         if ctx.group is None and counted is None and len(steps) == 1 and gradient.dtype == direction.dtype:

@@ -71,12 +71,23 @@ class PrototypeFollower(WideState):
         if shards is not None:
             self._move_shards(prototypes, shards)
             return
-        eager = not torch.compiler.is_compiling()
-        # Nobody has touched them by torch's count, which fused optimizers do not keep: the device compares. Its write
-        # of nothing goes past the count too, for graphs that hold the prototypes would mind.
-        untouched = eager and prototypes._version == self._seen_version
-        follow(prototypes.data if untouched else prototypes, self.sums, self.mass, self.seen, self.rate)
-        if eager and prototypes._version != self._seen_version:
+        touched = self.touched(prototypes)
+        follow(prototypes if touched else prototypes.data, self.sums, self.mass, self.seen, self.rate)
+        if touched:
+            self.saw(prototypes)
+
+    def touched(self, prototypes: Tensor) -> bool:
+        """Whether anybody has written to them since :meth:`saw`, by torch's count.
+
+        Fused optimizers do not keep it, so the device compares in any case. Where it says no, a write of nothing goes
+        past the count too, for graphs that hold the prototypes would mind; so does the move of a single prototype.
+        """
+        return torch.compiler.is_compiling() or prototypes._version != self._seen_version
+
+    def saw(self, prototypes: Tensor) -> None:
+        """They were moved: graphs that hold them are out of date, which compiled kernels do not tell torch."""
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(prototypes)
             self._seen_version = prototypes._version
 
     def _move_shards(self, prototypes: Tensor, shards: Any) -> None:

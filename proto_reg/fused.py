@@ -45,7 +45,7 @@ def fused_step(
         return None
     prototypes, marginals = head.prototypes, assigner.marginals
     sums = mass = seen = usage = totals = steps = None
-    rate = 0.0
+    rate, follower = 0.0, None
     if counters is not None:
         follower, meter, steps = counters
         usage, totals = meter.counts, meter.totals
@@ -58,7 +58,7 @@ def fused_step(
         return None
     if sums is not None and not (sums.is_contiguous() and prototypes.is_contiguous()):
         return None
-    return torch.ops.proto_reg.balanced_step.default(
+    results = torch.ops.proto_reg.balanced_step.default(
         z,
         keep,
         prototypes,
@@ -84,3 +84,6 @@ def fused_step(
         totals,
         steps,
     )
+    if follower is not None and prototypes.requires_grad and follower.touched(prototypes):
+        follower.saw(prototypes)
+    return results

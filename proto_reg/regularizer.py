@@ -197,7 +197,7 @@ class PrototypicalRegularizer(nn.Module):
             if tracking:
                 self._count(tokens.detach(), keep, output)
         if tracking:
-            self._look(tokens, share, output)
+            self._look(tokens, keep, share, output)
         return z, output if self.layout.is_rows else self._to_layout(output, z)
 
     def _move(self) -> None:
@@ -209,9 +209,11 @@ class PrototypicalRegularizer(nn.Module):
     def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
         if self.prototype_weight:
-            counted = keep
+            counted = output.prototype_loss.isfinite()  # NaN codes say nothing of whose a latent is
             if (active := self._active()) is not None:
-                counted = active > 0 if keep is None else keep & (active > 0)
+                counted = counted & (active > 0)
+            if keep is not None:
+                counted = keep & counted
             self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
@@ -219,13 +221,13 @@ class PrototypicalRegularizer(nn.Module):
             self.queue.push(tokens, keep)
         self.steps.add_(1)
 
-    def _look(self, tokens: Tensor, share: Share, output: RegularizerOutput) -> None:
+    def _look(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
         """Have the watch look at a training forward of ``tokens`` (N, D)."""
         head, past = self.head, 0 if self.queue is None else self.queue.size
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
         prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
         losses = output.assignments, output.prototype_loss
-        self.watch.at_step(tokens, share.total, prototypes, *losses, lambda: self.steps - self.warmup_steps, past)
+        self.watch.at_step(tokens, keep, share.total, prototypes, *losses, lambda: self.steps - self.warmup_steps, past)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
@@ -348,7 +350,7 @@ class PrototypicalRegularizer(nn.Module):
             output = self._losses(tokens, keep, share)
         if count and self.tracking:
             self._count(tokens.detach(), keep, output)
-            self._look(tokens, share, output)
+            self._look(tokens, keep, share, output)
         return self._to_layout(output, z)
 
     @property

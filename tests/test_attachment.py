@@ -172,6 +172,7 @@ FORMS = {
     "tuple": (lambda a, b: (a, b), 0, lambda out: out[0]),
     "list": (lambda a, b: [b, a], -1, lambda out: out[-1]),
     "named tuple": (Pair, 0, lambda out: out.mu),
+    "named tuple by name": (Pair, "mu", lambda out: out.mu),
     "dict": (lambda a, b: {"mu": a, "logvar": b}, "mu", lambda out: out["mu"]),
     "ordered dict": (lambda a, b: OrderedDict(mu=a, logvar=b), "mu", lambda out: out["mu"]),
     "dataclass": (Frozen, "mu", lambda out: out.mu),

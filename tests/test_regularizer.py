@@ -536,3 +536,54 @@ def test_components_can_be_replaced() -> None:
     with pytest.raises(ValueError, match="soft: expected False"):
         PrototypicalRegularizer(DIM, K, soft=True, mmd=proto_reg.AnchoredMMDLoss(target="sampled"))
     assert "mode='balanced'" in repr(layer)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_a_single_prototype_pulls_at_no_latent(rate: float) -> None:
+    """Its codes are 1 but for rounding, which scaled to the size of the gradient would be a pull."""
+    layer = PrototypicalRegularizer(DIM, 1, mmd_weight=0.0, follow_rate=rate)
+    z, gradient = torch.randn(64, DIM, requires_grad=True), torch.randn(64, DIM)
+    layer(z)[0].backward(gradient)
+    assert torch.equal(z.grad, gradient)
+    assert not layer.head.prototypes.grad.any()
+
+
+def test_soft_clusters_of_hardly_a_latent_stay_finite() -> None:
+    for seed in range(60):
+        torch.manual_seed(seed)
+        layer = PrototypicalRegularizer(32, 30, soft=True, head=proto_reg.PrototypeHead(32, 30, scores="dot"))
+        z = torch.randn(16, 32, requires_grad=True)
+        out, info = layer(z)
+        out.sum().backward()
+        assert info.mmd_loss.isfinite()
+        assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_latent_that_is_not_finite_is_nobodys(soft: bool) -> None:
+    """All codes of its batch are NaN: no prototype may be drawn to latents that it does not own."""
+    layer = PrototypicalRegularizer(DIM, K, soft=soft)
+    z = torch.randn(BATCH, DIM)
+    z[3, 2] = torch.inf
+    layer(z.requires_grad_())
+    assert not layer.follower.mass.any()
+
+
+def test_moved_prototypes_tell_graphs_that_hold_them() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    layer(z)[0].sum().backward()
+    optimizer.step()
+    held = layer.head.prototypes.pow(3).sum()
+    layer(z)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        held.backward()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    (gradient,) = torch.autograd.grad((layer(z)[0] ** 3).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="got a second"):
+        gradient.square().sum().backward()

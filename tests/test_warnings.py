@@ -127,6 +127,13 @@ def test_latents_that_stay_near_their_prototypes() -> None:
     assert scale == pytest.approx(10, rel=0.1)
 
 
+def test_latents_that_do_not_count_are_not_looked_at() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    layer.head.prototypes.data.copy_(20 * torch.eye(DIM)[:K])
+    z, mask = layer.head.sample(200), torch.arange(200) < 100
+    assert spoken(lambda: [layer(z.requires_grad_(), mask) for _ in range(60)]) == []
+
+
 def test_latents_without_a_gradient() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     z = layer.head.sample(64)

@@ -1,6 +1,7 @@
 // The layer's balanced training step on the CPU, made of the kernels that are there for its parts.
 #include "step_cpu.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "cpu_workspace.h"
@@ -118,7 +119,8 @@ struct Solver {
 
   void track() const {
     const Counted counted{problem.mask, 1};
-    if (problem.sums && problem.active > 0)
+    // NaN codes say nothing of whose a latent is.
+    if (problem.sums && problem.active > 0 && std::isfinite(*problem.prototype_loss))
       add_typical_cpu(problem.z, problem.assignments, counted, problem.prototypes, problem.rows, problem.dim,
                       problem.groups, problem.sums, problem.dim, problem.mass, 1);
     if (problem.usage)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._checks import check_choice, check_mask, check_matrix, check_number, compute_dtype
 from .._distributed import Group, resolve, size, sum_
 from ..kernels.scores import SCORES, scores_plain
+from ..kernels.sinkhorn_reference import away_from_codes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,6 +96,6 @@ def prototype_cross_entropy_and_gradient(
     """:func:`prototype_cross_entropy` and its gradient by ``scores`` (B, K), in closed form: no graph is built."""
     ranks = resolve(group)
     loss, count = _loss_and_count(scores, codes, temperature, mask, ranks)
-    gradient = (scores.to(loss.dtype) / temperature).softmax(1) - codes
+    gradient = away_from_codes((scores.to(loss.dtype) / temperature).softmax(1), codes)
     gradient = gradient if mask is None else torch.where(mask[:, None], gradient, 0.0)
     return loss, gradient * (size(ranks) / (temperature * count))

@@ -146,7 +146,7 @@ def weighted_mmd_reference(
         mass = weights.sum(0)
         p = weights / mass.clamp_min(torch.finfo(z.dtype).tiny)
         spread = (p * (1 - p)).sum(0)  # 1 - sum p^2, without the cancellation
-        alive = spread > 0
+        alive = spread > torch.finfo(z.dtype).eps  # a cluster of less than two latents, but for rounding
         share = mass / mass.sum().clamp_min(torch.finfo(z.dtype).tiny) if by_mass else torch.ones_like(mass)
         share = torch.where(alive, share, 0.0)
         c = share / torch.where(alive, spread, 1.0) if unbiased else share

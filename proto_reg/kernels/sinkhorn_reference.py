@@ -96,7 +96,13 @@ def cross_entropy_of_rows(x: Tensor, codes: Tensor, temperature: float) -> tuple
     """-sum_k q_k log softmax_k(x / tau) of each row (B,), and its gradient by ``x`` (B, K)."""
     log_p = ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
     # A prototype that gets nothing contributes nothing, even where its score is -inf.
-    return -(codes * log_p.clamp_min(torch.finfo(x.dtype).min)).sum(1), (log_p.exp() - codes) / temperature
+    loss = -(codes * log_p.clamp_min(torch.finfo(x.dtype).min)).sum(1)
+    return loss, away_from_codes(log_p.exp(), codes) / temperature
+
+
+def away_from_codes(p: Tensor, codes: Tensor) -> Tensor:
+    """p - q, for predictions and codes (B, K): of a single prototype 0, not the rounding of a code near 1."""
+    return p - codes if codes.shape[1] > 1 else 0 * codes
 
 
 def differentiable_sinkhorn(
