@@ -1,6 +1,6 @@
 """VectorQuantize and VectorPrototypes in one model, one swapped for the other: digits through 2 x 2 maps of latents.
 
-A squared error leaves latents closer than N(v, I) has them, so prototypes see them six times as large. Needs proto_reg[vq].
+A squared error leaves latents close together, so prototypes see them six times as large. Needs proto_reg[vq].
 """
 
 from __future__ import annotations

@@ -90,11 +90,12 @@ def frontier(runs: list[Run]) -> Figure | None:
     left, right_axis = figure.subplots(1, 2, sharex=True)
     betas = [name for name, *_ in points if "beta = " in name]
     for name, method, error, right, regular in points:
-        # One below, the next above its mark: large betas end in the same place.
-        offset = 0 if name not in betas else 8 if betas.index(name) % 2 else -13
-        _point(left, error, right, method, name, offset)
+        # One below, the next above its mark, for large betas end in the same place; on the right, where small ones lie
+        # above ours, the other way round.
+        offsets = (8, -13) if name in betas and betas.index(name) % 2 else (-13, 8)
+        _point(left, error, right, method, name, offsets[0])
         if regular:
-            _point(right_axis, error, regular, method, name, offset)
+            _point(right_axis, error, regular, method, name, offsets[1])
     for axis in (left, right_axis):
         axis.set(xlabel="test MSE per pixel", xscale="log")
         axis.margins(x=0.12)
