@@ -156,6 +156,21 @@ def test_errors_name_argument_expectation_and_cure() -> None:
     cases = [
         (lambda: SinkhornAssigner(-0.1), ValueError, "epsilon: expected a finite number > 0, got -0.1"),
         (lambda: SinkhornAssigner("a"), TypeError, "epsilon: expected a number"),
+        (
+            lambda: proto_reg.functional.latent_metrics(torch.randn(8, DIM), PrototypicalRegularizer(DIM, K)),
+            TypeError,
+            "head: expected a PrototypeHead, got PrototypicalRegularizer. Pass its .head.",
+        ),
+        (
+            lambda: PrototypicalRegularizer(DIM, K)(torch.randn(8, 2 * DIM)),
+            ValueError,
+            f"attach: select=slice({DIM})",
+        ),
+        (
+            lambda: PrototypicalRegularizer(DIM, K, mmd="energy"),
+            TypeError,
+            "mmd: expected an AnchoredMMDLoss, got str. Pass AnchoredMMDLoss(...)",
+        ),
         (lambda: SinkhornAssigner(num_iters=0), ValueError, "num_iters: expected an int >= 1, got 0"),
         (lambda: SinkhornAssigner(num_iters=2.5), TypeError, "num_iters: expected an int"),
         (lambda: SinkhornAssigner(marginals=[0.5, 0.6]), ValueError, "sum 1.1. Divide them by their sum"),
