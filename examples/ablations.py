@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from evaluation import evaluate, print_table, train_judge
-from image_data import Images, load
+from image_data import Images, load_for
 from quickstart import VAE
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -69,16 +69,13 @@ class Variant(VAE):
         return loss - 0.5 * (1 + logvar - mu.square() - logvar.exp()).sum() if self.kl else loss
 
 
-class LinearOutput(VAE):
+class LinearOutput(Variant):
     """A plain autoencoder under a mean squared error, whose latents the layer sees ``scale`` times as large."""
 
     def __init__(
-        self, pixels: int, args: argparse.Namespace, *, scale: float = 1.0, plain: bool = False, **layer
+        self, pixels: int, args: argparse.Namespace, *, on: str | None = "mu", scale: float = 1.0, **layer
     ) -> None:
-        super().__init__(pixels, args.latent_dim, args.hidden)
-        options = {"prototype_weight": args.prototype_weight} | layer
-        build = proto_reg.PrototypicalRegularizer
-        self.regularizer = None if plain else build(args.latent_dim, args.prototypes, **options)
+        super().__init__(pixels, args, on=on, noise=False, kl=False, **layer)
         self.scale = scale
 
     def encode(self, x: Tensor) -> Tensor:
@@ -154,7 +151,7 @@ def queue_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
 def scale_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], LinearOutput]]:
     """What helps where the reconstruction leaves latents much closer to each other than N(v, I)."""
     return {
-        "autoencoder": lambda: LinearOutput(pixels, args, plain=True),
+        "autoencoder": lambda: LinearOutput(pixels, args, on=None),
         **{f"latents times {c}": lambda c=c: LinearOutput(pixels, args, scale=c) for c in (1, 2, 4, 8)},
         "mmd_weight = 1": lambda: LinearOutput(pixels, args, mmd_weight=1.0),
     }
@@ -172,7 +169,7 @@ def follow_the_mean(prototypes: Tensor, latents: Tensor, assignments: Tensor, ra
     prototypes.lerp_(torch.where(counts > 0, means, prototypes), rate)
 
 
-def train(name: str, model: VAE, data: Images, args: argparse.Namespace) -> None:
+def train(name: str, model: Variant, data: Images, args: argparse.Namespace) -> None:
     """An ordinary loop; the variants that need more than the layer get it here."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     if name.startswith("own group"):
@@ -209,10 +206,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: 64 for the digits, 256 for larger data; queue: 16")
     parser.add_argument("--only", nargs="*", help="names of the variants to run")
     args = parser.parse_args()
-    try:
-        data = load(args.data_dir)
-    except ValueError as error:
-        parser.error(str(error))
+    data = load_for(parser, args.data_dir)
     small = len(data.train) < 10_000
     args.epochs = args.epochs or (100 if small else 8)
     args.latent_dim, args.hidden = (32, 256) if small else (256, 512)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import pickle
 import struct
@@ -40,6 +41,14 @@ def load(data_dir: Path | None = None) -> Images:
         f"--data-dir: expected train-images-idx3-ubyte[.gz], {' or '.join(CIFAR)} in {data_dir} or below it, found "
         "neither. Name the folder that torchvision.datasets was given as root."
     )
+
+
+def load_for(parser: argparse.ArgumentParser, data_dir: Path | None) -> Images:
+    """:func:`load` for a program: what is wrong with the folder is its usage error."""
+    try:
+        return load(data_dir)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def load_digits() -> Images:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from evaluation import evaluate, print_table, train_judge
-from image_data import Images, load
+from image_data import Images, load_for
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -118,10 +118,7 @@ def main() -> None:
     parser.add_argument("--latent-dim", type=int, help="default: 32 for the digits, 256 for larger data")
     parser.add_argument("--hidden", type=int, help="default: 256 for the digits, 512 for larger data")
     args = parser.parse_args()
-    try:
-        data = load(args.data_dir)
-    except ValueError as error:
-        parser.error(str(error))
+    data = load_for(parser, args.data_dir)
     small = len(data.train) < 10_000
     args.epochs = args.epochs or (100 if small else 10)
     args.latent_dim = args.latent_dim or (32 if small else 256)

@@ -32,8 +32,10 @@ def main() -> None:
     model.load_state_dict(saved["model"])
     model.eval()
     for k in args.prototypes:
-        if k not in range(model.regularizer.head.num_prototypes):
-            parser.error(f"prototypes: {k} is not among 0 to {model.regularizer.head.num_prototypes - 1}.")
+        try:
+            model.regularizer.head.check_index(k)
+        except ValueError as error:
+            parser.error(str(error))
     figure = plots.prototypes(
         model.decode,
         model.regularizer.head,

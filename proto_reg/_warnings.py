@@ -133,14 +133,14 @@ class LayerWatch:
         last, self._last = self._last, shown.clone()
         known = learns and several and last is not None and last.device == shown.device
         untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros(())
-        lowest, radius = tokens.amin(1), (tokens - prototypes[assignments]).square().mean(1)
-        if keep is not None:
-            lowest, radius = torch.where(keep, lowest, torch.inf), torch.where(keep, radius, 0.0)
+        keep = torch.ones_like(assignments, dtype=torch.bool) if keep is None else keep
+        lowest = torch.where(keep, tokens.amin(1), torch.inf)
+        radius = torch.where(keep, (tokens - prototypes[assignments]).square().mean(1), 0.0)
         figures = torch.stack(
             [
                 prototype_loss / math.log(max(2, len(prototypes))),
                 lowest.amin(),
-                radius.mean() if keep is None else radius.sum() / keep.sum().clamp_min(1),
+                radius.sum() / keep.sum(),  # NaN, of which nothing is said, where none counts
                 torch.pdist(shown.float()).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
                 untouched,
@@ -162,7 +162,19 @@ class LayerWatch:
         if event is not None and not event.query():
             return
         self._pending = None
-        loss, lowest, radius, separation, active_steps, untouched, broken = figures.tolist()
+        self._judge(*figures.tolist())
+
+    def _judge(
+        self,
+        loss: float,
+        lowest: float,
+        radius: float,
+        separation: float,
+        active_steps: float,
+        untouched: float,
+        broken: float,
+    ) -> None:
+        """Say what the figures of :meth:`_measure` tell, in their order."""
         if broken:
             self.say(
                 "finite",
@@ -199,12 +211,13 @@ class LayerWatch:
                 "AnchoredMMDLoss('energy'), or scale the latents down.",
             )
         if active_steps >= SETTLED and radius < NARROW:
+            scale = max(radius, 1e-6) ** -0.5
             self.say(
                 "narrow",
                 f"Mean r^2/D, the squared distance of latents from their prototypes per dimension, is {radius:.2f} "
                 f"after {active_steps:.0f} steps, where N(v, I) has 1: samples around prototypes would be noise to the "
-                f"decoder. Scale the latents by c = {radius**-0.5:.1f}: layer(c * encoder(x)), and decode z / c. Where "
-                "that cannot be, raise mmd_weight, which costs reconstruction.",
+                f"decoder. Scale the latents by c = {scale:.1f}: layer(c * encoder(x)), and decode z / c. Where that "
+                "cannot be, raise mmd_weight, which costs reconstruction.",
             )
         elif active_steps >= SETTLED and separation < SEPARATION:
             self.say(

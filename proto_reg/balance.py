@@ -46,10 +46,10 @@ class AttachDirection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         direction, counted, *steps = ctx.saved_tensors
-        if direction is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            direction = Once.apply(direction, gradient, ONCE)
         if direction is None:  # both weights are 0: not even an added zero, and prototypes without a gradient
             return None, gradient, None, None, *([None] * 2 * len(steps))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            direction = Once.apply(direction, gradient, ONCE)
         if ctx.group is None and counted is None and len(steps) == 1 and gradient.dtype == direction.dtype:
             by_z, by_parameter = attach(gradient, direction, *steps)
             return None, by_z, None, None, None, by_parameter

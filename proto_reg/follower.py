@@ -71,24 +71,21 @@ class PrototypeFollower(WideState):
         if shards is not None:
             self._move_shards(prototypes, shards)
             return
-        touched = self.touched(prototypes)
-        follow(prototypes if touched else prototypes.data, self.sums, self.mass, self.seen, self.rate)
-        if touched:
-            self.saw(prototypes)
+        # Fused optimizers do not keep torch's count, so the device compares in any case. Where nobody has touched them
+        # by that count, a write of nothing goes past it too, for graphs that hold the prototypes would mind; so does
+        # the move of a single prototype.
+        follow(prototypes if self._touched(prototypes) else prototypes.data, self.sums, self.mass, self.seen, self.rate)
+        self.moved(prototypes)
 
-    def touched(self, prototypes: Tensor) -> bool:
-        """Whether anybody has written to them since :meth:`saw`, by torch's count.
-
-        Fused optimizers do not keep it, so the device compares in any case. Where it says no, a write of nothing goes
-        past the count too, for graphs that hold the prototypes would mind; so does the move of a single prototype.
-        """
-        return torch.compiler.is_compiling() or prototypes._version != self._seen_version
-
-    def saw(self, prototypes: Tensor) -> None:
-        """They were moved: graphs that hold them are out of date, which compiled kernels do not tell torch."""
-        if not torch.compiler.is_compiling():
+    def moved(self, prototypes: Tensor) -> None:
+        """Tell graphs that hold what had been touched that it was moved since: compiled kernels do not."""
+        if self._touched(prototypes) and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(prototypes)
             self._seen_version = prototypes._version
+
+    def _touched(self, prototypes: Tensor) -> bool:
+        """Whether anybody has written to them since they were last moved, by torch's count."""
+        return torch.compiler.is_compiling() or prototypes._version != self._seen_version
 
     def _move_shards(self, prototypes: Tensor, shards: Any) -> None:
         """Every rank computes the same move of all prototypes, and makes it in its own part."""

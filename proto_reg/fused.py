@@ -84,6 +84,6 @@ def fused_step(
         totals,
         steps,
     )
-    if follower is not None and prototypes.requires_grad and follower.touched(prototypes):
-        follower.saw(prototypes)
+    if follower is not None and prototypes.requires_grad:
+        follower.moved(prototypes)
     return results

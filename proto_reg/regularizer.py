@@ -19,6 +19,7 @@ from .follower import PrototypeFollower
 from .functional.problem import check_marginals, usable
 from .fused import fused_step
 from .head import PrototypeHead
+from .kernels.follow import followed
 from .kernels.once import transforming
 from .kernels.snapshot import snapshot
 from .layout import Layout
@@ -209,11 +210,7 @@ class PrototypicalRegularizer(nn.Module):
     def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
         """Count a training forward of ``tokens`` (N, D)."""
         if self.prototype_weight:
-            counted = output.prototype_loss.isfinite()  # NaN codes say nothing of whose a latent is
-            if (active := self._active()) is not None:
-                counted = counted & (active > 0)
-            if keep is not None:
-                counted = keep & counted
+            counted = followed(output.prototype_loss, self._active(), keep)
             self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
@@ -271,9 +268,8 @@ class PrototypicalRegularizer(nn.Module):
     def _step(self, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool) -> Step:
         """What :meth:`_pull` returns for ``tokens`` (N, D), counted if ``tracking``; by one operator if it can be."""
         head, follower, by_itself = self.head, self.follower, share.group is None and self._one_group()
-        follows = self.prototype_weight > 0
         plain = self.queue is None and not self.soft and share.total <= self.max_tokens
-        if by_itself and plain and (follows or not follower.rate):
+        if by_itself and plain and (self.prototype_weight or not follower.rate):
             active = self._active()
             sharpness = self._sharpness() if self.temperature_steps else None
             counters = (follower if follower.rate else None, self.meter, self.steps) if tracking else None

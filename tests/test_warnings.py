@@ -127,6 +127,16 @@ def test_latents_that_stay_near_their_prototypes() -> None:
     assert scale == pytest.approx(10, rel=0.1)
 
 
+def test_latents_on_their_prototypes_and_none_at_all() -> None:
+    """A radius of 0 has no finite scale as its cure, and one of no latents says nothing."""
+    layer = PrototypicalRegularizer(DIM, K, mmd_weight=0.0)
+    z = layer.head.prototypes.detach()[torch.arange(64) % K].requires_grad_()
+    assert "by c = " in one_of(layer, z, 410, "where N(v, I) has 1")
+    layer, nothing = PrototypicalRegularizer(DIM, K), torch.zeros(64, dtype=torch.bool)
+    texts = spoken(lambda: [layer(z, nothing) for _ in range(410)])
+    assert not any("r^2/D" in text or ">= 0" in text for text in texts)
+
+
 def test_latents_that_do_not_count_are_not_looked_at() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     layer.head.prototypes.data.copy_(20 * torch.eye(DIM)[:K])

@@ -34,6 +34,18 @@ def follow_reference(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tenso
     mass.copy_(torch.where(moved, 0.0, mass))
 
 
+def followed(prototype_loss: Tensor, active: Tensor | None, mask: Tensor | None) -> Tensor:
+    """(N,) or () bool: which latents of a pass are to be followed.
+
+    None while the loss is not at work (``active`` () 0), or where it is NaN, for NaN codes say nothing of whose a
+    latent is; else those that ``mask`` (N,) keeps.
+    """
+    counted = prototype_loss.isfinite()
+    if active is not None:
+        counted = counted & (active > 0)
+    return counted if mask is None else mask & counted
+
+
 def follow(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tensor, rate: float) -> None:
     """:func:`follow_reference` as an operator, compiled where it can be."""
     contiguous = prototypes.is_contiguous() and sums.is_contiguous() and seen.is_contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .follow import follow_reference
+from .follow import follow_reference, followed
 from .mmd import anchored_mmd_loss_plain, anchored_mmd_reference
 from .rows import balance_plain, tally_plain, typical_sums_plain
 from .scores import scores_and_pull_back
@@ -80,12 +80,10 @@ def balanced_step_plain(
     )
     direction, scale = balance_plain(by_tokens, by_latents, prototype_weight, mmd_weight)
     step, loss = scale * by_prototypes, prototype_weight * prototype_loss + mmd_weight * mmd_loss
-    followed = prototype_loss.isfinite()
     if active is not None:
         direction, step, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, step, loss))
-        followed = followed & (active > 0)
     if sums is not None and mass is not None:
-        both = typical_sums_plain(z, assignments, followed if mask is None else mask & followed, prototypes)
+        both = typical_sums_plain(z, assignments, followed(prototype_loss, active, mask), prototypes)
         sums.add_(both[:, :-1])
         mass.add_(both[:, -1])
     if usage is not None and totals is not None and steps is not None:
