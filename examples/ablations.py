@@ -70,19 +70,13 @@ class Variant(VAE):
 
 
 class LinearOutput(Variant):
-    """A plain autoencoder under a mean squared error, whose latents the layer sees ``scale`` times as large."""
+    """A plain autoencoder under a mean squared error."""
 
-    def __init__(
-        self, pixels: int, args: argparse.Namespace, *, on: str | None = "mu", scale: float = 1.0, **layer
-    ) -> None:
+    def __init__(self, pixels: int, args: argparse.Namespace, *, on: str | None = "mu", **layer) -> None:
         super().__init__(pixels, args, on=on, noise=False, kl=False, **layer)
-        self.scale = scale
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.scale * super().encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z / self.scale)
+        return self.decoder(z)
 
     def loss(self, x: Tensor) -> Tensor:
         z = self.encode(x)
@@ -152,7 +146,7 @@ def scale_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
     """What helps where the reconstruction leaves latents much closer to each other than N(v, I)."""
     return {
         "autoencoder": lambda: LinearOutput(pixels, args, on=None),
-        **{f"latents times {c}": lambda c=c: LinearOutput(pixels, args, scale=c) for c in (1, 2, 4, 8)},
+        **{f"std = {std:g}": lambda std=std: LinearOutput(pixels, args, std=std) for std in (1, 0.5, 0.25, 0.125)},
         "mmd_weight = 1": lambda: LinearOutput(pixels, args, mmd_weight=1.0),
     }
 

@@ -30,7 +30,7 @@ def main() -> None:
     train, test = data.train.unflatten(1, data.shape), data.test.unflatten(1, data.shape)
 
     # Was: model = AE(AEConfig(input_dim=data.shape, latent_dim=16))
-    model = PrototypicalAE(PrototypicalAEConfig(input_dim=data.shape, latent_dim=16, num_prototypes=30))
+    model = PrototypicalAE(PrototypicalAEConfig(input_dim=data.shape, latent_dim=16, num_prototypes=30, std=0.7))
     config = BaseTrainerConfig(
         output_dir=str(args.out), num_epochs=args.epochs, learning_rate=1e-3, per_device_train_batch_size=48
     )

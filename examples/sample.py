@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("prototypes", type=int, nargs="+", help="which prototypes, a row of images each")
     parser.add_argument("--checkpoint", type=Path, default=Path("quickstart.pt"))
     parser.add_argument("--num-samples", type=int, default=8)
-    parser.add_argument("--std", type=float, default=1.0, help="1: the distribution trained for; less: more typical")
+    parser.add_argument("--std", type=float, help="less than that of training (1) for more typical ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """VectorQuantize and VectorPrototypes in one model, one swapped for the other: digits through 2 x 2 maps of latents.
 
-A squared error leaves latents close together, so prototypes see them six times as large. Needs proto_reg[vq].
+A squared error leaves latents close together: prototypes aim at a sixth of their usual distance. Needs proto_reg[vq].
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from proto_reg.integrations.vq import VectorPrototypes
 class Model(nn.Module):
     """An autoencoder with something in the call shape of a quantiser between encoder and decoder."""
 
-    def __init__(self, vq: nn.Module, dim: int, scale: float) -> None:
+    def __init__(self, vq: nn.Module, dim: int) -> None:
         super().__init__()
-        self.scale = scale
         self.encoder = nn.Sequential(nn.Conv2d(1, 64, 4, stride=4), nn.ReLU(), nn.Conv2d(64, dim, 1))
         self.vq = vq
         self.decoder = nn.Sequential(nn.Conv2d(dim, 64, 1), nn.ReLU(), nn.ConvTranspose2d(64, 1, 4, 4))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, indices, loss = self.vq(self.scale * self.encoder(x))
-        return self.decoder(z / self.scale), indices, loss
+        z, indices, loss = self.vq(self.encoder(x))
+        return self.decoder(z), indices, loss
 
 
 def main() -> None:
@@ -37,9 +36,9 @@ def main() -> None:
     args = parser.parse_args()
     data = load()
     train, test = data.train.unflatten(1, data.shape), data.test.unflatten(1, data.shape)
-    for kind, scale in ((VectorQuantize, 1), (VectorPrototypes, 6)):
+    for kind, options in ((VectorQuantize, {}), (VectorPrototypes, {"std": 1 / 6})):
         torch.manual_seed(0)
-        model = Model(kind(dim=16, codebook_size=32, accept_image_fmap=True), dim=16, scale=scale)
+        model = Model(kind(dim=16, codebook_size=32, accept_image_fmap=True, **options), dim=16)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(args.epochs):
             for x in train[torch.randperm(len(train))].split(48):
@@ -50,7 +49,7 @@ def main() -> None:
                 optimizer.step()
         with torch.no_grad():
             reconstruction, indices, _ = model.eval()(test)
-            hard = model.decoder(model.vq.get_codes_from_indices(indices) / scale)
+            hard = model.decoder(model.vq.get_codes_from_indices(indices))
         usage = torch.bincount(indices.flatten(), minlength=32) / indices.numel()
         mse = f"{F.mse_loss(reconstruction, test):.4f}, from indices alone {F.mse_loss(hard, test):.4f}"
         print(f"{kind.__name__}: test MSE {mse}, perplexity {torch.special.entr(usage).sum().exp():.1f} of 32")

@@ -141,7 +141,7 @@ class PrototypicalAutoencoder(nn.Module):
         prototype: int | None = None,
         *,
         size: Sequence[int] | None = None,
-        std: float = 1.0,
+        std: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Decoded latents (num_samples, C, H, W) around one prototype, or around prototypes drawn uniformly if None.
@@ -149,7 +149,7 @@ class PrototypicalAutoencoder(nn.Module):
         Args:
             size: (h, w) or (t, h, w) of the latent maps whose positions are drawn, each on its own; not with
                 ``map_size``.
-            std: standard deviation around the prototype: 1 is what training aims at, 0 the prototype itself.
+            std: standard deviation around the prototype: None is what training aims at, 0 the prototype itself.
 
         Raises:
             TypeError, ValueError: an argument out of its range.
@@ -165,7 +165,9 @@ class PrototypicalAutoencoder(nn.Module):
         return self.decode(self._maps(z, shape))
 
     @torch.no_grad()
-    def sample_like(self, assignments: Tensor, *, std: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample_like(
+        self, assignments: Tensor, *, std: float | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Decoded latents around the prototypes ``assignments``, ``info.assignments`` of real pictures for example.
 
         ``std=0`` decodes the prototypes alone, as a vector-quantised autoencoder would. Raises TypeError or ValueError
@@ -181,7 +183,7 @@ class PrototypicalAutoencoder(nn.Module):
             head.check_index(int(extreme))
         v = head.prototypes[assignments.flatten()]
         noise = torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
-        return self.decode(self._maps(v + std * noise, assignments.shape))
+        return self.decode(self._maps(v + (head.std if std is None else std) * noise, assignments.shape))
 
     def _maps(self, z: Tensor, shape: torch.Size) -> Tensor:
         """Rows ``z`` (N, D), one for each entry of positions of ``shape``, as the latents that the vae decodes."""

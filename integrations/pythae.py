@@ -35,12 +35,13 @@ class PrototypicalAEConfig(AEConfig):
         latent_dim: D.
         num_prototypes: K.
         scores: ``"cosine"``, ``"dot"`` or ``"euclidean"``, see :class:`proto_reg.PrototypeHead`.
-        mode, temperature, prototype_weight, mmd_weight, warmup_steps, follow_rate: see
+        std, mode, temperature, prototype_weight, mmd_weight, warmup_steps, follow_rate: see
             :class:`proto_reg.PrototypicalRegularizer`.
     """
 
     num_prototypes: int = 30
     scores: str = "cosine"
+    std: float = 1.0
     mode: str = "balanced"
     temperature: float = 0.1
     prototype_weight: float = 0.03
@@ -77,7 +78,7 @@ class PrototypicalAE(AE):
         self.regularizer = PrototypicalRegularizer(
             c.latent_dim,
             c.num_prototypes,
-            head=PrototypeHead(c.latent_dim, c.num_prototypes, scores=c.scores),
+            head=PrototypeHead(c.latent_dim, c.num_prototypes, scores=c.scores, std=c.std),
             mode=c.mode,
             temperature=c.temperature,
             prototype_weight=c.prototype_weight,
@@ -132,11 +133,11 @@ class PrototypeSamplerConfig(BaseSamplerConfig):
 
     Args:
         prototype: the one to sample around; None draws them uniformly.
-        std: standard deviation around it: 1 is what training aims at, 0 the prototype itself.
+        std: standard deviation around it: None is what training aims at, 0 the prototype itself.
     """
 
     prototype: int | None = None
-    std: float = 1.0
+    std: float | None = None
 
 
 class PrototypeSampler(BaseSampler):

@@ -18,7 +18,7 @@ class VectorPrototypes(nn.Module):
     """Prototypes where a codebook was: ``z, indices, loss = vq(z)``.
 
     Unlike a quantiser it returns the latents themselves, so nothing is lost in reconstruction: ``indices`` say which
-    prototype each belongs to, and in training the latents gather around their prototypes, N(v, I) each. In
+    prototype each belongs to, and in training the latents gather around their prototypes, N(v, std^2 I) each. In
     ``mode="balanced"`` that happens in the backward pass and ``loss`` is 0; in ``mode="weighted"`` it is yours to add.
 
     Args:

@@ -30,6 +30,7 @@ class LayerWatch:
     def __init__(self) -> None:
         self.said: set[str] = set()
         self.weighted = False
+        self.std = 1.0
         self._small = False  # the last batch had fewer latents than there are prototypes
         self.looks = 0
         self._last: Tensor | None = None  # the prototypes at the last look
@@ -88,6 +89,7 @@ class LayerWatch:
         keep: Tensor | None,
         total: int,
         prototypes: Tensor,
+        std: float,
         assignments: Tensor,
         prototype_loss: Tensor,
         active_steps: Callable[[], Tensor],
@@ -95,7 +97,8 @@ class LayerWatch:
     ) -> None:
         """Look at a training step of latents (N, D), of which ``keep`` (N,) count, ``total`` in all processes.
 
-        Shapes always, values after 50, 100, 200, ... steps; only then ``active_steps``, those since warm-up, is called.
+        ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D). Shapes are looked at always,
+        values after 50, 100, 200, ... steps; only then ``active_steps``, those since warm-up, is called.
         """
         if torch.compiler.is_compiling():
             return
@@ -116,6 +119,7 @@ class LayerWatch:
                     "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
                     "detach(), unless the encoder is to stay as it is.",
                 )
+            self.std = std
             self._measure(tokens.detach(), keep, prototypes, assignments, prototype_loss.detach(), active_steps())
 
     def _measure(
@@ -135,13 +139,13 @@ class LayerWatch:
         untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros(())
         keep = torch.ones_like(assignments, dtype=torch.bool) if keep is None else keep
         lowest = torch.where(keep, tokens.amin(1), torch.inf)
-        radius = torch.where(keep, (tokens - prototypes[assignments]).square().mean(1), 0.0)
+        radius = torch.where(keep, ((tokens - prototypes[assignments]) / self.std).square().mean(1), 0.0)
         figures = torch.stack(
             [
                 prototype_loss / math.log(max(2, len(prototypes))),
                 lowest.amin(),
                 radius.sum() / keep.sum(),  # NaN, of which nothing is said, where none counts
-                torch.pdist(shown.float()).amin() if several else prototypes.new_full((), torch.inf),
+                torch.pdist(shown.float() / self.std).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
                 untouched,
                 (shown.isfinite().all() & tokens.isfinite().all()).logical_not(),
@@ -163,6 +167,9 @@ class LayerWatch:
             return
         self._pending = None
         self._judge(*figures.tolist())
+
+    def _target(self) -> str:
+        return "N(v, I)" if self.std == 1 else f"N(v, {self.std:g}^2 I)"
 
     def _judge(
         self,
@@ -206,24 +213,24 @@ class LayerWatch:
         if radius > 50:
             self.say(
                 "radius",
-                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension, is {radius:.0f} "
-                "where N(v, I) has 1: the Gaussian kernel has next to no gradient there. Use "
-                "AnchoredMMDLoss('energy'), or scale the latents down.",
+                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
+                f"{radius:.0f}, where {self._target()} has 1: the Gaussian kernel has next to no gradient there. Use "
+                f"AnchoredMMDLoss('energy'), or aim at wider distributions: std={self.std * radius**0.5:.2g}.",
             )
         if active_steps >= SETTLED and radius < NARROW:
-            scale = max(radius, 1e-6) ** -0.5
+            std = self.std * max(radius, 1e-6) ** 0.5
             self.say(
                 "narrow",
-                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension, is {radius:.2f} "
-                f"after {active_steps:.0f} steps, where N(v, I) has 1: samples around prototypes would be noise to the "
-                f"decoder. Scale the latents by c = {scale:.1f}: layer(c * encoder(x)), and decode z / c. Where that "
-                "cannot be, raise mmd_weight, which costs reconstruction.",
+                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
+                f"{radius:.2f} after {active_steps:.0f} steps, where {self._target()} has 1: samples around prototypes "
+                f"would be noise to the decoder. Aim at narrower distributions, which costs nothing: std={std:.2g} in "
+                "PrototypicalRegularizer.",
             )
         elif active_steps >= SETTLED and separation < SEPARATION:
             self.say(
                 "separation",
-                f"Two prototypes are {separation:.2f} apart, inside each other's noise of standard deviation 1. Raise "
-                "mmd_weight, or use fewer prototypes.",
+                f"Two prototypes are {separation:.2f} std apart, inside each other's noise. Lower "
+                "std, raise mmd_weight, or use fewer prototypes.",
             )
 
 

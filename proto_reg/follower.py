@@ -96,14 +96,22 @@ class PrototypeFollower(WideState):
         self.seen.copy_(prototypes)  # in the dtype that they are gathered in
         shards.to_local().add_(local_part(moved - before, shards))
 
-    def observe(self, tokens: Tensor, assignments: Tensor, prototypes: Tensor, counted: Tensor | None = None) -> None:
+    def observe(
+        self,
+        tokens: Tensor,
+        assignments: Tensor,
+        prototypes: Tensor,
+        counted: Tensor | None = None,
+        std: float = 1.0,
+    ) -> None:
         """Remember the finite ones of latents ``tokens`` (N, D) by their ``prototypes`` (K, D), ``assignments`` (N,).
 
-        ``counted`` (N,) or () bool says which latents count. Sums are taken over all processes of the group.
+        ``counted`` (N,) or () bool says which latents count, ``std`` is the unit of distances. Sums are taken over all
+        processes of the group.
         """
         if not self.rate:
             return
-        both = typical_sums(tokens.to(self.sums.dtype), assignments, counted, prototypes)
+        both = typical_sums(tokens.to(self.sums.dtype), assignments, counted, prototypes, std)
         both = sum_(both, self.ranks.active())
         # Not +=, which would have the module register its buffers anew.
         self.sums.add_(both[:, :-1])

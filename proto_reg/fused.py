@@ -66,6 +66,7 @@ def fused_step(
         active,
         sharpness,
         head.scores,
+        head.std,
         assigner.epsilon,
         assigner.num_iters,
         assigner.tol,

@@ -17,14 +17,17 @@ from .kernels.scores import scores_and_pull_back
 
 
 class PrototypeHead(nn.Module):
-    """K prototypes in a latent space of D dimensions.
+    """K prototypes in a latent space of D dimensions, and the normal distribution N(v, std^2 I) around each.
 
     Args:
         latent_dim: D.
         num_prototypes: K. With K = 1 the prototype loss has no gradient: only the layer's follower moves the prototype.
         scores: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
-        init_std: standard deviation of the initial coordinates; .5 puts prototypes .7 sqrt(D) apart.
+        std: standard deviation of the distribution around each prototype that training aims at. Reconstruction decides
+            how far apart an encoder puts latents: README, "The scale of the latents", tells which one fits.
+        init_std: standard deviation of the initial coordinates; by default std / 2, which puts prototypes
+            .7 std sqrt(D) apart.
 
     Attributes:
         prototypes: Parameter (K, D), the points themselves: ``decoder(head.prototypes)`` shows them.
@@ -35,12 +38,21 @@ class PrototypeHead(nn.Module):
 
     shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
 
-    def __init__(self, latent_dim: int, num_prototypes: int, *, scores: str = "cosine", init_std: float = 0.5) -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        num_prototypes: int,
+        *,
+        scores: str = "cosine",
+        std: float = 1.0,
+        init_std: float | None = None,
+    ) -> None:
         super().__init__()
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.num_prototypes = check_positive_int("num_prototypes", num_prototypes)
         self.scores = check_choice("scores", scores, SCORES)
-        self.init_std = check_number("init_std", init_std, above=0)
+        self.std = check_number("std", std, above=0)
+        self.init_std = self.std / 2 if init_std is None else check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
         self.reset_parameters()
 
@@ -64,7 +76,7 @@ class PrototypeHead(nn.Module):
                 f"z: expected shape (..., {self.latent_dim}), got {tuple(z.shape)}. Put the latent axis last, or build "
                 "the head with the latent_dim of your encoder."
             )
-        return prototype_scores(z, self.prototypes, self.scores)
+        return prototype_scores(z, self.prototypes, self.scores, std=self.std)
 
     def in_closed_form(self) -> bool:
         """Whether scores and their gradients are those of the formulas: a head of one's own may compute others."""
@@ -78,7 +90,7 @@ class PrototypeHead(nn.Module):
         """
         if self.in_closed_form():
             v = self.prototypes.detach().to(z.dtype)
-            scores, to_both = scores_and_pull_back(z, v, self.scores)
+            scores, to_both = scores_and_pull_back(z, v, self.scores, self.std)
 
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
                 by_z, by_prototypes = to_both(by_scores)
@@ -133,9 +145,9 @@ class PrototypeHead(nn.Module):
         else:
             self.prototypes[index] = points.to(self.prototypes.dtype)
 
-    def mixture(self, std: float = 1.0) -> PrototypeMixture:
-        """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``."""
-        return PrototypeMixture(self.prototypes, std)
+    def mixture(self, std: float | None = None) -> PrototypeMixture:
+        """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``; None: the head's std."""
+        return PrototypeMixture(self.prototypes, self.std if std is None else std)
 
     @torch.no_grad()
     def sample(
@@ -143,16 +155,16 @@ class PrototypeHead(nn.Module):
         num_samples: int,
         prototype: int | None = None,
         *,
-        std: float = 1.0,
+        std: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw latents (num_samples, D) around one prototype, or around prototypes drawn uniformly if None.
 
-        ``std`` is the standard deviation around the prototype: 1 is the distribution that training aims at, 0 the
+        ``std`` is the standard deviation around the prototype: None is the head's, which training aims at, 0 the
         prototype itself. Raises TypeError or ValueError for an argument out of its range.
         """
         check_positive_int("num_samples", num_samples)
-        check_number("std", std, at_least=0)
+        std = self.std if std is None else check_number("std", std, at_least=0)
         v = self.prototypes
         if prototype is None:
             index = torch.randint(len(v), (num_samples,), device=v.device, generator=generator)
@@ -174,7 +186,7 @@ class PrototypeHead(nn.Module):
         return index
 
     def extra_repr(self) -> str:
-        return f"{self.latent_dim}, {self.num_prototypes}, scores={self.scores!r}, init_std={self.init_std:g}"
+        return f"{self.latent_dim}, {self.num_prototypes}, scores={self.scores!r}, std={self.std:g}"
 
 
 class PrototypeMixture(MixtureSameFamily):

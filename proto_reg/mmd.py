@@ -12,7 +12,7 @@ from .functional.mmd import BACKENDS, DEFAULT_SCALES, anchored_mmd, anchored_mmd
 
 
 class AnchoredMMDLoss(nn.Module):
-    """Squared MMD between the latents of each prototype and the normal distribution N(v_k, I) around it.
+    """Squared MMD between the latents of each prototype and the normal distribution N(v_k, std^2 I) around it.
 
     See :func:`proto_reg.functional.anchored_mmd` for the formula and every option.
 
@@ -57,22 +57,22 @@ class AnchoredMMDLoss(nn.Module):
         self.backend = check_choice("backend", backend, BACKENDS)
         self.ranks = Ranks(group)
 
-    def forward(self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Scalar loss of latents ``z`` (B, D) around ``anchors`` (K, D).
+    def forward(
+        self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None, std: float = 1.0
+    ) -> Tensor:
+        """Scalar loss of latents ``z`` (B, D) around ``anchors`` (K, D), the normal distributions of deviation ``std``.
 
         ``assignments`` are (B,) int64 or (B, K) weights, ``mask`` (B,) bool leaves latents out.
         """
-        return anchored_mmd(
-            z, anchors, assignments, mask=mask, group=self.ranks.active(self.training), **self._options()
-        )
+        group = self.ranks.active(self.training)
+        return anchored_mmd(z, anchors, assignments, mask=mask, std=std, group=group, **self._options())
 
     def value_and_gradient(
-        self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None
+        self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None, std: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """The loss () and its gradient by ``z`` (B, D), both without autograd history."""
-        return anchored_mmd_and_gradient(
-            z, anchors, assignments, mask=mask, group=self.ranks.active(self.training), **self._options()
-        )
+        group = self.ranks.active(self.training)
+        return anchored_mmd_and_gradient(z, anchors, assignments, mask=mask, std=std, group=group, **self._options())
 
     def _options(self) -> dict:
         names = ("kernel", "scales", "target", "statistic", "reduction", "features", "seed", "backend")

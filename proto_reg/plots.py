@@ -30,7 +30,7 @@ def prototypes(
     head: PrototypeHead,
     *,
     num_samples: int = 9,
-    std: float = 1.0,
+    std: float | None = None,
     image_shape: tuple[int, int, int] | None = None,
     indices: list[int] | None = None,
     blocks: int = 1,
@@ -40,6 +40,7 @@ def prototypes(
 
     Args:
         decode: latents (n, D) -> images (n, C, H, W) in [0, 1], or (n, C*H*W) with ``image_shape`` (C, H, W).
+        std: None: the head's.
         indices: which prototypes, all by default.
         blocks: columns of rows, to keep many prototypes on one screen.
 
@@ -49,6 +50,7 @@ def prototypes(
     check_head(head)
     check_positive_int("num_samples", num_samples, minimum=0)
     check_positive_int("blocks", blocks)
+    std = head.std if std is None else std
     chosen = [head.check_index(k) for k in (range(head.num_prototypes) if indices is None else indices)]
     if not chosen:
         raise ValueError("indices: expected at least one prototype, got none. Leave it out to draw all.")

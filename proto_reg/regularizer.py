@@ -52,6 +52,9 @@ class PrototypicalRegularizer(nn.Module):
     Args:
         latent_dim: D.
         num_prototypes: K.
+        std: standard deviation of the normal distribution around each prototype that training aims at, in the units of
+            the latents: 1 or, if a head is given, the head's. Where the layer warns that latents are too close to each
+            other for it, the warning says what fits.
         head, assigner, mmd: components to use instead of the default ones.
         temperature: tau of eq. 10, > 0; or ``(start, end)``, from one to the other in ``temperature_steps`` steps after
             warm-up. The assigner's epsilon belongs to ``end`` and goes along in proportion: were it fixed, codes and
@@ -92,6 +95,7 @@ class PrototypicalRegularizer(nn.Module):
         latent_dim: int,
         num_prototypes: int,
         *,
+        std: float | None = None,
         head: PrototypeHead | None = None,
         assigner: SinkhornAssigner | None = None,
         mmd: AnchoredMMDLoss | None = None,
@@ -115,10 +119,11 @@ class PrototypicalRegularizer(nn.Module):
     ) -> None:
         super().__init__()
         self.ranks, self.gatherer = Ranks(group), Gatherer()
-        self.head = PrototypeHead(latent_dim, num_prototypes) if head is None else head
+        sizes = latent_dim, num_prototypes
+        self.head = PrototypeHead(*sizes, std=1.0 if std is None else std) if head is None else head
         self.assigner = SinkhornAssigner(group=group) if assigner is None else assigner
         self.mmd = AnchoredMMDLoss(group=group) if mmd is None else mmd
-        self._check_components(latent_dim, num_prototypes, soft)
+        self._check_components(latent_dim, num_prototypes, std, soft)
         self.temperature_steps = check_positive_int("temperature_steps", temperature_steps, minimum=0)
         self.start_temperature, self.temperature = check_temperature(temperature, temperature_steps)
         self.prototype_weight = check_number("prototype_weight", prototype_weight, at_least=0)
@@ -156,7 +161,7 @@ class PrototypicalRegularizer(nn.Module):
             weighted=self.mode == "weighted",
         )
 
-    def _check_components(self, latent_dim: int, num_prototypes: int, soft: bool) -> None:
+    def _check_components(self, latent_dim: int, num_prototypes: int, std: float | None, soft: bool) -> None:
         """TypeError or ValueError for components that are not ours or do not fit together."""
         check_instance("head", self.head, PrototypeHead)
         check_instance("assigner", self.assigner, SinkhornAssigner)
@@ -166,6 +171,8 @@ class PrototypicalRegularizer(nn.Module):
                 f"head: expected latent_dim={latent_dim} and num_prototypes={num_prototypes}, got "
                 f"{self.head.latent_dim} and {self.head.num_prototypes}. Build both with the same sizes."
             )
+        if std is not None and std != self.head.std:
+            raise ValueError(f"head: expected std={std}, got {self.head.std}. Give it to one of the two.")
         if self.assigner.marginals is not None:
             check_marginals(self.assigner.marginals, num_prototypes)
         if soft and (self.mmd.target == "sampled" or self.mmd.features is not None):
@@ -211,7 +218,7 @@ class PrototypicalRegularizer(nn.Module):
         """Count a training forward of ``tokens`` (N, D)."""
         if self.prototype_weight:
             counted = followed(output.prototype_loss, self._active(), keep)
-            self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted)
+            self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted, self.head.std)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:
@@ -223,8 +230,8 @@ class PrototypicalRegularizer(nn.Module):
         head, past = self.head, 0 if self.queue is None else self.queue.size
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
         prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
-        losses = output.assignments, output.prototype_loss
-        self.watch.at_step(tokens, keep, share.total, prototypes, *losses, lambda: self.steps - self.warmup_steps, past)
+        found = output.assignments, output.prototype_loss, lambda: self.steps - self.warmup_steps
+        self.watch.at_step(tokens, keep, share.total, prototypes, head.std, *found, past)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
@@ -358,15 +365,15 @@ class PrototypicalRegularizer(nn.Module):
         """What the layer saw in training since the last reset, over all ranks; one read from the device.
 
         Returns:
-            A dict of floats, NaN where nothing was seen:
+            A dict of floats, distances in units of the head's std, NaN where nothing was seen:
 
             * ``prototype_loss``, ``mmd_loss``: means over training forward passes.
             * ``perplexity``: exp of the entropy of :attr:`usage`, at most K; ``dead``: prototypes without a latent.
             * ``duplicates``: prototypes less than 2 from another; ``separation``: distance of the nearest two.
-            * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, I).
+            * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, std^2 I).
             * ``active``: share of their full size that the weights have now: 0 in warm-up, 1 after the ramp.
         """
-        return self.meter.metrics(whole(self.head.prototypes.detach()), active=self._ramp())
+        return self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=self._ramp())
 
     def reset_metrics(self) -> None:
         """Start counting anew, for example with each epoch."""
@@ -395,7 +402,7 @@ class PrototypicalRegularizer(nn.Module):
             threshold: share of the latents since the last reset below which a prototype is dead; .1 / K by default, a
                 tenth of an equal share. In balanced training the smallest share settles between .13 / K (K = 100) and
                 .87 / K (K = 10; digits, 30 epochs).
-            duplicates: also revive prototypes less than 2 from one with more latents.
+            duplicates: also revive prototypes less than 2 std from one with more latents.
             generator: of the draw.
 
         Returns:
@@ -426,7 +433,7 @@ class PrototypicalRegularizer(nn.Module):
         """
         group = options.get("group", "default")
         choices: dict[str, Any] = {
-            "head": PrototypeHead(latent_dim, num_prototypes, scores="dot"),
+            "head": PrototypeHead(latent_dim, num_prototypes, scores="dot", std=options.get("std", 1.0)),
             "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum", group=group),
             "mode": "weighted",
             "prototype_weight": 1.0,
@@ -462,8 +469,8 @@ class PrototypicalRegularizer(nn.Module):
 
     def _mmd_arguments(
         self, z: Tensor, codes: Tensor, assignments: Tensor, keep: Tensor | None, index: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the MMD is taken of: tokens (of ``index``) and past ones, the anchors, members, and which count."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+        """What the MMD is taken of: tokens (of ``index``) and past ones, the anchors, members, which count, and std."""
         members = codes if self.soft else assignments
         if self.queue is not None:
             members, past = members[: z.shape[0]], members[z.shape[0] :]
@@ -472,7 +479,7 @@ class PrototypicalRegularizer(nn.Module):
         if self.queue is not None and self.queue_mmd and self.training:
             z, keep = self.queue.below(z, keep, self.ranks.active())
             members = torch.cat([members, past])
-        return z, self.head.prototypes.detach(), members, keep
+        return z, self.head.prototypes.detach(), members, keep, self.head.std
 
     def _subsample(self, count: int, keep: Tensor | None, share: Share) -> tuple[Tensor | None, Tensor | None]:
         """Indices of the tokens that may enter the MMD, None for all, and which of these do; None for all of them."""

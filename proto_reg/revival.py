@@ -40,7 +40,7 @@ def revive(
     gone = unused(usage, threshold)
     prototypes = whole(head.prototypes.detach())
     if duplicates:
-        gone = gone | superfluous(prototypes, usage, ~gone)
+        gone = gone | superfluous(prototypes / head.std, usage, ~gone)
     index = gone.nonzero()[:, 0]
     if len(index):
         head.place(index, draw_far(prototypes, gone, latents, generator, group))
@@ -60,7 +60,7 @@ def unused(usage: Tensor, threshold: float | None) -> Tensor:
 
 
 def superfluous(prototypes: Tensor, usage: Tensor, alive: Tensor) -> Tensor:
-    """(K,) bool: living prototypes within 2, the noise of both, of one that has more latents and stays."""
+    """(K,) bool: living ``prototypes`` (K, D), in units of std, within 2 of one that has more latents and stays."""
     v = prototypes.float().cpu()
     near = torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist") < SEPARATION
     alive, stays = alive.cpu(), torch.zeros(len(v), dtype=torch.bool)

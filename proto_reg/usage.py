@@ -71,11 +71,11 @@ class UsageMeter(WideState):
         return self.counts / self.counts.sum().clamp_min(1)
 
     @torch.no_grad()
-    def metrics(self, prototypes: Tensor, **others: Tensor) -> dict[str, float]:
-        """Everything as floats, NaN where nothing was counted, and ``others``; one read from the device."""
+    def metrics(self, prototypes: Tensor, std: float, **others: Tensor) -> dict[str, float]:
+        """Everything as floats, distances in units of ``std``, NaN where nothing was counted; read once."""
         usage, latents = self.usage, self.counts.sum()
         prototype_loss, mmd_loss, passes, distance = self.totals.unbind()
-        apart = nearest_other(prototypes)
+        apart = nearest_other(prototypes) / std
         nothing = latents == 0
         figures = {
             "prototype_loss": prototype_loss / passes,
@@ -84,7 +84,7 @@ class UsageMeter(WideState):
             "dead": torch.where(nothing, torch.nan, (self.counts == 0).sum()),
             "duplicates": (apart < SEPARATION).sum(),
             "separation": apart.amin(),
-            "r2_per_dim": distance / latents,
+            "r2_per_dim": distance / latents / std**2,
         } | others
         values = torch.stack([figure.to(torch.float32) for figure in figures.values()])
         return dict(zip(figures, values.tolist(), strict=True))

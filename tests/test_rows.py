@@ -63,7 +63,10 @@ def test_typical_sums_leave_out_what_is_not_finite_or_not_counted(dim: int) -> N
     x, index, counted, v = torch.randn(50, dim), torch.randint(6, (50,)), torch.rand(50) < 0.7, torch.randn(6, dim)
     x[3, -1], x[8, 0], x[9, dim // 2] = math.nan, math.inf, -math.inf
     for mask in (None, counted, torch.tensor(True), torch.tensor(False), counted.repeat_interleave(2)[::2]):
-        close(operators.typical_sums(x, index, mask, v), rows.typical_sums_plain(x.double(), index, mask, v.double()))
+        close(
+            operators.typical_sums(x, index, mask, v, 0.7),
+            rows.typical_sums_plain(x.double(), index, mask, v.double(), 0.7),
+        )
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -160,7 +163,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.unit_rows.default, (x,))
     torch.library.opcheck(operators.unit_rows_pull_back.default, (x, unit, inverse_norms))
     torch.library.opcheck(operators.balance.default, (x, unit, 0.1, 0.2))
-    torch.library.opcheck(operators.typical_sums.default, (x, index, torch.tensor(True), unit[:3]))
+    torch.library.opcheck(operators.typical_sums.default, (x, index, torch.tensor(True), unit[:3], 1.0))
     tallied = (torch.zeros(3, dtype=torch.int64), torch.zeros(4), x, torch.randn(6, 3), torch.randn(3, 5), None)
     torch.library.opcheck(operators.tally_float32.default, (*tallied, torch.tensor(1.0), torch.tensor(2.0)))
     state = (torch.randn(3, 5), torch.randn(3, 5), torch.ones(3), torch.randn(3, 5), 0.1)
@@ -177,7 +180,7 @@ for dim in (1, 3, 8, 17, 100):
     x, y, index = torch.randn(12, dim), torch.randn(12, dim), torch.randint(3, (12,))
     unit, inverse_norms = operators.unit_rows(x)
     results += [unit, inverse_norms, operators.unit_rows_pull_back(y, unit, inverse_norms)]
-    results += [*operators.balance(x, y, 0.1, 0.2), operators.typical_sums(x, index, torch.tensor(True), y[:3])]
+    results += [*operators.balance(x, y, 0.1, 0.2), operators.typical_sums(x, index, torch.tensor(True), y[:3], 1.0)]
 torch.save(results, sys.argv[1])
 """
 

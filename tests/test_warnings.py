@@ -123,15 +123,18 @@ def test_latents_that_stay_near_their_prototypes() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.1 * torch.randn(64, DIM)
     text = one_of(layer, z, 410, "where N(v, I) has 1")
-    scale = float(re.search(r"by c = (\d+\.\d)", text).group(1))
-    assert scale == pytest.approx(10, rel=0.1)
+    std = float(re.search(r"std=([\d.]+) in", text).group(1))
+    assert std == pytest.approx(0.1, rel=0.1)
+    layer = PrototypicalRegularizer(DIM, K, std=std)
+    z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.01 * torch.randn(64, DIM)
+    assert float(re.search(r"std=([\d.]+) in", one_of(layer, z, 410, "N(v, 0.1^2 I) has 1")).group(1)) < 0.02
 
 
 def test_latents_on_their_prototypes_and_none_at_all() -> None:
     """A radius of 0 has no finite scale as its cure, and one of no latents says nothing."""
     layer = PrototypicalRegularizer(DIM, K, mmd_weight=0.0)
     z = layer.head.prototypes.detach()[torch.arange(64) % K].requires_grad_()
-    assert "by c = " in one_of(layer, z, 410, "where N(v, I) has 1")
+    assert "std=" in one_of(layer, z, 410, "where N(v, I) has 1")
     layer, nothing = PrototypicalRegularizer(DIM, K), torch.zeros(64, dtype=torch.bool)
     texts = spoken(lambda: [layer(z, nothing) for _ in range(410)])
     assert not any("r^2/D" in text or ">= 0" in text for text in texts)

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> anchored_mmd_loss(
                            static_cast<const float*>(anchors.const_data_ptr()),
                            static_cast<const int64_t*>(assignments.const_data_ptr()),
                            mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
-                           z.size(0), anchors.size(0), z.size(1), std::move(scales), unbiased, by_mass,
+                           z.size(0), anchors.size(0), z.size(1), 1.0, std::move(scales), unbiased, by_mass,
                            static_cast<float*>(loss.mutable_data_ptr()),
                            static_cast<float*>(gradient.mutable_data_ptr())};
   mmd_cpu(problem, aten_parallel_for);
@@ -105,7 +105,7 @@ struct Flags {
 };
 
 Tensor typical_sums(const Tensor& x_, const Tensor& index_, const std::optional<Tensor>& counted_,
-                    const Tensor& prototypes_) {
+                    const Tensor& prototypes_, double std) {
   const Matrix x(x_), prototypes(prototypes_);
   const Tensor index = as_contiguous(index_);
   const Flags flags(counted_, x.rows);
@@ -116,7 +116,7 @@ Tensor typical_sums(const Tensor& x_, const Tensor& index_, const std::optional<
   Tensor sums = empty(x_, {groups, stride}, ScalarType::Float);
   std::memset(data(sums), 0, sizeof(float) * groups * stride);
   add_typical_cpu(x.data(), static_cast<const int64_t*>(index.const_data_ptr()), flags.counted(), prototypes.data(),
-                  x.rows, x.dim, groups, data(sums), stride, data(sums) + x.dim, stride);
+                  x.rows, x.dim, groups, std, data(sums), stride, data(sums) + x.dim, stride);
   return sums;
 }
 
@@ -200,8 +200,8 @@ Scores scores_of(const std::string& name) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balanced_step(
     const Tensor& z_, const std::optional<Tensor>& mask_, Tensor prototypes_, const std::optional<Tensor>& marginals_,
-    const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness, std::string scores, double epsilon,
-    int64_t num_iters, std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales,
+    const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness, std::string scores, double std,
+    double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales,
     bool unbiased, bool by_mass, double prototype_weight, double mmd_weight, std::optional<Tensor> sums,
     std::optional<Tensor> mass, std::optional<Tensor> seen, double follow_rate, std::optional<Tensor> usage,
     std::optional<Tensor> totals, std::optional<Tensor> steps) {
@@ -218,8 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
          mmd_loss = empty(z_, {}, ScalarType::Float);
   const StepProblem problem{
       z.data(), flags.counted().flags, static_cast<float*>(prototypes.tensor.mutable_data_ptr()), state(marginals, groups),
-      rows, groups, dim, scores_of(scores), sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters, tol.value_or(-1.0),
-      isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight, follow_rate,
+      rows, groups, dim, scores_of(scores), std, sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters,
+      tol.value_or(-1.0), isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight, follow_rate,
       active ? scalar(*active) : 1.0, state(sums, groups * dim), state(mass, groups), state(seen, groups * dim),
       integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction), data(step), data(loss),
       data(prototype_loss), data(mmd_loss), data(found), data(codes), integers(assignments, rows)};

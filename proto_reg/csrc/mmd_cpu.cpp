@@ -49,7 +49,7 @@ struct Sorted {
   }
 };
 
-// What the kernel of one bandwidth is made of, and its expectations under N(0, I); already divided by their number.
+// What the kernel of one bandwidth is made of, and its expectations under N(0, std^2 I); already divided by their number.
 struct Scale {
   bool squares;       // exp(-d / (2 variance)) is the square of the one before
   float rate, slope;  // exp2(rate d) / number, and its derivative by d over it
@@ -60,23 +60,24 @@ struct Mixture {
   std::vector<Scale> scales;  // from wide to narrow
   double self = 0;            // b = E k(y, y')
 
-  Mixture(std::vector<double> widths, double dim) {
+  Mixture(std::vector<double> widths, double dim, double std) {
     std::sort(widths.begin(), widths.end(), std::greater<>());
-    const double number = static_cast<double>(widths.size()), log2_e = 1.4426950408889634;
+    const double number = static_cast<double>(widths.size()), log2_e = 1.4426950408889634,
+                 noise = std * std;
     double previous = 0;
     int squarings = 0;
     for (const double width : widths) {
-      const double variance = dim * width;
+      const double variance = dim * width * noise;
       Scale scale;
       // Each doubles the relative error, hence two at most: the default scales cost two exponentials, not six.
       scale.squares = previous == 2 * variance && squarings < 2;
       squarings = scale.squares ? squarings + 1 : 0;
       scale.rate = static_cast<float>(-0.5 / variance * log2_e);
       scale.slope = static_cast<float>(-0.5 / (variance * number));
-      scale.a_rate = static_cast<float>(-0.5 / (variance + 1) * log2_e);
-      scale.a_value = static_cast<float>(std::pow(variance / (variance + 1), dim / 2) / number);
-      scale.a_slope = static_cast<float>(-0.5 / (variance + 1));
-      self += std::pow(variance / (variance + 2), dim / 2) / number;
+      scale.a_rate = static_cast<float>(-0.5 / (variance + noise) * log2_e);
+      scale.a_value = static_cast<float>(std::pow(variance / (variance + noise), dim / 2) / number);
+      scale.a_slope = static_cast<float>(-0.5 / (variance + noise));
+      self += std::pow(variance / (variance + 2 * noise), dim / 2) / number;
       scales.push_back(scale);
       previous = variance;
     }

@@ -16,7 +16,8 @@ struct MmdProblem {
   const int64_t* assignments;  // (rows,); outside [0, groups): left out
   const bool* mask;            // (rows,), false: left out; null: none
   int64_t rows, groups, dim;
-  std::vector<double> scales;  // of the bandwidths, in units of dim
+  double std;                  // of the normal distribution around each anchor
+  std::vector<double> scales;  // of the bandwidths, in units of dim std^2
   bool unbiased;               // U-statistic, or V
   bool by_mass;                // clusters weigh as many rows as they have, or 1
 

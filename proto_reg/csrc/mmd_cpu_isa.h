@@ -246,7 +246,7 @@ struct Block {
 
 inline void solve(const MmdProblem& problem, ParallelFor parallel_for) {
   const Sorted sorted(problem);
-  const Mixture mixture(problem.scales, static_cast<double>(problem.dim));
+  const Mixture mixture(problem.scales, static_cast<double>(problem.dim), problem.std);
   const int64_t members = static_cast<int64_t>(sorted.rows.size()), count = static_cast<int64_t>(sorted.clusters.size());
   const int64_t padded = (problem.dim + LANES - 1) / LANES * LANES, matrix = (members + count + 3) * padded;
   std::unique_ptr<float[]> owned;

@@ -70,10 +70,12 @@ void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, cons
 }
 
 void add_typical_cpu(const float* x, const int64_t* index, Counted counted, const float* prototypes, int64_t rows,
-                     int64_t dim, int64_t groups, float* sums, int64_t stride, float* mass, int64_t stride_mass) {
+                     int64_t dim, int64_t groups, double std, float* sums, int64_t stride, float* mass,
+                     int64_t stride_mass) {
+  const float unit = static_cast<float>(std * std * dim);
   for (int64_t i = 0; i < rows; ++i, x += dim) {
     if (!counted.row(i) || index[i] < 0 || index[i] >= groups || !finite(x, dim)) continue;
-    const float spread = 1 + squared_distance(x, prototypes + index[i] * dim, dim) / dim;
+    const float spread = 1 + squared_distance(x, prototypes + index[i] * dim, dim) / unit;
     const float weight = 1 / (spread * spread);
     float* group = sums + index[i] * stride;
     combine(1, group, weight, x, dim, group);

@@ -48,8 +48,9 @@ struct Solver {
       unit_rows_cpu(problem.z, problem.rows, problem.dim, left, of_left);
       unit_rows_cpu(problem.prototypes, problem.groups, problem.dim, right, of_right);
     } else {  // copies, for products read past the end
-      std::memcpy(left, problem.z, sizeof(float) * latents);
-      std::memcpy(right, problem.prototypes, sizeof(float) * anchors);
+      const float unit = static_cast<float>(1 / problem.std);
+      for (int64_t d = 0; d < latents; ++d) left[d] = unit * problem.z[d];
+      for (int64_t d = 0; d < anchors; ++d) right[d] = unit * problem.prototypes[d];
     }
     product({left, false, right, true, problem.rows, problem.dim, problem.groups, problem.scores});
     if (problem.kind != Scores::euclidean) return;
@@ -79,7 +80,7 @@ struct Solver {
     argmax_cpu(problem.codes, problem.rows, problem.groups, problem.assignments);
   }
 
-  // The prototype loss's gradient by latents and prototypes.
+  // The prototype loss's gradient by latents and prototypes, or where they were scaled by those: balanced, it is the same.
   void pull_back() const {
     product({by_scores, false, right, false, problem.rows, problem.groups, problem.dim, by_tokens});
     product({by_scores, true, left, false, problem.groups, problem.rows, problem.dim, problem.step});
@@ -91,14 +92,13 @@ struct Solver {
     for (int64_t k = 0; k < problem.groups; ++k) {
       float total = 0;
       for (int64_t i = 0; i < problem.rows; ++i) total += by_scores[i * problem.groups + k];
-      for (int64_t d = k * problem.dim; d < (k + 1) * problem.dim; ++d)
-        problem.step[d] -= total * problem.prototypes[d];
+      for (int64_t d = k * problem.dim; d < (k + 1) * problem.dim; ++d) problem.step[d] -= total * right[d];
     }
   }
 
   void match() const {
     mmd_cpu({problem.z, problem.prototypes, problem.assignments, problem.mask, problem.rows, problem.groups, problem.dim,
-             problem.scales, problem.unbiased, problem.by_mass, problem.mmd_loss, by_latents},
+             problem.std, problem.scales, problem.unbiased, problem.by_mass, problem.mmd_loss, by_latents},
             parallel_for);
   }
 
@@ -122,7 +122,7 @@ struct Solver {
     // NaN codes say nothing of whose a latent is.
     if (problem.sums && problem.active > 0 && std::isfinite(*problem.prototype_loss))
       add_typical_cpu(problem.z, problem.assignments, counted, problem.prototypes, problem.rows, problem.dim,
-                      problem.groups, problem.sums, problem.dim, problem.mass, 1);
+                      problem.groups, problem.std, problem.sums, problem.dim, problem.mass, 1);
     if (problem.usage)
       tally_cpu(problem.z, problem.scores, problem.prototypes, counted, problem.rows, problem.dim, problem.groups,
                 *problem.prototype_loss, *problem.mmd_loss, problem.usage, problem.totals);

@@ -31,6 +31,7 @@ struct StepProblem {
   const float* marginals;   // (groups,); null: uniform
   int64_t rows, groups, dim;
   Scores kind;
+  double std;        // of the normal distribution around each prototype
   double sharpness;  // what scores are multiplied with, under the temperature and epsilon below
   double epsilon;
   int64_t num_iters;

@@ -22,7 +22,7 @@ def gathered_mmd(
     scales: list[float],
     unbiased: bool,
     by_mass: bool,
-    target: str,
+    sampled: bool,
     generator: torch.Generator | None,
     compiled: bool,
     group: ProcessGroup | None,
@@ -40,7 +40,7 @@ def gathered_mmd(
         if len(rows) == 0:
             return residuals.new_zeros(()), gradient
         samples = None
-        if target == "sampled":
+        if sampled:
             drawn = torch.empty_like(everything)
             samples = broadcast_(drawn.normal_(generator=generator) if start == 0 else drawn, group)
         # Residuals are latents around anchors at 0.

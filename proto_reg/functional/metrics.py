@@ -13,7 +13,7 @@ from .._distributed import Group, gather_rows, resolve
 from ..kernels.closed_forms import gaussian_null_variance
 from .mmd import DEFAULT_SCALES
 
-SEPARATION = 2.0  # prototypes nearer than this overlap by more than 16 % (Bayes error of two unit normals)
+SEPARATION = 2.0  # prototypes nearer than so many std overlap by more than 16 % (Bayes error of two normals)
 
 
 @torch.no_grad()
@@ -22,9 +22,12 @@ def latent_metrics(
 ) -> dict[str, float | Tensor]:
     """Diagnose latents around the prototypes of ``head``; each latent belongs to the prototype it scores highest with.
 
+    All distances are in units of ``head.std``, the standard deviation of the normal distribution around each prototype.
+
     Args:
         z: (N, D) latents, preferably held out.
-        head: a :class:`proto_reg.PrototypeHead`, or any module with ``prototypes`` (K, D) that maps z to scores (N, K).
+        head: a :class:`proto_reg.PrototypeHead`, or any module with ``prototypes`` (K, D) that maps z to scores (N, K);
+            where it has no ``std``, that is 1.
         labels: (N,) class of each latent, for purity, NMI and ACC; needs the extra ``metrics`` (scikit-learn, SciPy).
         group: a ProcessGroup, or ``"default"``: latents and labels of all its ranks are gathered, and every rank
             returns the same. Ranks may differ in N, which may be 0; all must call, all with labels or all without.
@@ -35,12 +38,12 @@ def latent_metrics(
         * ``usage`` (K,): share of the latents at each prototype; ``perplexity``: exp of its entropy, at most K.
         * ``dead``: prototypes without a latent; ``duplicates``: prototypes less than 2 from another, inside its noise.
         * ``separation``: distance of the nearest two prototypes (inf for K = 1).
-        * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, I).
+        * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, std^2 I).
         * ``effective_rank``: exp of the entropy of the residuals' covariance spectrum (Roy and Vetterli, 2007), at
           most D.
-        * ``standardised_mmd`` (K,): unbiased MMD to N(v_k, I) over its standard deviation under that distribution;
-          NaN for fewer than two latents. ``mean_standardised_mmd``: its mean over the others. 0 give or take 1 under
-          N(v, I); any deviation grows with the number of latents, so compare at the same N.
+        * ``standardised_mmd`` (K,): unbiased MMD to N(v_k, std^2 I) over its standard deviation under that one; NaN
+          for fewer than two latents. ``mean_standardised_mmd``: its mean over the others. 0 give or take 1 under it;
+          any deviation grows with the number of latents, so compare at the same N.
         * with labels ``purity``, ``nmi`` and ``acc`` (best one-to-one matching of prototypes to classes).
 
     Raises:
@@ -61,7 +64,8 @@ def latent_metrics(
         raise ValueError("z: expected finite latents, got NaN or infinity. Drop those rows, or look for the overflow.")
     dtype = compute_dtype(torch.promote_types(z.dtype, prototypes.dtype))
     assignments = head(z).argmax(1)
-    z, v = z.to(dtype), prototypes.to(dtype)
+    std = getattr(head, "std", 1.0)
+    z, v = z.to(dtype) / std, prototypes.to(dtype) / std
     counts = torch.bincount(assignments, minlength=len(v))
     usage = counts.to(dtype) / len(z)
     residuals = z - v[assignments]

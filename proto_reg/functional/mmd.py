@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,12 +39,16 @@ STATISTICS = ("unbiased", "biased")
 REDUCTIONS = ("mean", "sum")
 BACKENDS = ("auto", "torch", "cpu")
 
+# Kernel and scales; whether the statistic is unbiased, and clusters weigh as many latents as they have.
+Form: TypeAlias = tuple[str, list[float], bool, bool]
+
 
 def anchored_mmd(
     z: Tensor,
     anchors: Tensor,
     assignments: Tensor,
     *,
+    std: float = 1.0,
     kernel: str = "gaussian",
     scales: Sequence[float] = DEFAULT_SCALES,
     target: str = "analytic",
@@ -57,21 +61,22 @@ def anchored_mmd(
     backend: str = "auto",
     group: Group = None,
 ) -> Tensor:
-    """sum_k c_k MMD^2(latents of prototype k, N(v_k, I)) (paper, eq. 4 and 5).
+    """sum_k c_k MMD^2(latents of prototype k, N(v_k, std^2 I)) (paper, eq. 4 and 5, where std = 1).
 
-    Computed on residuals r = z - v in float32, or float64 for float64 latents, also inside autocast. Memory grows with
-    the largest slab of a cluster's kernel matrix, not with B^2. Gradients are first order.
+    Computed on residuals r = (z - v) / std in float32, or float64 for float64 latents, also inside autocast. Memory
+    grows with the largest slab of a cluster's kernel matrix, not with B^2. Gradients are first order.
 
     Args:
         z: (B, D) latents.
         anchors: (K, D) prototypes.
         assignments: (B,) int64 in [0, K), other values leave the latent out; or (B, K) weights >= 0, which carry no
             gradient and cost a B x B product.
+        std: standard deviation of the normal distribution around each prototype, > 0.
         kernel: ``"gaussian"`` exp(-d^2 / (2 D s)), ``"imq"`` 2 D s / (2 D s + d^2), both averaged over the scales s,
             or ``"energy"`` -d.
         scales: bandwidths s, > 0, in units of the dimension D.
-        target: ``"analytic"`` takes the expectations under N(v_k, I) in closed form; ``"sampled"`` draws one sample
-            for each latent (hard assignments only), at about 4 times the variance.
+        target: ``"analytic"`` takes the expectations under that distribution in closed form; ``"sampled"`` draws one
+            sample for each latent (hard assignments only), at about 4 times the variance.
         statistic: ``"unbiased"`` (U) or ``"biased"`` (V, which is >= 0 and shrinks clusters: see the README's limits).
         reduction: ``"mean"``: c_k is the share of latents assigned to k; ``"sum"``: 1, the paper's sum.
         mask: (B,) bool, True = the latent counts.
@@ -94,7 +99,7 @@ def anchored_mmd(
         TypeError, ValueError: a wrong rank, dtype, size or value, named; a backend that cannot compute this.
         RuntimeError: a backend that is not built here. Both say why, and what to do.
     """
-    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
+    options = (std, kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
     return _evaluate(z, anchors, assignments, *options)[0]
 
 
@@ -104,6 +109,7 @@ def anchored_mmd_and_gradient(
     anchors: Tensor,
     assignments: Tensor,
     *,
+    std: float = 1.0,
     kernel: str = "gaussian",
     scales: Sequence[float] = DEFAULT_SCALES,
     target: str = "analytic",
@@ -117,7 +123,7 @@ def anchored_mmd_and_gradient(
     group: Group = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`anchored_mmd` and its gradient by ``z`` (B, D), which the operator has already: no graph is built."""
-    options = (kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
+    options = (std, kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
     return _evaluate(z, anchors, assignments, *options)
 
 
@@ -125,6 +131,7 @@ def _evaluate(
     z: Tensor,
     anchors: Tensor,
     assignments: Tensor,
+    std: float,
     kernel: str,
     scales: Sequence[float],
     target: str,
@@ -141,45 +148,46 @@ def _evaluate(
     ranks = resolve(group)
     z, anchors, assignments = check_mmd_inputs(z, anchors, assignments, mask, empty=ranks is not None)
     check_mmd_options(kernel, scales, target, statistic, reduction, features, seed)
-    scales = [float(s) for s in scales]
-    unbiased, by_mass = statistic == "unbiased", reduction == "mean"
-    hard = not assignments.is_floating_point()
+    check_number("std", std, above=0)
+    form = kernel, [float(s) for s in scales], statistic == "unbiased", reduction == "mean"
+    hard, sampled = not assignments.is_floating_point(), target == "sampled"
     compiled = _compiled(backend, z, anchors, kernel, target, hard and features is None)
+    if std != 1:
+        z, anchors = z / std, anchors / std
     if not hard:
-        if target == "sampled" or features is not None:
-            name, analytic, came = ("features", "None", features) if features else ("target", "'analytic'", "'sampled'")
-            raise ValueError(
-                f"{name}: expected {analytic} with (B, K) weights, got {came}. Leave the default, or use hard "
-                "assignments such as weights.argmax(1)."
-            )
+        _check_soft(target, features)
         weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
-        return _weighted(z, anchors, weights, (kernel, scales, unbiased, by_mass), ranks)
-    if features is None and ranks is None:
-        arguments = (z, anchors, assignments, mask, scales, unbiased, by_mass)
-        return _alone(*arguments, kernel, target == "sampled", generator, compiled)
+        loss, gradient = _weighted(z, anchors, weights, form, ranks)
+    elif features is None and ranks is None:
+        loss, gradient = _alone(z, anchors, assignments, mask, form, sampled, generator, compiled)
+    else:
+        members = assignments if mask is None else torch.where(mask, assignments, -1)
+        loss, gradient = _together(z, anchors, members, form, sampled, generator, features, seed, compiled, ranks)
+    return loss, gradient if std == 1 else gradient / std
 
+
+def _together(
+    z: Tensor,
+    anchors: Tensor,
+    assignments: Tensor,
+    form: Form,
+    sampled: bool,
+    generator: torch.Generator | None,
+    features: int | None,
+    seed: int,
+    compiled: bool,
+    ranks: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """By assignments (B,) of the latents of all ranks: gathered, or by the sums of their ``features``."""
+    kernel, scales, unbiased, by_mass = form
     inside = (assignments >= 0) & (assignments < len(anchors))
-    inside = inside if mask is None else inside & mask
     index = torch.where(inside, assignments, 0)
     residuals, members = z - anchors[index], torch.where(inside, index, -1)
+    rows = residuals.detach(), members, len(anchors)
     if features is None:
-        loss, gradient = gathered_mmd(
-            residuals.detach(),
-            members,
-            len(anchors),
-            kernel,
-            scales,
-            unbiased,
-            by_mass,
-            target,
-            generator,
-            compiled,
-            ranks,
-        )
+        loss, gradient = gathered_mmd(*rows, kernel, scales, unbiased, by_mass, sampled, generator, compiled, ranks)
     else:
-        values, gradient, counts = feature_mmd(
-            residuals.detach(), members, len(anchors), scales, unbiased, features, seed, ranks
-        )
+        values, gradient, counts = feature_mmd(*rows, scales, unbiased, features, seed, ranks)
         weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
         loss, gradient = (values * weights).sum(), gradient * weights[index, None]
     gradient = gradient * size(ranks)
@@ -187,21 +195,17 @@ def _evaluate(
 
 
 def _weighted(
-    z: Tensor,
-    anchors: Tensor,
-    weights: Tensor,
-    options: tuple[str, list[float], bool, bool],
-    ranks: ProcessGroup | None,
+    z: Tensor, anchors: Tensor, weights: Tensor, form: Form, ranks: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """By weights (B, K) of each latent in each cluster."""
     if ranks is not None:
-        loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *options, ranks)
+        loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *form, ranks)
         gradient = gradient * size(ranks)
         return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
     if transforming():
-        loss, gradient, _ = weighted_mmd_reference(z.detach(), anchors.detach(), weights, *options)
+        loss, gradient, _ = weighted_mmd_reference(z.detach(), anchors.detach(), weights, *form)
         return WithSlope.apply(z, loss, gradient), gradient
-    loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *options)
+    loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *form)
     return loss, gradient
 
 
@@ -210,15 +214,13 @@ def _alone(
     anchors: Tensor,
     assignments: Tensor,
     mask: Tensor | None,
-    scales: list[float],
-    unbiased: bool,
-    by_mass: bool,
-    kernel: str,
+    form: Form,
     sampled: bool,
     generator: torch.Generator | None,
     compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """By assignments (B,) of this process's latents."""
+    kernel, scales, unbiased, by_mass = form
     arguments = (assignments, mask, scales, unbiased, by_mass)
     samples = None
     if sampled:
@@ -250,6 +252,16 @@ def _compiled(backend: str, z: Tensor, anchors: Tensor, kernel: str, target: str
         f"backend: expected one that can compute this MMD, got {backend!r}, which takes float32 latents on the CPU, "
         "kernel='gaussian', target='analytic' and (B,) assignments. Use 'auto' for what can run."
     )
+
+
+def _check_soft(target: str, features: int | None) -> None:
+    """ValueError for what (B, K) weights cannot be combined with."""
+    if target == "sampled" or features is not None:
+        name, analytic, came = ("features", "None", features) if features else ("target", "'analytic'", "'sampled'")
+        raise ValueError(
+            f"{name}: expected {analytic} with (B, K) weights, got {came}. Leave the default, or use hard "
+            "assignments such as weights.argmax(1)."
+        )
 
 
 def check_mmd_inputs(

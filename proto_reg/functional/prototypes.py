@@ -16,25 +16,28 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine") -> Tensor:
+def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine", *, std: float = 1.0) -> Tensor:
     """Similarity of every latent to every prototype.
 
     ``"cosine"``: z.v / (|z| |v|), as SwAV.  ``"dot"``: z.v (paper, eq. 10).  ``"euclidean"``: z.v - |v|^2 / 2, the
-    log-posterior of the mixture of N(v_k, I) up to a term that depends on z alone.
+    log-posterior of the mixture of N(v_k, I) up to a term that depends on z alone. The last two are taken of z / std
+    and v / std, which makes it that of N(v_k, std^2 I).
 
     Args:
         z: (..., D); prototypes: (K, D). Of two dtypes the wider one is taken.
+        std: standard deviation of the normal distribution around each prototype, > 0.
 
     Returns:
         (..., K)
 
     Raises:
-        ValueError: an unknown ``scores``.
+        TypeError, ValueError: an unknown ``scores``, or a ``std`` that is no number > 0.
     """
     check_choice("scores", scores, SCORES)
+    check_number("std", std, above=0)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     z, prototypes = z.to(dtype), prototypes.to(dtype)
-    return scores_plain(z, prototypes, scores)
+    return scores_plain(z, prototypes, scores, std)
 
 
 def prototype_cross_entropy(

@@ -47,17 +47,19 @@ def attach_plain(gradient: Tensor, direction: Tensor, step: Tensor) -> tuple[Ten
     return gradient + norm * direction, norm * step
 
 
-def typical_sums_plain(x: Tensor, index: Tensor, counted: Tensor | None, prototypes: Tensor) -> Tensor:
+def typical_sums_plain(
+    x: Tensor, index: Tensor, counted: Tensor | None, prototypes: Tensor, std: float = 1.0
+) -> Tensor:
     """(K, D + 1): for each of ``prototypes`` (K, D) a weighted sum of its finite rows of ``x`` (N, D), and the weight.
 
-    A row at r from its prototype weighs (1 + |r|^2 / D)^-2: the nearer, the more typical. The weighted mean lies uphill
-    in the density of the rows under the inverse multiquadric D / (D + |r|^2) (mean shift; Cheng, 1995), and not between
-    two kinds of them, as the mean may. ``index`` (N,) int64 in [0, K); ``counted`` (N,) or () bool, False leaves the
-    row out.
+    A row at r from its prototype, in units of ``std``, weighs (1 + |r|^2 / D)^-2: the nearer, the more typical. The
+    weighted mean lies uphill in the density of the rows under the inverse multiquadric D / (D + |r|^2) (mean shift;
+    Cheng, 1995), and not between two kinds of them, as the mean may. ``index`` (N,) int64 in [0, K); ``counted`` (N,)
+    or () bool, False leaves the row out.
     """
     usable = _usable(x, counted)[:, None]
     residuals = x - prototypes.to(x.dtype)[index]
-    weight = torch.where(usable, (1 + residuals.square().mean(1, keepdim=True)) ** -2, 0.0)
+    weight = torch.where(usable, (1 + residuals.square().mean(1, keepdim=True) / std**2) ** -2, 0.0)
     rows = torch.cat([torch.where(usable, x, 0.0) * weight, weight], 1)
     return rows.new_zeros(len(prototypes), rows.shape[1]).index_add(0, index, rows)
 
@@ -133,10 +135,10 @@ def attach(gradient: Tensor, direction: Tensor, step: Tensor) -> tuple[Tensor, T
     return form(gradient, direction, step)
 
 
-def typical_sums(x: Tensor, index: Tensor, counted: Tensor | None, prototypes: Tensor) -> Tensor:
+def typical_sums(x: Tensor, index: Tensor, counted: Tensor | None, prototypes: Tensor, std: float = 1.0) -> Tensor:
     """:func:`typical_sums_plain`, compiled where it can be."""
     form = torch.ops.proto_reg.typical_sums.default if compiled(x, prototypes) else typical_sums_plain
-    return form(x, index, counted, prototypes)
+    return form(x, index, counted, prototypes, std)
 
 
 def tally(
@@ -160,7 +162,7 @@ _DEFINITIONS: dict[str, Callable[..., object]] = {
     "unit_rows_pull_back(Tensor gradient, Tensor unit, Tensor inverse_norms) -> Tensor": unit_rows_pull_back_plain,
     "balance(Tensor a, Tensor b, float weight_a, float weight_b) -> (Tensor direction, Tensor scale)": balance_plain,
     "attach(Tensor gradient, Tensor direction, Tensor step) -> (Tensor by_z, Tensor by_parameter)": attach_plain,
-    "typical_sums(Tensor x, Tensor index, Tensor? counted, Tensor prototypes) -> Tensor": typical_sums_plain,
+    "typical_sums(Tensor x, Tensor index, Tensor? counted, Tensor prototypes, float std) -> Tensor": typical_sums_plain,
 }
 for _signature, _function in _DEFINITIONS.items():
     _name, _, _rest = _signature.partition("(")

@@ -24,6 +24,7 @@ def balanced_step_plain(
     active: Tensor | None,
     sharpness: Tensor | None,
     scores: str,
+    std: float,
     epsilon: float,
     num_iters: int,
     tol: float | None,
@@ -50,6 +51,7 @@ def balanced_step_plain(
         active: () share of their full size that the weights have; None: 1. At 0 nothing pulls and nothing is followed.
         sharpness: () what scores are multiplied with before ``epsilon`` and ``temperature`` apply; None: 1.
         scores: one of ``SCORES``.
+        std: standard deviation of the normal distribution around each prototype.
         marginals, epsilon, num_iters, tol, isolate: see :func:`~.sinkhorn_reference.sinkhorn_reference`.
         scales, unbiased, by_mass: see :func:`~.mmd.anchored_mmd_loss_plain`.
         prototype_weight, mmd_weight: sizes of the two parts of the direction.
@@ -69,21 +71,22 @@ def balanced_step_plain(
         follow_reference(prototypes, sums, mass, seen, follow_rate)
     sharp = 1.0 if sharpness is None else sharpness
     weights = None if mask is None else mask.to(z.dtype)
-    found, pull_back = scores_and_pull_back(z, prototypes, scores)
+    found, pull_back = scores_and_pull_back(z, prototypes, scores, std)
     prototype_loss, by_scores, _, codes = sinkhorn_cross_entropy_reference(
         found * sharp, marginals, weights, epsilon, num_iters, tol, isolate, temperature, True
     )
     by_tokens, by_prototypes = pull_back(by_scores * sharp)
     assignments = codes.argmax(1)
+    # Its gradient is that by z / std: balanced, it pulls the same way.
     mmd_loss, by_latents = anchored_mmd_loss_plain(
-        z, prototypes, assignments, mask, scales, unbiased, by_mass, statistic=anchored_mmd_reference
+        z / std, prototypes / std, assignments, mask, scales, unbiased, by_mass, statistic=anchored_mmd_reference
     )
     direction, scale = balance_plain(by_tokens, by_latents, prototype_weight, mmd_weight)
     step, loss = scale * by_prototypes, prototype_weight * prototype_loss + mmd_weight * mmd_loss
     if active is not None:
         direction, step, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, step, loss))
     if sums is not None and mass is not None:
-        both = typical_sums_plain(z, assignments, followed(prototype_loss, active, mask), prototypes)
+        both = typical_sums_plain(z, assignments, followed(prototype_loss, active, mask), prototypes, std)
         sums.add_(both[:, :-1])
         mass.add_(both[:, -1])
     if usage is not None and totals is not None and steps is not None:
@@ -95,10 +98,11 @@ def balanced_step_plain(
 torch.library.define(
     "proto_reg::balanced_step",
     "(Tensor z, Tensor? mask, Tensor(a!) prototypes, Tensor? marginals, Tensor? active, Tensor? sharpness, str scores, "
-    "float epsilon, int num_iters, float? tol, bool isolate, float temperature, float[] scales, bool unbiased, "
-    "bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, Tensor(c!)? mass, Tensor(d!)? seen, "
-    "float follow_rate, Tensor(e!)? usage, Tensor(f!)? totals, Tensor(g!)? steps) -> (Tensor direction, Tensor step, "
-    "Tensor loss, Tensor prototype_loss, Tensor mmd_loss, Tensor scores, Tensor codes, Tensor assignments)",
+    "float std, float epsilon, int num_iters, float? tol, bool isolate, float temperature, float[] scales, "
+    "bool unbiased, bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, Tensor(c!)? mass, "
+    "Tensor(d!)? seen, float follow_rate, Tensor(e!)? usage, Tensor(f!)? totals, Tensor(g!)? steps) -> "
+    "(Tensor direction, Tensor step, Tensor loss, "
+    "Tensor prototype_loss, Tensor mmd_loss, Tensor scores, Tensor codes, Tensor assignments)",
 )
 torch.library.impl("proto_reg::balanced_step", "CompositeExplicitAutograd")(torch.no_grad()(balanced_step_plain))
 # Its gradients are what it returns: there is no graph to build.

@@ -1,0 +1,132 @@
+"""The standard deviation aimed at is a choice of units: in those, a training is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer
+from proto_reg.functional import anchored_mmd, latent_metrics, prototype_scores
+from proto_reg.functional.mmd import anchored_mmd_and_gradient
+
+DIM, K, BATCH = 12, 5, 64
+UNIT = 0.25  # a power of 2 rounds nothing
+
+
+def two_layers(scores: str = "cosine", **options) -> tuple[PrototypicalRegularizer, PrototypicalRegularizer]:
+    """One that aims at N(v, I), and one at N(v, UNIT^2 I) around prototypes at UNIT times those points."""
+    one = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, scores=scores), **options)
+    other = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, scores=scores, std=UNIT), **options)
+    with torch.no_grad():
+        other.head.prototypes.copy_(UNIT * one.head.prototypes)
+    return one, other
+
+
+def train(layer: PrototypicalRegularizer, latents: Tensor, unit: float) -> list[Tensor]:
+    """Everything that three steps give, in units of ``unit``; gradients of a loss of the latents in those."""
+    seen: list[Tensor] = []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=unit**2)
+    for batch in latents.split(BATCH):
+        z = (unit * batch).requires_grad_()
+        out, info = layer(z)
+        loss = (out / unit).square().mean()
+        optimizer.zero_grad()
+        (loss + info.loss if layer.mode == "weighted" else loss).backward()
+        optimizer.step()
+        seen += [*(x.detach() for x in info), z.grad * unit, layer.head.prototypes.detach() / unit]
+    return seen
+
+
+@pytest.mark.parametrize("scores", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "weighted"},
+        {"soft": True},
+        {"queue_size": 2 * BATCH, "queue_mmd": True},
+        {"max_tokens": 16},
+        {"mmd": AnchoredMMDLoss("energy")},
+        {"mmd": AnchoredMMDLoss(features=24)},
+    ],
+    ids=str,
+)
+def test_a_training_is_the_same_in_any_unit(options: dict, scores: str, backend: str) -> None:
+    one, other = two_layers(scores, **options)
+    latents = torch.randn(3 * BATCH, DIM) + one.head.prototypes.detach().repeat(3 * BATCH, 1)[: 3 * BATCH]
+    for plain, scaled in zip(train(one, latents, 1.0), train(other, latents, UNIT), strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)
+    assert other.metrics() == pytest.approx(one.metrics(), rel=1e-5)
+    for figure, same in zip(
+        *(figures(layer, unit * latents) for layer, unit in ((one, 1), (other, UNIT))), strict=True
+    ):
+        torch.testing.assert_close(same, figure, rtol=1e-4, atol=1e-5)
+
+
+def figures(layer: PrototypicalRegularizer, latents: Tensor) -> list[Tensor]:
+    return [torch.as_tensor(value) for value in latent_metrics(latents, layer.head).values()]
+
+
+def test_follower_goes_the_same_way_in_any_unit(backend: str) -> None:
+    one, other = two_layers(follow_rate=0.5)
+    before = one.head.prototypes.detach().clone()
+    latents = torch.randn(3 * BATCH, DIM)
+    train(one, latents, 1.0), train(other, latents, UNIT)
+    torch.testing.assert_close(other.head.prototypes, UNIT * one.head.prototypes)
+    assert (one.head.prototypes - before).abs().amax() > 0.1
+
+
+def test_samples_are_those_of_the_distribution_aimed_at() -> None:
+    head = PrototypeHead(400, 2, std=0.3)
+    assert head.prototypes.std().item() == pytest.approx(0.15, rel=0.1)
+    assert (head.sample(500, 1) - head.prototypes[1]).std().item() == pytest.approx(0.3, rel=0.02)
+    assert (head.sample(500, 1, std=2) - head.prototypes[1]).std().item() == pytest.approx(2, rel=0.02)
+    z = head.sample(200)
+    assert latent_metrics(z, head)["r2_per_dim"] == pytest.approx(1, rel=0.02)
+    normal = torch.distributions.Normal(head.prototypes[:, None].double(), 0.3)
+    expected = normal.log_prob(z.double()).sum(2).logsumexp(0) - torch.tensor(2.0).log()
+    torch.testing.assert_close(head.mixture().log_prob(z).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_euclidean_scores_are_the_mixtures_log_posterior() -> None:
+    head = PrototypeHead(DIM, K, scores="euclidean", std=0.3)
+    z = head.sample(20)
+    torch.testing.assert_close(head(z).softmax(1), head.mixture().responsibilities(z), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["analytic", "sampled"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_mmd_is_least_where_latents_spread_by_std(target: str, soft: bool) -> None:
+    if soft and target == "sampled":
+        return
+    v, assignments = torch.zeros(1, 32), torch.zeros(400, dtype=torch.int64)
+    members = torch.ones(400, 1) if soft else assignments
+    noise = torch.randn(400, 32)
+    values = [anchored_mmd(s * noise, v, members, std=0.5, target=target).item() for s in (0.25, 0.5, 1.0)]
+    assert abs(values[1]) < 0.1 * min(values[0], values[2])
+
+
+def test_gradient_is_that_of_the_value() -> None:
+    v, assignments = torch.randn(3, DIM, dtype=torch.float64), torch.arange(30) % 3
+    z = torch.randn(30, DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: anchored_mmd(z, v, assignments, std=0.6), z)
+    value = anchored_mmd(z, v, assignments, std=0.6)
+    (gradient,) = torch.autograd.grad(value, z)
+    torch.testing.assert_close(anchored_mmd_and_gradient(z, v, assignments, std=0.6)[1], gradient)
+
+
+def test_layer_and_head_agree() -> None:
+    assert PrototypicalRegularizer(DIM, K, std=0.5).head.std == 0.5
+    assert PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, std=0.5)).head.std == 0.5
+    assert PrototypicalRegularizer.paper(DIM, K, std=0.5).head.std == 0.5
+    with pytest.raises(ValueError, match=r"head: expected std=2.0, got 0.5"):
+        PrototypicalRegularizer(DIM, K, std=2.0, head=PrototypeHead(DIM, K, std=0.5))
+    for call in (
+        lambda: PrototypicalRegularizer(DIM, K, std=0.0),
+        lambda: PrototypeHead(DIM, K, std=-1.0),
+        lambda: anchored_mmd(torch.zeros(4, 2), torch.zeros(1, 2), torch.zeros(4, dtype=torch.int64), std=0.0),
+        lambda: prototype_scores(torch.zeros(4, 2), torch.zeros(1, 2), "dot", std=0.0),
+    ):
+        with pytest.raises(ValueError, match="std: expected a finite number > 0"):
+            call()
