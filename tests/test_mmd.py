@@ -14,7 +14,7 @@ from proto_reg import AnchoredMMDLoss, PrototypicalRegularizer
 from proto_reg.functional import anchored_mmd
 from proto_reg.functional.features import frequencies
 from proto_reg.functional.mmd import DEFAULT_SCALES
-from proto_reg.kernels import mmd as operators
+from proto_reg.kernels import mmd_pairs
 from proto_reg.kernels.closed_forms import KERNELS, attraction, diagonal, pair, self_term
 
 STATISTICS = ("unbiased", "biased")
@@ -33,7 +33,7 @@ def random_case(rows: int, groups: int, dim: int, **kwargs) -> tuple[torch.Tenso
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("rows", "groups", "dim"), [(37, 5, 3), (300, 7, 5), (1100, 300, 2), (640, 1, 4)])
 def test_equals_the_sum_over_clusters(monkeypatch, kernel, statistic, form, rows, groups, dim) -> None:
-    monkeypatch.setitem(operators.DENSE_LIMIT, "cpu", 10**9 if form == "dense" else 0)
+    monkeypatch.setitem(mmd_pairs.DENSE_LIMIT, "cpu", 10**9 if form == "dense" else 0)
     z, v, assignments = random_case(rows, groups, dim, requires_grad=True)
     loss = anchored_mmd(z, v, assignments, kernel=kernel, statistic=statistic)
     expected = naive_mmd(z, v, assignments, kernel, DEFAULT_SCALES, statistic == "unbiased")

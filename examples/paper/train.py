@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config
-from .methods import VAE, Method, inference
+from .methods import Method, inference
+from .methods.baselines import VAE
 from .records import replacing
 from .trained import ImageData, TrainedRun
 

@@ -7,21 +7,14 @@ with a compiled kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from . import closed_forms
+from .mmd_pairs import pair_sums, per_row, sum_by_group, weighted_pair_sums
 from .once import without_graph
-
-# Up to this many points one masked matrix is cheapest, and its shapes do not depend on the data. On a device the
-# limit is higher: the plan by clusters costs one host read there.
-DENSE_LIMIT = {"cpu": 256}
-DENSE_LIMIT_DEVICE = 4096
-# Elements of a kernel matrix that are alive at once.
-SLAB = 1 << 20
 
 
 def anchored_mmd_reference(
@@ -51,9 +44,9 @@ def anchored_mmd_reference(
         dim = residuals.shape[1]
         inside = (groups >= 0) & (groups < num_groups)
         slot = torch.where(inside, groups, num_groups)
-        n = _sum_by_group(inside.to(residuals.dtype), slot, num_groups)
+        n = sum_by_group(inside.to(residuals.dtype), slot, num_groups)
         # Rows of groups with fewer than two members take part in nothing.
-        inside = inside & (_per_row(n, slot) > 1)
+        inside = inside & (per_row(n, slot) > 1)
         slot = torch.where(inside, groups, num_groups)
         residuals = torch.where(inside[:, None], residuals, 0.0)
         alive = n > 1
@@ -61,28 +54,28 @@ def anchored_mmd_reference(
         k0 = closed_forms.diagonal(kernel)
 
         if samples is None:
-            total, gradient = _pair_sums(residuals, inside.to(residuals.dtype), slot, num_groups, kernel, scales)
+            total, gradient = pair_sums(residuals, inside.to(residuals.dtype), slot, num_groups, kernel, scales)
             a, slope = closed_forms.attraction(kernel, residuals.square().sum(1), dim, scales)
-            values = total * pairs - 2 * _sum_by_group(a, slot, num_groups) / n.clamp_min(1)
+            values = total * pairs - 2 * sum_by_group(a, slot, num_groups) / n.clamp_min(1)
             values = values + closed_forms.self_term(kernel, dim, scales)
             values = values if unbiased else values + k0 / n.clamp_min(1)
-            pull = 4 * slope / _per_row(n, slot).clamp_min(1)
-            gradient = gradient * _per_row(pairs, slot)[:, None] - pull[:, None] * residuals
+            pull = 4 * slope / per_row(n, slot).clamp_min(1)
+            gradient = gradient * per_row(pairs, slot)[:, None] - pull[:, None] * residuals
         else:
             both = torch.cat([residuals, samples])
             sign = torch.cat([torch.ones_like(a := inside.to(residuals.dtype)), -torch.ones_like(a)])
-            total, gradient = _pair_sums(both, sign, torch.cat([slot, slot]), num_groups, kernel, scales)
+            total, gradient = pair_sums(both, sign, torch.cat([slot, slot]), num_groups, kernel, scales)
             gradient = gradient[: len(residuals)]
             if unbiased:
                 # Without the pairs (r_i, y_i) this is the one-sample U-statistic of Gretton et al. (2012), eq. 4.
                 difference = residuals - samples
                 k, slope = closed_forms.pair(kernel, difference.square().sum(1), dim, scales)
-                total = total + 2 * _sum_by_group(k, slot, num_groups)
+                total = total + 2 * sum_by_group(k, slot, num_groups)
                 gradient = gradient + 4 * slope[:, None] * difference
             else:
                 total = total + 2 * k0 * n
             values = total * pairs
-            gradient = gradient * _per_row(pairs, slot)[:, None]
+            gradient = gradient * per_row(pairs, slot)[:, None]
         return torch.where(alive, values, 0.0), torch.where(inside[:, None], gradient, 0.0)
 
 
@@ -154,7 +147,7 @@ def weighted_mmd_reference(
         # Distances are translation invariant: a common shift keeps float32 exact far from the origin.
         centre = anchors.mean(0)
         x, v = z - centre, anchors - centre
-        loss, grad_z = _dense_weighted(x, p * c.sqrt(), kernel, scales)
+        loss, grad_z = weighted_pair_sums(x, p * c.sqrt(), kernel, scales)
         k0 = closed_forms.diagonal(kernel)
         loss = loss if unbiased else loss + k0 * (c * (1 - spread)).sum()
 
@@ -166,141 +159,6 @@ def weighted_mmd_reference(
         grad_z = grad_z - (pull.sum(1, keepdim=True) * x - pull @ v)
         grad_anchors = pull.T @ x - pull.sum(0)[:, None] * v
         return loss, grad_z, grad_anchors
-
-
-def _pair_sums(
-    x: Tensor, weight: Tensor, slot: Tensor, num_groups: int, kernel: str, scales: list[float]
-) -> tuple[Tensor, Tensor]:
-    """sum_{i != j} w_i w_j k_ij by group (K,), and its gradient (N, D). ``slot`` == num_groups leaves a row out."""
-    weight = torch.where(slot < num_groups, weight, 0.0)
-    count = _sum_by_group(weight.abs(), slot, num_groups).clamp_min(1)
-    # Far from its anchor a group's mean swamps its differences in float32; distances do not need it.
-    mean = x.new_zeros(num_groups + 1, x.shape[1]).index_add_(0, slot, x * weight.abs()[:, None])[:-1] / count[:, None]
-    x = x - _per_row(mean, slot)
-    dense_limit = DENSE_LIMIT.get(x.device.type, DENSE_LIMIT_DEVICE)
-    form = _dense_groups if len(x) <= dense_limit else _tiled_groups
-    row_sums, gradient = form(x, weight, slot, num_groups, kernel, scales)
-    return _sum_by_group(weight * row_sums, slot, num_groups), gradient
-
-
-def _dense_groups(
-    x: Tensor, weight: Tensor, slot: Tensor, num_groups: int, kernel: str, scales: list[float]
-) -> tuple[Tensor, Tensor]:
-    """Row sums (N,) and gradient (N, D) from one masked N x N matrix."""
-    pair = (slot[:, None] == slot[None, :]) & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    k, slope = closed_forms.pair(kernel, _squared_distances(x, x), x.shape[1], scales)
-    k, slope = torch.where(pair, k, 0.0) * weight, torch.where(pair, slope, 0.0) * weight
-    return k.sum(1), 4 * weight[:, None] * (slope.sum(1, keepdim=True) * x - slope @ x)
-
-
-def _dense_weighted(x: Tensor, p: Tensor, kernel: str, scales: list[float]) -> tuple[Tensor, Tensor]:
-    """sum_k sum_{i != j} p_ik p_jk k_ij and its gradient (N, D), in slabs of rows."""
-    gradient, row_sums = torch.empty_like(x), torch.empty_like(x[:, 0])
-    rows = max(1, SLAB // len(x))
-    for start in range(0, len(x), rows):
-        block = slice(start, start + rows)
-        weight = p[block] @ p.T
-        weight.diagonal(start).zero_()
-        k, slope = closed_forms.pair(kernel, _squared_distances(x[block], x), x.shape[1], scales)
-        row_sums[block] = (k * weight).sum(1)
-        slope *= weight
-        gradient[block] = 4 * (slope.sum(1, keepdim=True) * x[block] - slope @ x)
-    return row_sums.sum(), gradient
-
-
-def _tiled_groups(
-    x: Tensor, weight: Tensor, slot: Tensor, num_groups: int, kernel: str, scales: list[float]
-) -> tuple[Tensor, Tensor]:
-    """Row sums (N,) and gradient (N, D) from C x C tiles: rows sorted by group, groups cut into chunks of C.
-
-    Only tiles on or above a group's diagonal are computed, in slabs of bounded size: time O(sum_k n_k^2 / 2 + N C),
-    memory O(N D + SLAB).
-    """
-    dim = x.shape[1]
-    chunk = _chunk_size(len(x), num_groups)
-    position, chunk_group = _chunk_rows(slot, num_groups, chunk)
-    # One spare row takes every row that is left out; padding has weight 0 and so contributes nothing.
-    size = len(chunk_group) * chunk
-    tiles = rearrange(x.new_zeros(size + 1, dim).index_copy_(0, position, x)[:-1], "(m c) d -> m c d", c=chunk)
-    weights = rearrange(x.new_zeros(size + 1).index_copy_(0, position, weight)[:-1], "(m c) -> m c", c=chunk)
-    norms = tiles.square().sum(2)
-    row_sums, gradient = torch.zeros_like(weights), torch.zeros_like(tiles)
-
-    for a, b, mirrored in _tile_pairs(chunk_group, max(1, SLAB // chunk**2)):
-        xa, xb, wa, wb = tiles[a], tiles[b], weights[a], weights[b]
-        squared = torch.baddbmm(norms[a][:, :, None] + norms[b][:, None, :], xa, xb.mT, alpha=-2).clamp_min_(0)
-        k, slope = closed_forms.pair(kernel, squared, dim, scales)
-        if not mirrored:
-            k.diagonal(dim1=1, dim2=2).zero_()
-            slope.diagonal(dim1=1, dim2=2).zero_()
-        _accumulate(row_sums, gradient, a, k, slope, wb, xa, xb)
-        if mirrored:
-            _accumulate(row_sums, gradient, b, k.mT, slope.mT, wa, xb, xa)
-
-    gradient *= 4 * weights[:, :, None]
-    flat = torch.cat([rearrange(gradient, "m c d -> (m c) d"), gradient.new_zeros(1, dim)])
-    sums = torch.cat([rearrange(row_sums, "m c -> (m c)"), row_sums.new_zeros(1)])
-    return sums[position], flat[position]
-
-
-def _accumulate(
-    row_sums: Tensor, gradient: Tensor, a: Tensor, k: Tensor, slope: Tensor, wb: Tensor, xa: Tensor, xb: Tensor
-) -> None:
-    """Add to the rows of chunks ``a`` what chunks b, weighted ``wb``, say of them."""
-    row_sums.index_add_(0, a, (k @ wb[:, :, None])[:, :, 0])
-    gradient.index_add_(0, a, (slope @ wb[:, :, None]) * xa - slope @ (wb[:, :, None] * xb))
-
-
-def _chunk_size(rows: int, num_groups: int) -> int:
-    """Rows to a tile: about a group's size, within what keeps batched products efficient."""
-    return min(128, max(16, 1 << (max(1, rows // num_groups) - 1).bit_length()))
-
-
-def _chunk_rows(slot: Tensor, num_groups: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Place of each row in the padded chunks (N,), the last place + 1 for rows left out; the group of each chunk (M,).
-
-    The number of chunks depends on the data: on a device this is the one host read of the plain implementation.
-    """
-    order = slot.argsort(stable=True)
-    counts = slot.new_zeros(num_groups + 1).scatter_add_(0, slot, torch.ones_like(slot))
-    chunks = (counts[:-1] + chunk - 1) // chunk
-    chunk_group = torch.repeat_interleave(torch.arange(num_groups, device=slot.device), chunks)
-    first_row, first_chunk = counts.cumsum(0) - counts, chunks.cumsum(0) - chunks
-    sorted_slot = slot[order]
-    rank = torch.arange(len(slot), device=slot.device) - first_row[sorted_slot]
-    place = _per_row(first_chunk, sorted_slot) * chunk + rank
-    left_out = len(chunk_group) * chunk
-    place = torch.where(sorted_slot < num_groups, place, left_out)
-    return torch.empty_like(place).scatter_(0, order, place), chunk_group
-
-
-def _tile_pairs(chunk_group: Tensor, slab: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Index pairs (a, b) of chunks of one group with b >= a, at most ``slab`` at once; True where b > a."""
-    index = torch.arange(len(chunk_group), device=chunk_group.device)
-    for a in index.split(slab):
-        yield a, a, False
-    last = torch.searchsorted(chunk_group, chunk_group, right=True) - 1
-    after = last - index
-    a = torch.repeat_interleave(index, after)
-    start = torch.repeat_interleave(after.cumsum(0) - after, after)
-    b = a + 1 + torch.arange(len(a), device=a.device) - start
-    for some_a, some_b in zip(a.split(slab), b.split(slab), strict=True):
-        if len(some_a):
-            yield some_a, some_b, True
-
-
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    norms = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
-    return torch.addmm(norms, x, y.T, alpha=-2).clamp_min_(0)
-
-
-def _sum_by_group(values: Tensor, slot: Tensor, num_groups: int) -> Tensor:
-    return values.new_zeros(num_groups + 1).index_add_(0, slot, values)[:-1]
-
-
-def _per_row(by_group: Tensor, slot: Tensor) -> Tensor:
-    """The entry of each row's group; 0 for rows that are left out."""
-    return torch.cat([by_group, torch.zeros_like(by_group[:1])])[slot]
 
 
 torch.library.define(
@@ -348,7 +206,7 @@ def _anchored_context(ctx, inputs, output) -> None:
 def _anchored_backward(ctx, by_values, _):
     groups, gradient = ctx.saved_tensors
     inside = (groups >= 0) & (groups < len(by_values))
-    upstream = _per_row(by_values, torch.where(inside, groups, len(by_values)))
+    upstream = per_row(by_values, torch.where(inside, groups, len(by_values)))
     return upstream[:, None] * gradient, None, None, None, None, None, None
 
 

@@ -1,0 +1,116 @@
+"""The interface of all methods, and what each is trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from proto_reg import PrototypeHead
+
+from ..models import Network
+
+
+class Plan(NamedTuple):
+    """What a run knows of its own training."""
+
+    warmup_epochs: int
+    steps_per_epoch: int
+    learning_rate: float
+    seed: int
+
+
+def reconstruction(logits: Tensor, x: Tensor) -> Tensor:
+    """Binary cross-entropy, nats an image."""
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+
+
+class Method(nn.Module):
+    """The plain autoencoder, and the interface of all others.
+
+    A subclass overrides :meth:`loss` (or, with several optimizers, :meth:`step`) and whichever of :meth:`encode`,
+    :meth:`prepare`, :meth:`prior` and :attr:`head` differs. ``state_dict`` holds what inference needs.
+
+    Attributes:
+        trained_as: name of the method whose training this one's is; k-means is a plain autoencoder until it is judged.
+        optimizers: by the name of the step each takes; filled by :meth:`add_optimizers`.
+    """
+
+    trained_as: ClassVar[str]
+
+    def __init__(self, network: Network, plan: Plan) -> None:
+        super().__init__()
+        self.network, self.plan = network, plan
+        self.epoch = 0
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    @classmethod
+    def training_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of ``options`` that training depends on."""
+        return options
+
+    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, lr=self.plan.learning_rate)
+
+    def add_optimizers(self) -> None:
+        """Once all parameters are there."""
+        self.optimizers = {"all": self.adam(list(self.parameters()))}
+
+    @property
+    def head(self) -> PrototypeHead | None:
+        """The prototypes, where there are any."""
+        return None
+
+    @property
+    def warm(self) -> bool:
+        """Whether this epoch comes after the warm-up."""
+        return self.epoch >= self.plan.warmup_epochs
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def loss(self, x: Tensor) -> Tensor:
+        return reconstruction(self.network.decoder(self.network.encode(x)), x)
+
+    def step(self, x: Tensor) -> None:
+        """Train on one batch (B, C*H*W)."""
+        optimizer = self.optimizers["all"]
+        loss = self.loss(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The latents (B, D) that stand for ``x`` at inference, which the decoder takes."""
+        return self.network.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, C*H*W) in [0, 1]."""
+        return self.network.decoder(z).sigmoid()
+
+    def prepare(self, z: Tensor) -> None:
+        """Fit to the training latents ``z`` (N, D), on the CPU, what is no part of training."""
+        self.mean, centred = z.mean(0), (z - z.mean(0)).double()
+        # By eigenvalues, not Cholesky: dead latents have none above 0.
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(z))
+        self.factor = (vectors * values.clamp_min(0).sqrt()).float()
+
+    def prior(self, n: int, generator: Generator) -> Tensor:
+        """``n`` latents (n, D) from the method's prior, on the CPU; here a Gaussian fitted to the training latents."""
+        return self.mean + torch.randn(n, len(self.mean), generator=generator) @ self.factor.T
+
+
+@contextmanager
+def inference(method: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without gradients."""
+    training = method.training
+    method.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        method.train(training)

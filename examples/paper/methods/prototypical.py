@@ -1,0 +1,114 @@
+"""The methods of this library: the paper's Algorithm 1, and the balanced layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor, nn
+
+import proto_reg
+from proto_reg import PrototypeHead, PrototypicalRegularizer, PrototypicalTraining
+
+from ..models import Network
+from .method import Method, Plan, reconstruction
+
+
+class Prototypical(Method):
+    """What the layer's methods share: its construction from the options of a config.
+
+    Options: ``num_prototypes``; ``preset`` "ours" (the library's defaults) or "paper"; ``sigma``, one Gaussian
+    bandwidth in the units of the latents instead of the preset's; any argument of
+    :class:`proto_reg.PrototypicalRegularizer`, with mappings for ``head``, ``assigner`` and ``mmd``.
+    """
+
+    PARTS: ClassVar[dict[str, Callable[..., nn.Module]]] = {
+        "assigner": proto_reg.SinkhornAssigner,
+        "mmd": proto_reg.AnchoredMMDLoss,
+    }
+
+    def __init__(
+        self,
+        network: Network,
+        plan: Plan,
+        *,
+        num_prototypes: int,
+        preset: str,
+        sigma: float | None = None,
+        head: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(network, plan)
+        if preset not in ("ours", "paper"):
+            raise ValueError(f"preset: expected 'ours' or 'paper', got {preset!r}. Choose one.")
+        build = PrototypicalRegularizer.paper if preset == "paper" else PrototypicalRegularizer
+        if sigma is not None:
+            paper = {"target": "sampled", "statistic": "biased", "reduction": "sum"} if preset == "paper" else {}
+            options["mmd"] = paper | options.get("mmd", {}) | {"scales": [float(sigma) ** 2 / network.latent_dim]}
+        options |= {name: part(**options[name]) for name, part in self.PARTS.items() if name in options}
+        if head is not None:
+            options["head"] = PrototypeHead(network.latent_dim, num_prototypes, **head)
+        self.regularizer = build(network.latent_dim, num_prototypes, **options)
+
+    @property
+    def head(self) -> PrototypeHead:
+        return self.regularizer.head
+
+    def prepare(self, z: Tensor) -> None:
+        """The prior is there: the mixture around the prototypes."""
+
+    def prior(self, n: int, generator: Generator) -> Tensor:
+        return deepcopy(self.head).cpu().sample(n, generator=generator)
+
+
+class Balanced(Prototypical):
+    """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
+
+    With the warm-up of all the others; ``warmup=False`` leaves it out, as the library does unless it is told.
+    """
+
+    trained_as = "balanced"
+
+    def __init__(
+        self, network: Network, plan: Plan, *, preset: str = "ours", warmup: bool = True, **options: Any
+    ) -> None:
+        if warmup:
+            options["warmup_steps"] = plan.warmup_epochs * plan.steps_per_epoch
+        super().__init__(network, plan, preset=preset, **options)
+
+    def loss(self, x: Tensor) -> Tensor:
+        z, info = self.regularizer(self.network.encode(x))
+        loss = reconstruction(self.network.decoder(z), x)
+        return loss if self.regularizer.mode == "balanced" else loss + info.loss
+
+
+class Algorithm1(Prototypical):
+    """The paper's three optimizers, by :class:`proto_reg.PrototypicalTraining`."""
+
+    trained_as = "algorithm1"
+
+    def __init__(self, network: Network, plan: Plan, *, preset: str = "paper", **options: Any) -> None:
+        super().__init__(network, plan, preset=preset, **options)
+        training = PrototypicalTraining(
+            nn.Sequential(network.features, network.latent),
+            network.decoder,
+            self.regularizer,
+            reconstruction=reconstruction,
+            warmup_epochs=plan.warmup_epochs,
+            schedule="paper",
+            optimizer=self.adam,
+        )
+        self.__dict__["training_loop"] = training  # not a submodule: its parts are registered already
+
+    def add_optimizers(self) -> None:
+        self.optimizers = self.training_loop.optimizers
+
+    def begin_epoch(self, epoch: int) -> None:
+        super().begin_epoch(epoch)
+        self.training_loop.epoch = epoch
+
+    def step(self, x: Tensor) -> None:
+        self.training_loop.step(x)
+        if self.training_loop.skipped_steps:
+            raise FloatingPointError("a gradient of Algorithm 1 is not finite")
