@@ -7,29 +7,22 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import Self
 
-from ._checks import check_choice, check_instance, check_number, check_positive_int, compute_dtype
-from ._distributed import Group, Ranks, alone, whole
-from ._warnings import LayerWatch
+from ._checks import check_choice, check_number, check_positive_int, compute_dtype
+from ._distributed import Group, alone
 from .assigner import SinkhornAssigner
 from .balance import AttachDirection, add_up
-from .follower import PrototypeFollower
-from .functional.problem import check_marginals, usable
+from .components import components
+from .functional.problem import usable
 from .fused import fused_step
 from .head import PrototypeHead
-from .kernels.follow import followed
 from .kernels.once import transforming
-from .kernels.snapshot import snapshot
 from .layout import Layout
+from .lifecycle import Lifecycle
 from .mmd import AnchoredMMDLoss
 from .output import RegularizerOutput
-from .queue import LatentQueue
-from .revival import revive
-from .schedule import check_temperature, ramp, sharpness
 from .tokens import Gatherer, Share, subsample, undivided
-from .usage import UsageMeter
 
 MODES = ("balanced", "weighted")
 # A batch of several processes with up to so many entries of latents and scores (4 MiB) is computed by each of them.
@@ -40,7 +33,7 @@ GATHERED = 1 << 20
 Step: TypeAlias = tuple[Tensor, list[tuple[nn.Parameter, Tensor]], RegularizerOutput]
 
 
-class PrototypicalRegularizer(nn.Module):
+class PrototypicalRegularizer(Lifecycle):
     """Organises the latent space of any autoencoder around prototypes: ``z, info = regularizer(encoder(x))``.
 
     ``mode="balanced"`` returns z unchanged and acts in the backward pass: where a gradient g arrives, the layer passes
@@ -88,8 +81,6 @@ class PrototypicalRegularizer(nn.Module):
         TypeError, ValueError: an argument out of its range, named.
     """
 
-    steps: Tensor
-
     def __init__(
         self,
         latent_dim: int,
@@ -117,69 +108,29 @@ class PrototypicalRegularizer(nn.Module):
         total_steps: int | None = None,
         group: Group = "default",
     ) -> None:
-        super().__init__()
-        self.ranks, self.gatherer = Ranks(group), Gatherer()
-        sizes = latent_dim, num_prototypes
-        self.head = PrototypeHead(*sizes, std=1.0 if std is None else std) if head is None else head
-        self.assigner = SinkhornAssigner(group=group) if assigner is None else assigner
-        self.mmd = AnchoredMMDLoss(group=group) if mmd is None else mmd
-        self._check_components(latent_dim, num_prototypes, std, soft)
-        self.temperature_steps = check_positive_int("temperature_steps", temperature_steps, minimum=0)
-        self.start_temperature, self.temperature = check_temperature(temperature, temperature_steps)
+        super().__init__(
+            *components(latent_dim, num_prototypes, std, soft, group, head, assigner, mmd),
+            temperature=temperature,
+            temperature_steps=temperature_steps,
+            warmup_steps=warmup_steps,
+            ramp_steps=ramp_steps,
+            follow_rate=follow_rate,
+            queue_size=queue_size,
+            group=group,
+        )
+        self.gatherer = Gatherer()
         self.prototype_weight = check_number("prototype_weight", prototype_weight, at_least=0)
         self.mmd_weight = check_number("mmd_weight", mmd_weight, at_least=0)
         self.mode = check_choice("mode", mode, MODES)
-        self.warmup_steps = check_positive_int("warmup_steps", warmup_steps, minimum=0)
-        self.ramp_steps = check_positive_int("ramp_steps", ramp_steps, minimum=0)
         self.layout = Layout(layout)
         self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)
         self.seed = check_positive_int("seed", seed, minimum=0)
         self.soft = bool(soft)
         self.tracking = bool(tracking)
-        check_positive_int("queue_size", queue_size, minimum=0)
         if queue_mmd and not queue_size:
             raise ValueError("queue_mmd: expected False without a queue, got True. Pass queue_size > 0.")
         self.queue_mmd = bool(queue_mmd)
-        self.queue = LatentQueue(queue_size, latent_dim, group=group) if queue_size else None
-        self.meter = UsageMeter(num_prototypes, group=group)
-        self.follower = PrototypeFollower(self.head.prototypes, follow_rate, group=group)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.watch = LayerWatch()
         self.expect(total_steps)
-
-    def expect(self, total_steps: int | None) -> None:
-        """Say how many training steps there will be, which frameworks know later; a warm-up as long is warned of."""
-        if total_steps is not None:
-            check_positive_int("total_steps", total_steps)
-        self.watch.at_construction(
-            epsilon=self.assigner.epsilon,
-            temperature=self.temperature,
-            latent_dim=self.head.latent_dim,
-            warmup_steps=self.warmup_steps,
-            ramp_steps=self.ramp_steps,
-            total_steps=total_steps,
-            weighted=self.mode == "weighted",
-        )
-
-    def _check_components(self, latent_dim: int, num_prototypes: int, std: float | None, soft: bool) -> None:
-        """TypeError or ValueError for components that are not ours or do not fit together."""
-        check_instance("head", self.head, PrototypeHead)
-        check_instance("assigner", self.assigner, SinkhornAssigner)
-        check_instance("mmd", self.mmd, AnchoredMMDLoss)
-        if (self.head.latent_dim, self.head.num_prototypes) != (latent_dim, num_prototypes):
-            raise ValueError(
-                f"head: expected latent_dim={latent_dim} and num_prototypes={num_prototypes}, got "
-                f"{self.head.latent_dim} and {self.head.num_prototypes}. Build both with the same sizes."
-            )
-        if std is not None and std != self.head.std:
-            raise ValueError(f"head: expected std={std}, got {self.head.std}. Give it to one of the two.")
-        if self.assigner.marginals is not None:
-            check_marginals(self.assigner.marginals, num_prototypes)
-        if soft and (self.mmd.target == "sampled" or self.mmd.features is not None):
-            which, cure = (
-                ("features=", "features=None") if self.mmd.features else ("a sampled target", "target='analytic'")
-            )
-            raise ValueError(f"soft: expected False with {which}, got True. Use {cure} in mmd.")
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
@@ -207,31 +158,6 @@ class PrototypicalRegularizer(nn.Module):
         if tracking:
             self._look(tokens, keep, share, output)
         return z, output if self.layout.is_rows else self._to_layout(output, z)
-
-    def _move(self) -> None:
-        """Prototypes follow the latents that were counted before."""
-        head = self.head
-        self.follower.move(head.prototypes, head.shards)
-
-    @torch.no_grad()
-    def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
-        """Count a training forward of ``tokens`` (N, D)."""
-        if self.prototype_weight:
-            counted = followed(output.prototype_loss, self._active(), keep)
-            self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted, self.head.std)
-        losses = output.prototype_loss, output.mmd_loss
-        self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
-        if self.queue is not None:
-            self.queue.push(tokens, keep)
-        self.steps.add_(1)
-
-    def _look(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
-        """Have the watch look at a training forward of ``tokens`` (N, D)."""
-        head, past = self.head, 0 if self.queue is None else self.queue.size
-        # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
-        prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
-        found = output.assignments, output.prototype_loss, lambda: self.steps - self.warmup_steps
-        self.watch.at_step(tokens, keep, share.total, prototypes, head.std, *found, past)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
@@ -356,74 +282,6 @@ class PrototypicalRegularizer(nn.Module):
             self._look(tokens, keep, share, output)
         return self._to_layout(output, z)
 
-    @property
-    def usage(self) -> Tensor:
-        """(K,) float32 share of the latents nearest to each prototype since the last reset; zeros if none."""
-        return self.meter.usage
-
-    def metrics(self) -> dict[str, float]:
-        """What the layer saw in training since the last reset, over all ranks; one read from the device.
-
-        Returns:
-            A dict of floats, distances in units of the head's std, NaN where nothing was seen:
-
-            * ``prototype_loss``, ``mmd_loss``: means over training forward passes.
-            * ``perplexity``: exp of the entropy of :attr:`usage`, at most K; ``dead``: prototypes without a latent.
-            * ``duplicates``: prototypes less than 2 from another; ``separation``: distance of the nearest two.
-            * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, std^2 I).
-            * ``active``: share of their full size that the weights have now: 0 in warm-up, 1 after the ramp.
-        """
-        return self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=self._ramp())
-
-    def reset_metrics(self) -> None:
-        """Start counting anew, for example with each epoch."""
-        self.meter.reset()
-
-    @torch.no_grad()
-    def revive(
-        self,
-        z: Tensor | None = None,
-        *,
-        optimizer: Optimizer | None = None,
-        threshold: float | None = None,
-        duplicates: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Put prototypes that hardly any latent is near to on latents far from the others, by k-means++.
-
-        Call it between optimizer steps at the end of an epoch, but not of the first ten or so, in which prototypes find
-        their latents by themselves; in a process group on all ranks, which take what rank 0 draws. The follower and
-        ``optimizer`` forget those prototypes' past; the queue holds none. Counting starts anew: read :meth:`metrics`
-        before.
-
-        Args:
-            z: latents in the layer's layout to choose from; those of the queue by default.
-            optimizer: whose state of the revived prototypes, such as Adam's moments, is set to 0.
-            threshold: share of the latents since the last reset below which a prototype is dead; .1 / K by default, a
-                tenth of an equal share. In balanced training the smallest share settles between .13 / K (K = 100) and
-                .87 / K (K = 10; digits, 30 epochs).
-            duplicates: also revive prototypes less than 2 std from one with more latents.
-            generator: of the draw.
-
-        Returns:
-            (n,) int64 indices of the revived prototypes.
-
-        Raises:
-            RuntimeError: nothing was counted since the last reset.
-            ValueError, TypeError: no latents to choose from or too few, another optimizer; nothing has changed then.
-        """
-        if z is not None:
-            latents, _ = self.layout.tokens(z, None, self.head.latent_dim)
-        elif self.queue is not None:
-            latents = self.queue.latents[self.queue.in_use]
-        else:
-            raise ValueError("z: expected latents to choose from, got None and no queue. Pass z, or queue_size > 0.")
-        group = self.ranks.active()
-        index = revive(self.head, self.usage, latents, optimizer, threshold, duplicates, generator, group)
-        self.follower.forget(index, whole(self.head.prototypes))
-        self.reset_metrics()
-        return index
-
     @classmethod
     def paper(cls, latent_dim: int, num_prototypes: int, **options: Any) -> Self:
         """The paper's own choices: dot scores, a sampled target, the biased statistic, a sum over prototypes.
@@ -486,24 +344,6 @@ class PrototypicalRegularizer(nn.Module):
         if share.total <= self.max_tokens:
             return None, keep
         return subsample(count, keep, share, self.max_tokens, self._now(), self.seed)
-
-    def _now(self) -> Tensor:
-        """() int64: the step count, also for the backward pass of this step, when it will have moved on."""
-        return snapshot(self.steps) if self.training else self.steps
-
-    def _ramp(self) -> Tensor:
-        """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
-        return ramp(self._now(), self.warmup_steps, self.ramp_steps)
-
-    def _active(self) -> Tensor | None:
-        """:meth:`_ramp`; None where the weights have their full size from the start."""
-        return self._ramp() if self.warmup_steps or self.ramp_steps else None
-
-    def _sharpness(self) -> Tensor:
-        """() what scores are multiplied with at this step to be at its temperature under the final one."""
-        return sharpness(
-            self._now(), self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps
-        )
 
     def _check_transforms(self, tracking: bool) -> None:
         """RuntimeError under a ``torch.func`` transform that this layer, as it is set, cannot go through."""

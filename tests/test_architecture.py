@@ -39,6 +39,8 @@ ROOMS = [
     "revival",
     "schedule",
     "_warnings",
+    "components",
+    "lifecycle",
     "regularizer",
     "training",
     "plots",

@@ -1,0 +1,191 @@
+"""What a layer keeps from one training step to the next: its step, what it saw, and where the prototypes are to go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ._checks import check_positive_int
+from ._distributed import Group, Ranks, whole
+from ._warnings import LayerWatch
+from .assigner import SinkhornAssigner
+from .follower import PrototypeFollower
+from .head import PrototypeHead
+from .kernels.follow import followed
+from .kernels.snapshot import snapshot
+from .layout import Layout
+from .mmd import AnchoredMMDLoss
+from .output import RegularizerOutput
+from .queue import LatentQueue
+from .revival import revive
+from .schedule import check_temperature, ramp, sharpness
+from .tokens import Share
+from .usage import UsageMeter
+
+
+class Lifecycle(nn.Module):
+    """The part of :class:`proto_reg.PrototypicalRegularizer` that lasts: components, schedules, counters.
+
+    All of it that changes is in ``state_dict``. Arguments are those of the layer.
+    """
+
+    steps: Tensor
+    layout: Layout
+    prototype_weight: float
+    mode: str
+
+    def __init__(
+        self,
+        head: PrototypeHead,
+        assigner: SinkhornAssigner,
+        mmd: AnchoredMMDLoss,
+        *,
+        temperature: float | Sequence[float],
+        temperature_steps: int,
+        warmup_steps: int,
+        ramp_steps: int,
+        follow_rate: float,
+        queue_size: int,
+        group: Group,
+    ) -> None:
+        super().__init__()
+        self.ranks = Ranks(group)
+        self.head, self.assigner, self.mmd = head, assigner, mmd
+        self.temperature_steps = check_positive_int("temperature_steps", temperature_steps, minimum=0)
+        self.start_temperature, self.temperature = check_temperature(temperature, temperature_steps)
+        self.warmup_steps = check_positive_int("warmup_steps", warmup_steps, minimum=0)
+        self.ramp_steps = check_positive_int("ramp_steps", ramp_steps, minimum=0)
+        check_positive_int("queue_size", queue_size, minimum=0)
+        self.queue = LatentQueue(queue_size, head.latent_dim, group=group) if queue_size else None
+        self.meter = UsageMeter(head.num_prototypes, group=group)
+        self.follower = PrototypeFollower(head.prototypes, follow_rate, group=group)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.watch = LayerWatch()
+
+    def expect(self, total_steps: int | None) -> None:
+        """Say how many training steps there will be, which frameworks know later; a warm-up as long is warned of."""
+        if total_steps is not None:
+            check_positive_int("total_steps", total_steps)
+        self.watch.at_construction(
+            epsilon=self.assigner.epsilon,
+            temperature=self.temperature,
+            latent_dim=self.head.latent_dim,
+            warmup_steps=self.warmup_steps,
+            ramp_steps=self.ramp_steps,
+            total_steps=total_steps,
+            weighted=self.mode == "weighted",
+        )
+
+    @property
+    def usage(self) -> Tensor:
+        """(K,) float32 share of the latents nearest to each prototype since the last reset; zeros if none."""
+        return self.meter.usage
+
+    def metrics(self) -> dict[str, float]:
+        """What the layer saw in training since the last reset, over all ranks; one read from the device.
+
+        Returns:
+            A dict of floats, distances in units of the head's std, NaN where nothing was seen:
+
+            * ``prototype_loss``, ``mmd_loss``: means over training forward passes.
+            * ``perplexity``: exp of the entropy of :attr:`usage`, at most K; ``dead``: prototypes without a latent.
+            * ``duplicates``: prototypes less than 2 from another; ``separation``: distance of the nearest two.
+            * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, std^2 I).
+            * ``active``: share of their full size that the weights have now: 0 in warm-up, 1 after the ramp.
+        """
+        return self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=self._ramp())
+
+    def reset_metrics(self) -> None:
+        """Start counting anew, for example with each epoch."""
+        self.meter.reset()
+
+    @torch.no_grad()
+    def revive(
+        self,
+        z: Tensor | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        threshold: float | None = None,
+        duplicates: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Put prototypes that hardly any latent is near to on latents far from the others, by k-means++.
+
+        Call it between optimizer steps at the end of an epoch, but not of the first ten or so, in which prototypes find
+        their latents by themselves; in a process group on all ranks, which take what rank 0 draws. The follower and
+        ``optimizer`` forget those prototypes' past; the queue holds none. Counting starts anew: read :meth:`metrics`
+        before.
+
+        Args:
+            z: latents in the layer's layout to choose from; those of the queue by default.
+            optimizer: whose state of the revived prototypes, such as Adam's moments, is set to 0.
+            threshold: share of the latents since the last reset below which a prototype is dead; .1 / K by default, a
+                tenth of an equal share. In balanced training the smallest share settles between .13 / K (K = 100) and
+                .87 / K (K = 10; digits, 30 epochs).
+            duplicates: also revive prototypes less than 2 std from one with more latents.
+            generator: of the draw.
+
+        Returns:
+            (n,) int64 indices of the revived prototypes.
+
+        Raises:
+            RuntimeError: nothing was counted since the last reset.
+            ValueError, TypeError: no latents to choose from or too few, another optimizer; nothing has changed then.
+        """
+        if z is not None:
+            latents, _ = self.layout.tokens(z, None, self.head.latent_dim)
+        elif self.queue is not None:
+            latents = self.queue.latents[self.queue.in_use]
+        else:
+            raise ValueError("z: expected latents to choose from, got None and no queue. Pass z, or queue_size > 0.")
+        group = self.ranks.active()
+        index = revive(self.head, self.usage, latents, optimizer, threshold, duplicates, generator, group)
+        self.follower.forget(index, whole(self.head.prototypes))
+        self.reset_metrics()
+        return index
+
+    def _move(self) -> None:
+        """Prototypes follow the latents that were counted before."""
+        head = self.head
+        self.follower.move(head.prototypes, head.shards)
+
+    @torch.no_grad()
+    def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:
+        """Count a training forward of ``tokens`` (N, D)."""
+        if self.prototype_weight:
+            counted = followed(output.prototype_loss, self._active(), keep)
+            self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted, self.head.std)
+        losses = output.prototype_loss, output.mmd_loss
+        self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
+        if self.queue is not None:
+            self.queue.push(tokens, keep)
+        self.steps.add_(1)
+
+    def _look(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
+        """Have the watch look at a training forward of ``tokens`` (N, D)."""
+        head, past = self.head, 0 if self.queue is None else self.queue.size
+        # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
+        prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
+        found = output.assignments, output.prototype_loss, lambda: self.steps - self.warmup_steps
+        self.watch.at_step(tokens, keep, share.total, prototypes, head.std, *found, past)
+
+    def _now(self) -> Tensor:
+        """() int64: the step count, also for the backward pass of this step, when it will have moved on."""
+        return snapshot(self.steps) if self.training else self.steps
+
+    def _ramp(self) -> Tensor:
+        """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
+        return ramp(self._now(), self.warmup_steps, self.ramp_steps)
+
+    def _active(self) -> Tensor | None:
+        """:meth:`_ramp`; None where the weights have their full size from the start."""
+        return self._ramp() if self.warmup_steps or self.ramp_steps else None
+
+    def _sharpness(self) -> Tensor:
+        """() what scores are multiplied with at this step to be at its temperature under the final one."""
+        return sharpness(
+            self._now(), self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps
+        )
