@@ -206,6 +206,7 @@ def main() -> None:
     args.latent_dim, args.hidden = (32, 256) if small else (256, 512)
     args.batch_size = args.batch_size or (16 if args.what == "queue" else 64 if small else 256)
     args.warmup = (args.epochs // 8) * -(-len(data.train) // args.batch_size)
+    torch.manual_seed(0)  # of the judge's weights
     judge = train_judge(data, 60 if small else 5, torch.Generator().manual_seed(0))
 
     variants = STUDIES[args.what](data.train.shape[1], args)
