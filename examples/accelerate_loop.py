@@ -1,4 +1,4 @@
-"""Prototypes in an accelerate loop (pip install "proto_reg[accelerate]").
+"""Prototypes in an accelerate loop (needs proto_reg[accelerate,examples]).
 
 python examples/accelerate_loop.py                # digits, on one process; or: accelerate launch examples/...
 """

@@ -1,4 +1,4 @@
-"""Prototypes in a LightningModule that knows nothing of them (pip install "proto_reg[lightning]").
+"""Prototypes in a LightningModule that knows nothing of them (needs proto_reg[lightning,examples]).
 
 python examples/lightning_callback.py             # digits, half a minute; draws prototypes-*.png into prototypes/
 """

@@ -1,4 +1,4 @@
-"""Prototypes under an unmodified transformers.Trainer (pip install "proto_reg[transformers]").
+"""Prototypes under an unmodified transformers.Trainer (needs proto_reg[transformers,examples]).
 
 python examples/transformers_trainer.py           # digits, half a minute; checkpoints go to --out
 """

@@ -16,8 +16,9 @@ from .functional.metrics import SEPARATION
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
 MANY = 2048  # of more prototypes only so many are compared with each other
-NARROW = 0.3  # r^2/D below which latents do not come near the normal distributions aimed at
 SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
+# r^2/D that far from 1, either way, does not come near by itself: after SETTLED steps, and after four times as many.
+FAR, FAR_LATER = 10 / 3, 2.0
 
 
 class PrototypeWarning(UserWarning):
@@ -168,9 +169,6 @@ class LayerWatch:
         self._pending = None
         self._judge(*figures.tolist())
 
-    def _target(self) -> str:
-        return "N(v, I)" if self.std == 1 else f"N(v, {self.std:g}^2 I)"
-
     def _judge(
         self,
         loss: float,
@@ -213,25 +211,41 @@ class LayerWatch:
         if radius > 50:
             self.say(
                 "radius",
-                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
-                f"{radius:.0f}, where {self._target()} has 1: the Gaussian kernel has next to no gradient there. Use "
-                f"AnchoredMMDLoss('energy'), or aim at wider distributions: std={self.std * radius**0.5:.2g}.",
+                f"{self._measured(radius)}: the Gaussian kernel has next to no gradient there. Use "
+                f"AnchoredMMDLoss('energy'), or aim at wider distributions: build the layer with "
+                f"std={self.std * radius**0.5:.2g}.",
             )
-        if active_steps >= SETTLED and radius < NARROW:
-            std = self.std * max(radius, 1e-6) ** 0.5
+        if active_steps >= SETTLED:
+            self._judge_distances(radius, separation, FAR if active_steps < 4 * SETTLED else FAR_LATER)
+
+    def _judge_distances(self, radius: float, separation: float, far: float) -> None:
+        """Say which std would fit latents whose r^2/D is less than 1 / far or more than far, or that are too close."""
+        std = f"std={self.std * max(radius, 1e-6) ** 0.5:.2g}"
+        if radius < 1 / far:
             self.say(
                 "narrow",
-                f"Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
-                f"{radius:.2f} after {active_steps:.0f} steps, where {self._target()} has 1: samples around prototypes "
-                f"would be noise to the decoder. Aim at narrower distributions, which costs nothing: std={std:.2g} in "
-                "PrototypicalRegularizer.",
+                f"{self._measured(radius)}: samples around prototypes would be noise to the decoder. Aim at narrower "
+                f"distributions, which costs nothing: build the layer with {std}.",
             )
-        elif active_steps >= SETTLED and separation < SEPARATION:
+        elif far < radius <= 50:
+            self.say(
+                "wide",
+                f"{self._measured(radius)}: samples around prototypes would be less varied than the latents are. Aim "
+                f"at wider distributions: build the layer with {std}.",
+            )
+        elif separation < SEPARATION:
+            cure = f"Build the layer with {std}, or use" if radius < 1 else "Use"
             self.say(
                 "separation",
-                f"Two prototypes are {separation:.2f} std apart, inside each other's noise. Lower "
-                "std, raise mmd_weight, or use fewer prototypes.",
+                f"Two prototypes are {separation:.2f} std apart, inside each other's noise. {cure} fewer prototypes.",
             )
+
+    def _measured(self, radius: float) -> str:
+        target = "N(v, I)" if self.std == 1 else f"N(v, {self.std:g}^2 I)"
+        return (
+            "Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
+            f"{radius:.2g} after {self.looks} steps, where {target} has 1"
+        )
 
 
 def _callers_level() -> int:

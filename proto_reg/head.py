@@ -12,11 +12,12 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
+from ._state import WideState
 from .functional.prototypes import SCORES, prototype_scores
 from .kernels.scores import scores_and_pull_back
 
 
-class PrototypeHead(nn.Module):
+class PrototypeHead(WideState):
     """K prototypes in a latent space of D dimensions, and the normal distribution N(v, std^2 I) around each.
 
     Args:
@@ -25,17 +26,20 @@ class PrototypeHead(nn.Module):
         scores: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
         std: standard deviation of the distribution around each prototype that training aims at. Reconstruction decides
-            how far apart an encoder puts latents: README, "The scale of the latents", tells which one fits.
+            how far apart an encoder puts latents: README, "The scale of the latents", tells which one fits. It is part
+            of the state: a head that loads another's has its std from then on.
         init_std: standard deviation of the initial coordinates; by default std / 2, which puts prototypes
             .7 std sqrt(D) apart.
 
     Attributes:
         prototypes: Parameter (K, D), the points themselves: ``decoder(head.prototypes)`` shows them.
+        std: the deviation, a float; it may be set.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
     """
 
+    _std: Tensor  # () in the state; its digits, and what is computed with, are the float's
     shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
 
     def __init__(
@@ -51,7 +55,8 @@ class PrototypeHead(nn.Module):
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.num_prototypes = check_positive_int("num_prototypes", num_prototypes)
         self.scores = check_choice("scores", scores, SCORES)
-        self.std = check_number("std", std, above=0)
+        self.register_buffer("_std", torch.empty((), dtype=torch.float32))
+        self.std = std
         self.init_std = self.std / 2 if init_std is None else check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
         self.reset_parameters()
@@ -63,6 +68,20 @@ class PrototypeHead(nn.Module):
             before = self.__dict__.get("_parameters", {}).get(name)
             self.__dict__["shards"] = before if is_sharded(before) and not is_sharded(value) else None
         super().__setattr__(name, value)
+
+    @property
+    def std(self) -> float:
+        return self._deviation
+
+    @std.setter
+    def std(self, value: float) -> None:
+        self._deviation = check_number("std", value, above=0)
+        self._std.fill_(value)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if not self._std.is_meta and self._std.item() != torch.tensor(self.std, dtype=self._std.dtype).item():
+            self.std = self._std.item()
 
     def reset_parameters(self) -> None:
         """Draw the prototypes anew from N(0, init_std^2 I)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,11 @@ def _project(points: np.ndarray, method: str) -> np.ndarray:
 
 def _images(decoded: Tensor, shape: tuple[int, int, int] | None) -> np.ndarray:
     """(n, H, W) or (n, H, W, 3) for matplotlib."""
+    if shape is not None and decoded[0].numel() != math.prod(shape):
+        raise ValueError(
+            f"image_shape: expected (C, H, W) of {decoded[0].numel()} numbers, which decode returns for a latent, got "
+            f"{shape}. Pass the shape of your images."
+        )
     images = decoded if shape is None else decoded.reshape(-1, *shape)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(

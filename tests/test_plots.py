@@ -44,6 +44,8 @@ def test_bad_arguments() -> None:
     head = PrototypeHead(6, 5)
     with pytest.raises(ValueError, match="Pass image_shape"):
         plots.prototypes(decode, head)
+    with pytest.raises(ValueError, match=r"image_shape: expected \(C, H, W\) of 4 numbers"):
+        plots.prototypes(decode, head, image_shape=(1, 28, 28))
     with pytest.raises(ValueError, match=r"labels: expected shape \(8,\)"):
         plots.latent_map(torch.randn(8, 6), head, torch.zeros(3))
     with pytest.raises(ValueError, match="method: expected one of 'tsne', 'pca'"):

@@ -116,6 +116,21 @@ def test_gradient_is_that_of_the_value() -> None:
     torch.testing.assert_close(anchored_mmd_and_gradient(z, v, assignments, std=0.6)[1], gradient)
 
 
+def test_a_checkpoint_knows_its_std() -> None:
+    trained = PrototypicalRegularizer(DIM, K, std=0.3)
+    fresh = PrototypicalRegularizer(DIM, K)
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.head.std == pytest.approx(0.3)
+    same = PrototypicalRegularizer(DIM, K, std=0.3).bfloat16()
+    same.load_state_dict(trained.state_dict())
+    assert same.head.std == 0.3
+    same.head.std = 0.7
+    assert same.state_dict()["head._std"].item() == pytest.approx(0.7)
+    with pytest.raises(ValueError, match="std: expected a finite number > 0"):
+        same.head.std = 0.0
+    assert same.head.std == 0.7
+
+
 def test_layer_and_head_agree() -> None:
     assert PrototypicalRegularizer(DIM, K, std=0.5).head.std == 0.5
     assert PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, std=0.5)).head.std == 0.5

@@ -123,11 +123,22 @@ def test_latents_that_stay_near_their_prototypes() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.1 * torch.randn(64, DIM)
     text = one_of(layer, z, 410, "where N(v, I) has 1")
-    std = float(re.search(r"std=([\d.]+) in", text).group(1))
+    std = float(re.search(r"with std=([\d.]+)\.", text).group(1))
     assert std == pytest.approx(0.1, rel=0.1)
     layer = PrototypicalRegularizer(DIM, K, std=std)
     z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.01 * torch.randn(64, DIM)
-    assert float(re.search(r"std=([\d.]+) in", one_of(layer, z, 410, "N(v, 0.1^2 I) has 1")).group(1)) < 0.02
+    assert float(re.search(r"with std=([\d.]+)\.", one_of(layer, z, 410, "N(v, 0.1^2 I) has 1")).group(1)) < 0.02
+
+
+def test_latents_wider_than_aimed_at() -> None:
+    """By a factor of 4 soon, by one of 2.25 later, when they have had time to come nearer."""
+    for distance, steps in ((2.0, 410), (1.5, 1610)):
+        layer = PrototypicalRegularizer(DIM, K, std=0.5, follow_rate=0.0, prototype_weight=0.0)
+        layer.head.prototypes.data.copy_(20 * torch.eye(DIM)[:K])
+        z = layer.head.prototypes.detach().repeat(12, 1) + 0.5 * distance * torch.randn(12 * K, DIM)
+        text = one_of(layer, z, steps, "less varied")
+        assert float(re.search(r"with std=([\d.]+)\.", text).group(1)) == pytest.approx(0.5 * distance, rel=0.1)
+        assert "where N(v, 0.5^2 I) has 1" in text
 
 
 def test_latents_on_their_prototypes_and_none_at_all() -> None:
