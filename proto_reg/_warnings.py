@@ -17,8 +17,8 @@ from .functional.metrics import SEPARATION
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
 MANY = 2048  # of more prototypes only so many are compared with each other
 SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
-# r^2/D so many times too small or too large does not mend by itself: after SETTLED steps, when it may still be .14 where
-# it is to be 1 (Fashion-MNIST; .06 to .10 where it is not), and after four times as many.
+# r^2/D so many times too small or too large does not mend by itself: after SETTLED steps, and after four times as many.
+# Fashion-MNIST comes to 1 from .14 at SETTLED steps; where it did not come, it was .06 to .10.
 FAR, FAR_LATER = 8.0, 2.0
 
 
@@ -209,43 +209,45 @@ class LayerWatch:
                 "All latents are >= 0: no normal distribution around a prototype looks like that. Let the encoder end "
                 "in a linear layer, without ReLU.",
             )
-        if radius > 50:
+        if 50 < radius < math.inf:
             self.say(
                 "radius",
-                f"{self._measured(radius)}: the Gaussian kernel has next to no gradient there. Use "
+                f"{self._measured(radius, active_steps)}: the Gaussian kernel has next to no gradient there. Use "
                 f"AnchoredMMDLoss('energy'), or aim at wider distributions: build the layer with "
                 f"std={self.std * radius**0.5:.2g}.",
             )
         if active_steps >= SETTLED:
-            self._judge_distances(radius, separation, FAR if active_steps < 4 * SETTLED else FAR_LATER)
+            self._judge_distances(radius, separation, active_steps)
 
-    def _judge_distances(self, radius: float, separation: float, far: float) -> None:
-        """Say which std would fit latents whose r^2/D is less than 1 / far or more than far, or that are too close."""
-        std = f"std={self.std * max(radius, 1e-6) ** 0.5:.2g}"
+    def _judge_distances(self, radius: float, separation: float, active_steps: float) -> None:
+        """Say which std would fit latents whose r^2/D is far from 1, or prototypes that are too close."""
+        far = FAR if active_steps < 4 * SETTLED else FAR_LATER
+        factor = max(radius, 1e-6) ** 0.5
+        std = f"std={self.std * factor:.2g}"
         if radius < 1 / far:
             self.say(
-                "narrow",
-                f"{self._measured(radius)}: samples around prototypes would be noise to the decoder. Aim at narrower "
-                f"distributions, which costs nothing: build the layer with {std}.",
+                f"narrow at {self.std}",
+                f"{self._measured(radius, active_steps)}: samples around prototypes would be noise to the decoder. "
+                f"Aim at narrower distributions, which costs nothing: build the layer with {std}.",
             )
         elif far < radius <= 50:
             self.say(
-                "wide",
-                f"{self._measured(radius)}: samples around prototypes would be less varied than the latents are. Aim "
-                f"at wider distributions: build the layer with {std}.",
+                f"wide at {self.std}",
+                f"{self._measured(radius, active_steps)}: samples around prototypes would be less varied than the "
+                f"latents are. Aim at wider distributions: build the layer with {std}.",
             )
         elif separation < SEPARATION:
-            cure = f"Build the layer with {std}, or use" if radius < 1 else "Use"
+            cure = f"Build the layer with {std}, or use" if separation / factor > SEPARATION else "Use"
             self.say(
                 "separation",
                 f"Two prototypes are {separation:.2f} std apart, inside each other's noise. {cure} fewer prototypes.",
             )
 
-    def _measured(self, radius: float) -> str:
+    def _measured(self, radius: float, steps: float) -> str:
         target = "N(v, I)" if self.std == 1 else f"N(v, {self.std:g}^2 I)"
         return (
             "Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
-            f"{radius:.2g} after {self.looks} steps, where {target} has 1"
+            f"{radius:.2g} after {steps:.0f} steps, where {target} has 1"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._checks import check_instance
+from ._checks import check_instance, check_number
 from ._distributed import Group
 from .assigner import SinkhornAssigner
 from .functional.problem import check_marginals
@@ -37,7 +37,7 @@ def components(
             f"head: expected latent_dim={latent_dim} and num_prototypes={num_prototypes}, got "
             f"{head.latent_dim} and {head.num_prototypes}. Build both with the same sizes."
         )
-    if std is not None and std != head.std:
+    if std is not None and check_number("std", std, above=0) != head.std:
         raise ValueError(f"head: expected std={std}, got {head.std}. Give it to one of the two.")
     if assigner.marginals is not None:
         check_marginals(assigner.marginals, num_prototypes)

@@ -12,12 +12,11 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
-from ._state import WideState
 from .functional.prototypes import SCORES, prototype_scores
 from .kernels.scores import scores_and_pull_back
 
 
-class PrototypeHead(WideState):
+class PrototypeHead(nn.Module):
     """K prototypes in a latent space of D dimensions, and the normal distribution N(v, std^2 I) around each.
 
     Args:
@@ -33,13 +32,12 @@ class PrototypeHead(WideState):
 
     Attributes:
         prototypes: Parameter (K, D), the points themselves: ``decoder(head.prototypes)`` shows them.
-        std: the deviation, a float; it may be set.
+        std: float, see above.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
     """
 
-    _std: Tensor  # () in the state; its digits, and what is computed with, are the float's
     shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
 
     def __init__(
@@ -55,9 +53,8 @@ class PrototypeHead(WideState):
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.num_prototypes = check_positive_int("num_prototypes", num_prototypes)
         self.scores = check_choice("scores", scores, SCORES)
-        self.register_buffer("_std", torch.empty((), dtype=torch.float32))
-        self.std = std
-        self.init_std = self.std / 2 if init_std is None else check_number("init_std", init_std, above=0)
+        self.std = check_number("std", std, above=0)
+        self.init_std = None if init_std is None else check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
         self.reset_parameters()
 
@@ -69,23 +66,20 @@ class PrototypeHead(WideState):
             self.__dict__["shards"] = before if is_sharded(before) and not is_sharded(value) else None
         super().__setattr__(name, value)
 
-    @property
-    def std(self) -> float:
-        return self._deviation
+    def get_extra_state(self) -> Tensor:
+        """() float32 ``std``: in ``state_dict``, but no buffer, which others would write to and conversions round."""
+        return torch.tensor(self.std, dtype=torch.float32, device="cpu")
 
-    @std.setter
-    def std(self, value: float) -> None:
-        self._deviation = check_number("std", value, above=0)
-        self._std.fill_(value)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        if not self._std.is_meta and self._std.item() != torch.tensor(self.std, dtype=self._std.dtype).item():
-            self.std = self._std.item()
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over ``std``, with the digits that it was given here, or else with the fewest that it can have had."""
+        stored = state.item()
+        if torch.tensor(self.std, dtype=torch.float32).item() != stored:
+            decimals = (float(f"{stored:.{digits}g}") for digits in range(1, 10))
+            self.std = next(x for x in decimals if torch.tensor(x, dtype=torch.float32).item() == stored)
 
     def reset_parameters(self) -> None:
         """Draw the prototypes anew from N(0, init_std^2 I)."""
-        nn.init.normal_(self.prototypes, std=self.init_std)
+        nn.init.normal_(self.prototypes, std=self.std / 2 if self.init_std is None else self.init_std)
 
     def forward(self, z: Tensor) -> Tensor:
         """Scores (..., K) of latents ``z`` (..., D). TypeError or ValueError for integer latents or another D."""

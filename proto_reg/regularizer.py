@@ -289,9 +289,9 @@ class PrototypicalRegularizer(Lifecycle):
         Bandwidth s^2 = 2 D (the paper leaves it open), losses of weight 1 to be added or stepped on (Algorithm 1);
         every option of the constructor overrides.
         """
-        group = options.get("group", "default")
+        group, std = options.get("group", "default"), options.get("std")
         choices: dict[str, Any] = {
-            "head": PrototypeHead(latent_dim, num_prototypes, scores="dot", std=options.get("std", 1.0)),
+            "head": PrototypeHead(latent_dim, num_prototypes, scores="dot", std=1.0 if std is None else std),
             "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum", group=group),
             "mode": "weighted",
             "prototype_weight": 1.0,

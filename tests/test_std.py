@@ -116,29 +116,40 @@ def test_gradient_is_that_of_the_value() -> None:
     torch.testing.assert_close(anchored_mmd_and_gradient(z, v, assignments, std=0.6)[1], gradient)
 
 
-def test_a_checkpoint_knows_its_std() -> None:
-    trained = PrototypicalRegularizer(DIM, K, std=0.3)
+@pytest.mark.parametrize("std", [0.3, 1 / 6, 1.0, 12345.678])
+def test_a_checkpoint_knows_its_std(std: float) -> None:
+    trained = PrototypicalRegularizer(DIM, K, std=std)
     fresh = PrototypicalRegularizer(DIM, K)
     fresh.load_state_dict(trained.state_dict())
-    assert fresh.head.std == pytest.approx(0.3)
-    same = PrototypicalRegularizer(DIM, K, std=0.3).bfloat16()
-    same.load_state_dict(trained.state_dict())
-    assert same.head.std == 0.3
-    same.head.std = 0.7
-    assert same.state_dict()["head._std"].item() == pytest.approx(0.7)
-    with pytest.raises(ValueError, match="std: expected a finite number > 0"):
-        same.head.std = 0.0
-    assert same.head.std == 0.7
+    assert fresh.head.std == pytest.approx(std, rel=3e-8)  # nothing that float32 could tell
+    for convert in (torch.nn.Module.double, torch.nn.Module.bfloat16):
+        same = convert(PrototypicalRegularizer(DIM, K, std=std))
+        same.load_state_dict(trained.state_dict())
+        assert same.head.std == std
+        again = PrototypicalRegularizer(DIM, K)
+        again.load_state_dict(same.state_dict())
+        assert again.head.std == fresh.head.std
+
+
+def test_a_head_that_was_made_without_memory_keeps_its_std() -> None:
+    with torch.device("meta"):
+        head = PrototypeHead(DIM, K, std=0.3)
+        state = head.state_dict()["_extra_state"]
+    head.to_empty(device="cpu").reset_parameters()
+    assert state.item() == head.state_dict()["_extra_state"].item() == pytest.approx(0.3)
+    assert head.prototypes.std().item() == pytest.approx(0.15, rel=0.3)
 
 
 def test_layer_and_head_agree() -> None:
     assert PrototypicalRegularizer(DIM, K, std=0.5).head.std == 0.5
     assert PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, std=0.5)).head.std == 0.5
     assert PrototypicalRegularizer.paper(DIM, K, std=0.5).head.std == 0.5
+    assert PrototypicalRegularizer.paper(DIM, K, std=None).head.std == 1
     with pytest.raises(ValueError, match=r"head: expected std=2.0, got 0.5"):
         PrototypicalRegularizer(DIM, K, std=2.0, head=PrototypeHead(DIM, K, std=0.5))
     for call in (
         lambda: PrototypicalRegularizer(DIM, K, std=0.0),
+        lambda: PrototypicalRegularizer(DIM, K, std=-1.0, head=PrototypeHead(DIM, K)),
         lambda: PrototypeHead(DIM, K, std=-1.0),
         lambda: anchored_mmd(torch.zeros(4, 2), torch.zeros(1, 2), torch.zeros(4, dtype=torch.int64), std=0.0),
         lambda: prototype_scores(torch.zeros(4, 2), torch.zeros(1, 2), "dot", std=0.0),

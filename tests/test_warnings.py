@@ -82,6 +82,15 @@ def test_prototypes_inside_each_others_noise() -> None:
     assert "inside each other's noise" in one_of(layer, torch.randn(64, DIM), SETTLED + 1, "Two prototypes are")
 
 
+def test_a_std_is_named_where_it_is_a_cure() -> None:
+    """At r^2/D near 1 another one would not fit the latents."""
+    for radius, cure in ((0.5, "Build the layer with std=0.5"), (1.0, "noise. Use fewer prototypes")):
+        layer = PrototypicalRegularizer(DIM, K, follow_rate=0.0, prototype_weight=0.0)
+        layer.head.prototypes.data.copy_(1.2 * torch.eye(DIM)[:K])
+        z = layer.head.prototypes.detach().repeat(40, 1) + radius * torch.randn(40 * K, DIM)
+        assert cure in one_of(layer, z, SETTLED + 1, "1.70 std apart")
+
+
 def test_prototypes_that_no_optimizer_knows() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     z = layer.head.sample(64).requires_grad_()

@@ -23,7 +23,7 @@ class RunConfig:
 
     Attributes:
         label: its name in tables; unique in a config.
-        options: those of the method, see ``methods.py``.
+        options: those of the method, see ``methods``.
         seeds: fewer than the config's, for long sweeps; None for as many.
         trace_steps: so many steps after training, the error of a fixed batch is recorded before and after each step
             of each optimizer.
