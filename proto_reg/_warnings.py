@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -85,44 +84,47 @@ class LayerWatch:
                 "of dimensions. Regularise positions (layout='b d h w') or put a linear bottleneck before the layer.",
             )
 
-    def at_step(
-        self,
-        tokens: Tensor,
-        keep: Tensor | None,
-        total: int,
-        prototypes: Tensor,
-        std: float,
-        assignments: Tensor,
-        prototype_loss: Tensor,
-        active_steps: Callable[[], Tensor],
-        queue_size: int = 0,
-    ) -> None:
-        """Look at a training step of latents (N, D), of which ``keep`` (N,) count, ``total`` in all processes.
+    def due(self, total: int, num_prototypes: int) -> bool:
+        """Look at the shapes of a training step, of ``total`` latents in all; whether it is time to look at values.
 
-        ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D). Shapes are looked at always,
-        values after 50, 100, 200, ... steps; only then ``active_steps``, those since warm-up, is called.
+        It is after 50, 100, 200, ... steps.
         """
         if torch.compiler.is_compiling():
-            return
-        small, self._small = self._small, total + queue_size < prototypes.shape[0]
+            return False
+        small, self._small = self._small, total < num_prototypes
         if small and self._small:  # one alone may be the last of an epoch
             self.say(
                 "batch",
-                f"{total} latents for {prototypes.shape[0]} prototypes in a training step: most prototypes get one "
+                f"{total} latents for {num_prototypes} prototypes in a training step: most prototypes get one "
                 "or none, and the MMD needs two. Use larger batches, queue_size= or fewer prototypes.",
             )
         if self._pending is not None:
             self._read()
         self.looks += 1
-        if self.looks % FIRST_LOOK == 0 and tokens.shape[0] and (self.looks // FIRST_LOOK).bit_count() == 1:
-            if not tokens.requires_grad:
-                self.say(
-                    "detached",
-                    "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
-                    "detach(), unless the encoder is to stay as it is.",
-                )
-            self.std = std
-            self._measure(tokens.detach(), keep, prototypes, assignments, prototype_loss.detach(), active_steps())
+        return self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1
+
+    def look(
+        self,
+        tokens: Tensor,
+        keep: Tensor | None,
+        prototypes: Tensor,
+        std: float,
+        assignments: Tensor,
+        prototype_loss: Tensor,
+        active_steps: Tensor,
+    ) -> None:
+        """Look at latents (N, D), of which ``keep`` (N,) count, ``active_steps`` () after the warm-up.
+
+        ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D).
+        """
+        if not tokens.requires_grad:
+            self.say(
+                "detached",
+                "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
+                "detach(), unless the encoder is to stay as it is.",
+            )
+        self.std = std
+        self._measure(tokens.detach(), keep, prototypes, assignments, prototype_loss.detach(), active_steps)
 
     def _measure(
         self,

@@ -14,6 +14,19 @@ from .kernels.follow import follow
 from .kernels.rows import typical_sums
 
 
+class Version:
+    """A tensor's version, by torch's count of what was written to it, when it was last moved.
+
+    No attribute of the module itself, whose setting costs microseconds. Copies, of tensors that count anew, forget it.
+    """
+
+    def __init__(self) -> None:
+        self.moved: int | None = None
+
+    def __getstate__(self) -> dict:
+        return {"moved": None}
+
+
 class PrototypeFollower(WideState):
     """Whenever an optimizer has moved the prototypes, moves them on by a share of the way to their typical latents.
 
@@ -48,17 +61,13 @@ class PrototypeFollower(WideState):
         if self.rate >= 1:
             raise ValueError(f"follow_rate: expected a share in [0, 1), got {rate}. The default is 0.02.")
         self.ranks = Ranks(group)
-        self._seen_version: int | None = None
+        self.version = Version()
         if self.rate:
             like = prototypes.detach().to(compute_dtype(prototypes.dtype))
             self.register_buffer("sums", torch.zeros_like(like))
             self.register_buffer("mass", torch.zeros_like(like[:, 0]))
             # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
             self.register_buffer("seen", torch.zeros_like(like))
-
-    def __getstate__(self) -> dict:
-        """A copy has other tensors, whose versions count anew."""
-        return self.__dict__ | {"_seen_version": None}
 
     @torch.no_grad()
     def move(self, prototypes: Tensor, shards: Any = None) -> None:
@@ -74,18 +83,15 @@ class PrototypeFollower(WideState):
         # Fused optimizers do not keep torch's count, so the device compares in any case. Where nobody has touched them
         # by that count, a write of nothing goes past it too, for graphs that hold the prototypes would mind; so does
         # the move of a single prototype.
-        follow(prototypes if self._touched(prototypes) else prototypes.data, self.sums, self.mass, self.seen, self.rate)
+        touched = torch.compiler.is_compiling() or prototypes._version != self.version.moved
+        follow(prototypes if touched else prototypes.data, self.sums, self.mass, self.seen, self.rate)
         self.moved(prototypes)
 
     def moved(self, prototypes: Tensor) -> None:
         """Tell graphs that hold what had been touched that it was moved since: compiled kernels do not."""
-        if self._touched(prototypes) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and prototypes._version != self.version.moved:
             torch.autograd.graph.increment_version(prototypes)
-            self._seen_version = prototypes._version
-
-    def _touched(self, prototypes: Tensor) -> bool:
-        """Whether anybody has written to them since they were last moved, by torch's count."""
-        return torch.compiler.is_compiling() or prototypes._version != self._seen_version
+            self.version.moved = prototypes._version
 
     def _move_shards(self, prototypes: Tensor, shards: Any) -> None:
         """Every rank computes the same move of all prototypes, and makes it in its own part."""

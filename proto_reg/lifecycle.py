@@ -167,10 +167,12 @@ class Lifecycle(nn.Module):
     def _look(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
         """Have the watch look at a training forward of ``tokens`` (N, D)."""
         head, past = self.head, 0 if self.queue is None else self.queue.size
+        if not self.watch.due(share.total + past, head.num_prototypes) or not tokens.shape[0]:
+            return
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
         prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
-        found = output.assignments, output.prototype_loss, lambda: self.steps - self.warmup_steps
-        self.watch.at_step(tokens, keep, share.total, prototypes, head.std, *found, past)
+        found = output.assignments, output.prototype_loss, self.steps - self.warmup_steps
+        self.watch.look(tokens, keep, prototypes, head.std, *found)
 
     def _now(self) -> Tensor:
         """() int64: the step count, also for the backward pass of this step, when it will have moved on."""

@@ -304,7 +304,9 @@ class PrototypicalRegularizer(Lifecycle):
         """Latents as rows (N, D) in the dtype of the computation, which of them count (N,) or None, and their share."""
         group, head, nan_policy = self.ranks.active(self.training), self.head, self.assigner.nan_policy
         tokens, keep = self.layout.tokens(z, mask, head.latent_dim, empty=group is not None)
-        tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, head.prototypes.dtype)))
+        own = head.prototypes.dtype
+        if not z.dtype == own == torch.float32:
+            tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, own)))
         if nan_policy != "propagate":
             keep = usable(tokens, keep, nan_policy, group)
         if keep is not None:
