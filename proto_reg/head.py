@@ -71,8 +71,11 @@ class PrototypeHead(nn.Module):
         return torch.tensor(self.std, dtype=torch.float32, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over ``std``, with the digits that it was given here, or else with the fewest that it can have had."""
-        stored = state.item()
+        """Take over ``std``, with the digits that it was given here, or else with the fewest that it can have had.
+
+        Raises ValueError for one that is not finite and > 0.
+        """
+        stored = check_number("std", state.item(), above=0)
         if torch.tensor(self.std, dtype=torch.float32).item() != stored:
             decimals = (float(f"{stored:.{digits}g}") for digits in range(1, 10))
             self.std = next(x for x in decimals if torch.tensor(x, dtype=torch.float32).item() == stored)

@@ -156,3 +156,12 @@ def test_layer_and_head_agree() -> None:
     ):
         with pytest.raises(ValueError, match="std: expected a finite number > 0"):
             call()
+
+
+def test_a_state_without_a_std_that_could_be_one() -> None:
+    head = PrototypeHead(DIM, K, std=0.5)
+    state = head.state_dict()
+    for value in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="std: expected a finite number > 0"):
+            head.load_state_dict(state | {"_extra_state": torch.tensor(value)})
+        assert head.std == 0.5

@@ -49,7 +49,7 @@ struct Sorted {
   }
 };
 
-// What the kernel of one bandwidth is made of, and its expectations under N(0, std^2 I); already divided by their number.
+// What the kernel of one bandwidth is made of, and its expectations under N(0, std^2 I); all divided by their number.
 struct Scale {
   bool squares;       // exp(-d / (2 variance)) is the square of the one before
   float rate, slope;  // exp2(rate d) / number, and its derivative by d over it

@@ -29,9 +29,11 @@ struct Counted {
 };
 
 // Adds each finite row of x (rows, dim), times the weight that its distance from prototypes (groups, dim) in units of
-// `std` gives it, to the row `index` of sums, whose rows lie `stride` apart, and the weight to the entry of mass, which lie `stride_mass` apart.
+// `std` gives it, to the row `index` of sums, whose rows lie `stride` apart, and the weight to the entry of mass, which lie
+// `stride_mass` apart.
 void add_typical_cpu(const float* x, const int64_t* index, Counted counted, const float* prototypes, int64_t rows,
-                     int64_t dim, int64_t groups, double std, float* sums, int64_t stride, float* mass, int64_t stride_mass);
+                     int64_t dim, int64_t groups, double std, float* sums, int64_t stride, float* mass,
+                     int64_t stride_mass);
 
 // Adds to counts (prototypes,) the finite rows of x (rows, dim) that score (rows, prototypes) highest with each, and to
 // totals both losses, 1, and the squared distances of those rows from those prototypes, per dimension.

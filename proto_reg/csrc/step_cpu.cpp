@@ -80,7 +80,7 @@ struct Solver {
     argmax_cpu(problem.codes, problem.rows, problem.groups, problem.assignments);
   }
 
-  // The prototype loss's gradient by latents and prototypes, or where they were scaled by those: balanced, it is the same.
+  // The prototype loss's gradient by what was scored: at its weight, that by latents and prototypes, in whatever units.
   void pull_back() const {
     product({by_scores, false, right, false, problem.rows, problem.groups, problem.dim, by_tokens});
     product({by_scores, true, left, false, problem.groups, problem.rows, problem.dim, problem.step});

@@ -145,6 +145,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def sum_by_group(values: Tensor, slot: Tensor, num_groups: int) -> Tensor:
+    """(K,) sums of ``values`` (N,) by group; ``slot`` == num_groups leaves a row out."""
     return values.new_zeros(num_groups + 1).index_add_(0, slot, values)[:-1]
 
 
