@@ -181,9 +181,7 @@ class PrototypicalAutoencoder(nn.Module):
             )
         for extreme in assignments.aminmax():
             head.check_index(int(extreme))
-        v = head.prototypes[assignments.flatten()]
-        noise = torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
-        return self.decode(self._maps(v + (head.std if std is None else std) * noise, assignments.shape))
+        return self.decode(self._maps(head.around(assignments.flatten(), std, generator), assignments.shape))
 
     def _maps(self, z: Tensor, shape: torch.Size) -> Tensor:
         """Rows ``z`` (N, D), one for each entry of positions of ``shape``, as the latents that the vae decodes."""

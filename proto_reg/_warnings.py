@@ -211,21 +211,21 @@ class LayerWatch:
                 "All latents are >= 0: no normal distribution around a prototype looks like that. Let the encoder end "
                 "in a linear layer, without ReLU.",
             )
+        self._judge_distances(radius, separation, active_steps)
+
+    def _judge_distances(self, radius: float, separation: float, active_steps: float) -> None:
+        """Say which std would fit latents whose r^2/D is far from 1, or prototypes that are too close."""
+        factor = max(radius, 1e-6) ** 0.5
+        std = f"std={self.std * factor:.2g}"
         if 50 < radius < math.inf:
             self.say(
                 "radius",
                 f"{self._measured(radius, active_steps)}: the Gaussian kernel has next to no gradient there. Use "
-                f"AnchoredMMDLoss('energy'), or aim at wider distributions: build the layer with "
-                f"std={self.std * radius**0.5:.2g}.",
+                f"AnchoredMMDLoss('energy'), or aim at wider distributions: build the layer with {std}.",
             )
-        if active_steps >= SETTLED:
-            self._judge_distances(radius, separation, active_steps)
-
-    def _judge_distances(self, radius: float, separation: float, active_steps: float) -> None:
-        """Say which std would fit latents whose r^2/D is far from 1, or prototypes that are too close."""
+        if active_steps < SETTLED:
+            return
         far = FAR if active_steps < 4 * SETTLED else FAR_LATER
-        factor = max(radius, 1e-6) ** 0.5
-        std = f"std={self.std * factor:.2g}"
         if radius < 1 / far:
             self.say(
                 f"narrow at {self.std}",

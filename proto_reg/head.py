@@ -76,7 +76,7 @@ class PrototypeHead(nn.Module):
         Raises ValueError for one that is not finite and > 0.
         """
         stored = check_number("std", state.item(), above=0)
-        if torch.tensor(self.std, dtype=torch.float32).item() != stored:
+        if self.get_extra_state().item() != stored:
             decimals = (float(f"{stored:.{digits}g}") for digits in range(1, 10))
             self.std = next(x for x in decimals if torch.tensor(x, dtype=torch.float32).item() == stored)
 
@@ -180,14 +180,19 @@ class PrototypeHead(nn.Module):
         prototype itself. Raises TypeError or ValueError for an argument out of its range.
         """
         check_positive_int("num_samples", num_samples)
-        std = self.std if std is None else check_number("std", std, at_least=0)
-        v = self.prototypes
+        device = self.prototypes.device
         if prototype is None:
-            index = torch.randint(len(v), (num_samples,), device=v.device, generator=generator)
+            index = torch.randint(self.num_prototypes, (num_samples,), device=device, generator=generator)
         else:
-            index = torch.full((num_samples,), self.check_index(prototype), device=v.device)
-        noise = torch.randn(num_samples, v.shape[1], dtype=v.dtype, device=v.device, generator=generator)
-        return v[index] + std * noise
+            index = torch.full((num_samples,), self.check_index(prototype), device=device)
+        return self.around(index, std, generator)
+
+    @torch.no_grad()
+    def around(self, index: Tensor, std: float | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a latent (n, D) around each of the prototypes ``index`` (n,) int64; ``std`` as in :meth:`sample`."""
+        std = self.std if std is None else check_number("std", std, at_least=0)
+        v = self.prototypes[index]
+        return v + std * torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
 
     def check_index(self, prototype: int) -> int:
         """``prototype`` as an int in [0, K); TypeError or ValueError otherwise."""

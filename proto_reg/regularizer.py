@@ -305,7 +305,7 @@ class PrototypicalRegularizer(Lifecycle):
         group, head, nan_policy = self.ranks.active(self.training), self.head, self.assigner.nan_policy
         tokens, keep = self.layout.tokens(z, mask, head.latent_dim, empty=group is not None)
         own = head.prototypes.dtype
-        if not z.dtype == own == torch.float32:
+        if not z.dtype == own == torch.float32:  # the common case is not to pay for the others
             tokens = tokens.to(compute_dtype(torch.promote_types(z.dtype, own)))
         if nan_policy != "propagate":
             keep = usable(tokens, keep, nan_policy, group)

@@ -202,9 +202,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
     const Tensor& z_, const std::optional<Tensor>& mask_, Tensor prototypes_, const std::optional<Tensor>& marginals_,
     const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness, std::string scores, double std,
     double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, double temperature,
-    std::vector<double> scales, bool unbiased, bool by_mass, double prototype_weight, double mmd_weight, std::optional<Tensor> sums,
-    std::optional<Tensor> mass, std::optional<Tensor> seen, double follow_rate, std::optional<Tensor> usage,
-    std::optional<Tensor> totals, std::optional<Tensor> steps) {
+    std::vector<double> scales, bool unbiased, bool by_mass, double prototype_weight, double mmd_weight,
+    std::optional<Tensor> sums, std::optional<Tensor> mass, std::optional<Tensor> seen, double follow_rate,
+    std::optional<Tensor> usage, std::optional<Tensor> totals, std::optional<Tensor> steps) {
   const Matrix z(z_), prototypes(prototypes_);
   const Flags flags(mask_, z.rows);
   const std::optional<Tensor> marginals = as_contiguous(marginals_);
@@ -220,9 +220,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
       z.data(), flags.counted().flags, static_cast<float*>(prototypes.tensor.mutable_data_ptr()), state(marginals, groups),
       rows, groups, dim, scores_of(scores), std, sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters,
       tol.value_or(-1.0), isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight,
-      follow_rate, active ? scalar(*active) : 1.0, state(sums, groups * dim), state(mass, groups), state(seen, groups * dim),
-      integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction), data(step), data(loss),
-      data(prototype_loss), data(mmd_loss), data(found), data(codes), integers(assignments, rows)};
+      follow_rate, active ? scalar(*active) : 1.0, state(sums, groups * dim), state(mass, groups),
+      state(seen, groups * dim), integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction),
+      data(step), data(loss), data(prototype_loss), data(mmd_loss), data(found), data(codes),
+      integers(assignments, rows)};
   step_cpu(problem, aten_parallel_for, aten_multiply);
   return {direction, step, loss, prototype_loss, mmd_loss, found, codes, assignments};
 }

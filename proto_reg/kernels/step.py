@@ -101,8 +101,8 @@ torch.library.define(
     "float std, float epsilon, int num_iters, float? tol, bool isolate, float temperature, float[] scales, "
     "bool unbiased, bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, Tensor(c!)? mass, "
     "Tensor(d!)? seen, float follow_rate, Tensor(e!)? usage, Tensor(f!)? totals, Tensor(g!)? steps) -> "
-    "(Tensor direction, Tensor step, Tensor loss, "
-    "Tensor prototype_loss, Tensor mmd_loss, Tensor scores, Tensor codes, Tensor assignments)",
+    "(Tensor direction, Tensor step, Tensor loss, Tensor prototype_loss, Tensor mmd_loss, Tensor scores, "
+    "Tensor codes, Tensor assignments)",
 )
 torch.library.impl("proto_reg::balanced_step", "CompositeExplicitAutograd")(torch.no_grad()(balanced_step_plain))
 # Its gradients are what it returns: there is no graph to build.
