@@ -106,22 +106,29 @@ struct Small {
   // E, and its column sums by the rows' weights; what range the scores have.
   template <int VECTORS>
   Extrema exponentials_of() const {
+    return group.weights ? exponentials_of<VECTORS, true>() : exponentials_of<VECTORS, false>();
+  }
+
+  template <int VECTORS, bool WEIGHTED>
+  Extrema exponentials_of() const {
+    // Copies: the compiler cannot know that no store changes the originals.
     const Rows<VECTORS> rows(group);
     const Exponential exp = exponential;
+    const float *const scores = s, *const weights = group.weights;
+    const int64_t count = group.rows;
     V total[VECTORS] = {}, low = V{} + group.first(), high = low;
     float* to = e;
-    for (int64_t i = 0; i < group.rows; ++i, to += VECTORS * LANES) {
-      const float w = group.weight(i);
+    for (int64_t i = 0; i < count; ++i, to += VECTORS * LANES) {
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) {
-        const V score = rows.get(s, i, j), x = rows.within(j, exp(score));
+        const V score = rows.get(scores, i, j), x = rows.within(j, exp(score));
         low = minimum(low, score);
         high = maximum(high, score);
         store(to + j * LANES, x);
-        total[j] += x * w;
+        total[j] += WEIGHTED ? x * weights[i] : x;
       }
     }
-    std::fill_n(to, (rounded(group.rows) - group.rows) * VECTORS * LANES, 0.0f);
+    std::fill_n(to, (rounded(count) - count) * VECTORS * LANES, 0.0f);
     for (int j = 0; j < VECTORS; ++j) store(c + j * LANES, total[j]);
     return {minimum(low), maximum(high)};
   }
@@ -158,6 +165,7 @@ struct Small {
       const V scales = row_scales<VECTORS>(row), w = row_weights(i);
       alignas(V) float u[LANES];
       store(u, w > 0 ? scales * w : V{});
+      asm("" : "+r"(row));  // or the compiler carries the rows over from row_scales, by way of the stack
       for (int r = 0; r < LANES; ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) total[r % ROWS][j] += load(row + j * LANES) * u[r];
@@ -171,13 +179,18 @@ struct Small {
   template <int VECTORS>
   void write_codes() const {
     const Rows<VECTORS> rows(group);
+    float* const to = codes;
+    const int64_t count = group.rows;
+    V by_column[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) by_column[j] = load(v + j * LANES);
     const float* row = e;
-    for (int64_t i = 0; i < group.rows;) {
+    for (int64_t i = 0; i < count;) {
       alignas(V) float u[LANES];
       store(u, row_scales<VECTORS>(row));
-      for (int r = 0; r < LANES && i < group.rows; ++r, ++i, row += VECTORS * LANES)
+      asm("" : "+r"(row));
+      for (int r = 0; r < LANES && i < count; ++r, ++i, row += VECTORS * LANES)
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; ++j) rows.put(codes, i, j, load(row + j * LANES) * load(v + j * LANES) * u[r]);
+        for (int j = 0; j < VECTORS; ++j) rows.put(to, i, j, load(row + j * LANES) * by_column[j] * u[r]);
     }
   }
 
