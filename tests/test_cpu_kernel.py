@@ -42,7 +42,36 @@ def test_any_shape_against_float64(rows, columns, scale, num_iters, seed, weight
     assert abs(loss - expected) <= 1e-6 * max(1.0, abs(float(expected)), scale)
 
 
-@pytest.mark.parametrize("shape", [(256, 30), (1500, 200), (5000, 17), (5001, 5), (64, 5000)])
+# Written past the caches, each row aligned in its own way.
+LARGE = (4001, 1051)
+
+
+@pytest.mark.parametrize("with_codes", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_matrix_larger_than_the_caches_against_float64(weighted: bool, with_codes: bool) -> None:
+    torch.manual_seed(0)
+    scores = cosines(*LARGE)
+    weights = torch.randint(1, 4, LARGE[:1]) if weighted else torch.ones(LARGE[0], dtype=torch.int64)
+    truth = log_sinkhorn(scores.repeat_interleave(weights, 0), 0.05, 3)[weights.cumsum(0) - 1]
+    log_p = (scores.double() / 0.1).log_softmax(1)
+    share = (weights / weights.sum()).unsqueeze(1)
+    options = {"weights": weights.float() if weighted else None, "backend": "cpu"}
+    around = torch.full((scores.numel() + 64,), 123.0)
+    for offset in (0, 5):
+        out = around[offset : offset + scores.numel()].view(LARGE)
+        assert (sinkhorn(scores, out=out, **options).double() - truth).abs().max() < 1e-6
+        assert (around[offset + scores.numel() :] == 123).all()
+    leaf = scores.clone().requires_grad_()
+    found = sinkhorn_cross_entropy(leaf, return_codes=with_codes, **options)
+    loss = found[0] if with_codes else found
+    loss.backward()
+    assert abs(loss - (-(truth * log_p) * share).sum()) < 1e-6
+    assert ((leaf.grad.double() - (log_p.exp() - truth) * share / 0.1) / share * 0.1).abs().max() < 1e-6
+    if with_codes:
+        assert (found[1].double() - truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(256, 30), (1500, 200), (5000, 17), (5001, 5), (64, 5000), LARGE])
 @pytest.mark.parametrize("scale", [1, 40])
 def test_the_same_bits_for_any_number_of_threads(shape: tuple[int, int], scale: float) -> None:
     scores = scale * cosines(*shape)
@@ -114,7 +143,7 @@ import sys, torch
 from proto_reg.functional import sinkhorn, sinkhorn_cross_entropy
 torch.manual_seed(0)
 results = []
-for rows, columns in ((1, 1), (5, 3), (256, 10), (256, 30), (100, 64), (300, 65), (700, 7), (2000, 131)):
+for rows, columns in ((1, 1), (5, 3), (256, 10), (256, 30), (100, 64), (300, 65), (700, 7), (2000, 131), (999, 4203)):
     for scale in (1, 100):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             scores = (scale * torch.randn(rows, columns).tanh()).to(dtype).requires_grad_()

@@ -14,6 +14,8 @@ struct Linear {
   float* scratch;    // (chunks, 3, padded columns)
   double* losses;    // (chunks,)
   const Exponential exponential{group.first(), group.epsilon};
+  // Whether the matrix is larger than the caches, and its rows long enough to align each: it is written past the caches.
+  const bool large = group.rows * group.columns >= 1 << 22 && group.columns >= 1024;
 
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
 
@@ -22,10 +24,13 @@ struct Linear {
     std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
     V low = V{} + INFINITY, high = V{} - INFINITY;
     int64_t i = chunks.begin(chunk);
-    if (group.dtype == Dtype::f32)
+    if (large)
+      for (; i < chunks.end(chunk); ++i) streamed_exponentials_of(i, chunk, low, high);
+    else if (group.dtype == Dtype::f32)
       for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, low, high);
     for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, low, high);
     extrema[chunk] = {minimum(low), maximum(high)};
+    if (large) streamed();
   }
 
   // R rows from i on; more than one only where their scores need no conversion.
@@ -50,6 +55,26 @@ struct Linear {
         total += x * w[r];
       }
       part.put(c + k, part.get(c + k) + part.once(total));
+    });
+    lowest = low;
+    highest = high;
+  }
+
+  // One row at a time: memory is read and written in order.
+  INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
+    const Exponential exp = exponential;
+    const float* s = group.row(i, chunk_scratch(chunk, 0));
+    const float w = group.weight(i);
+    const int64_t columns = group.columns;
+    float *row = e + i * columns, *c = partial + chunk * chunks.padded;
+    V low = lowest, high = highest;
+    for_each_aligned_vector(row, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
+      __builtin_prefetch(s + columns + k);
+      const V score = part.get(s + k), x = exp(score);
+      low = minimum(low, score);
+      high = maximum(high, score);
+      part.stream_to(row + k, x);
+      part.put(c + k, part.get(c + k) + part.once(x) * w);
     });
     lowest = low;
     highest = high;
@@ -119,28 +144,31 @@ struct Linear {
     int64_t i = chunks.begin(chunk);
     for (; i + 4 <= chunks.end(chunk); i += 4) write_rows<4>(i, chunk);
     for (; i < chunks.end(chunk); ++i) write_rows<1>(i, chunk);
+    if (large) streamed();
   }
 
   template <int R>
   INLINE void write_rows(int64_t i, int64_t chunk) const {
     float d[R];
     row_sums<R>(i, d);
-    for (int r = 0; r < R; ++r) losses[chunk] += write_row(i + r, chunk, 1 / d[r]);
+    for (int r = 0; r < R; ++r) losses[chunk] += write_row<R>(i + r, chunk, 1 / d[r]);
   }
 
-  // Codes and gradient of row i; returns its weighted loss.
+  // Codes and gradient of row i, one of R; returns its weighted loss.
+  template <int R>
   INLINE double write_row(int64_t i, int64_t chunk, float u) const {
     float* row = e + i * group.columns;
     float* codes = group.output(group.codes, i, row);  // E is not needed any more
     double weighted_loss = 0;
     if (!group.gradient) {
-      write_codes(row, group.columns, v, u, codes);
+      write_codes<R>(row, group.columns, v, u, codes);
     } else {
       float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
       const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
       const float* s = group.row(i, chunk_scratch(chunk, 0));
+      const bool apart = large && group.codes && group.dtype == Dtype::f32;  // E is where the codes are
       weighted_loss = group.weight(i) * cross_entropy(s, row, group.columns, v, u, w, group.temperature,
-                                                      chunk_scratch(chunk, 1), gradient, codes);
+                                                      chunk_scratch(chunk, 1), gradient, apart, codes);
       group.finish(gradient, group.gradient, i);
     }
     group.finish(codes, group.codes, i);

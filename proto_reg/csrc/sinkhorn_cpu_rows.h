@@ -127,18 +127,20 @@ struct Row {
   INLINE V get(Short part, int64_t k) const { return part.get(e + k); }
 };
 
-// Codes q = u E_i diag(v) of the row of E at `e`.
+// Codes q = u E_i diag(v) of the row of E at `e`; the row AHEAD rows after it is wanted soon.
+template <int AHEAD>
 INLINE void write_codes(const float* e, int64_t columns, const float* v, float u, float* codes) {
   const Row row(e, columns);
   for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    __builtin_prefetch(e + AHEAD * columns + k);
     part.put(codes + k, row.get(part, k) * part.get(v + k) * u);
   });
 }
 
 // Gradient, and codes unless null, of the row with scores s, weight w / (tau W); returns its loss. p: scratch for
-// exp((S - maximum) / tau).
+// exp((S - maximum) / tau). apart: E lies under the codes, and the gradient is streamed.
 INLINE double cross_entropy(const float* s, const float* e, int64_t columns, const float* v, float u, float w,
-                            double temperature, float* p, float* gradient, float* codes) {
+                            double temperature, float* p, float* gradient, bool apart, float* codes) {
   const float scale = static_cast<float>(M_LOG2E / temperature);
   V high[2] = {V{} - INFINITY, V{} - INFINITY}, normaliser[2] = {}, product[2] = {};
   for_each_vector(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
@@ -154,10 +156,19 @@ INLINE double cross_entropy(const float* s, const float* e, int64_t columns, con
     product[slot] += part.once(row.get(part, k) * part.get(v + k) * x);
   });
   const float z = sum(normaliser[0] + normaliser[1]), wz = w / z, wu = w * u;
-  for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
-    const V q = row.get(part, k) * part.get(v + k);
-    part.put(gradient + k, part.get(p + k) * wz - q * wu);
-    if (codes) part.put(codes + k, q * u);
-  });
+  if (apart)
+    for_each_aligned_vector(gradient, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
+      __builtin_prefetch(s + columns + k);
+      const V q = part.get(e + k) * part.get(v + k);
+      part.stream_to(gradient + k, part.get(p + k) * wz - q * wu);
+      part.put(codes + k, q * u);
+    });
+  else
+    for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      __builtin_prefetch(s + columns + k);
+      const V q = row.get(part, k) * part.get(v + k);
+      part.put(gradient + k, part.get(p + k) * wz - q * wu);
+      if (codes) part.put(codes + k, q * u);
+    });
   return std::log(z) - sum(product[0] + product[1]) * u / static_cast<float>(temperature);
 }

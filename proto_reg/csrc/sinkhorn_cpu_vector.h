@@ -14,6 +14,32 @@ INLINE V load(const float* from) {
 
 INLINE void store(float* to, V x) { __builtin_memcpy(to, &x, sizeof x); }
 
+// Past the caches, to a multiple of the vector's size: what is written there is not read first. `streamed` thereafter.
+template <class X>
+INLINE void stream(float* to, X x) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(x, reinterpret_cast<X*>(to));
+#elif defined(__x86_64__)
+#if MACHINE_LANES == 16
+  if constexpr (sizeof x == 64) return __builtin_ia32_movntps512(to, x);
+#endif
+#if MACHINE_LANES >= 8
+  if constexpr (sizeof x == 32) return __builtin_ia32_movntps256(to, x);
+#endif
+  if constexpr (sizeof x == 16) return __builtin_ia32_movntps(to, x);
+  store(to, x);
+#else
+  store(to, x);
+#endif
+}
+
+// Other threads see what was streamed.
+inline void streamed() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // A NaN in b is lost: whoever needs it looks at the sums.
 #if defined(__x86_64__) && MACHINE_LANES == 16
 // What the others' lines mean; GCC compares into a mask for them, and blends.
@@ -161,6 +187,7 @@ inline void narrow(Dtype dtype, const float* from, int64_t count, void* to) {
 struct Full {
   INLINE V get(const float* from) const { return load(from); }
   INLINE void put(float* to, V x) const { store(to, x); }
+  INLINE void stream_to(float* to, V x) const { stream(to, x); }
   INLINE V once(V x) const { return x; }
 };
 
@@ -182,6 +209,7 @@ struct Short {
     return x;
   }
   INLINE void put(float* to, V x) const { __builtin_memcpy(to, &x, sizeof(float) * count); }
+  INLINE void stream_to(float* to, V x) const { put(to, x); }
   INLINE V once(V x) const {
     return lane_numbers() < (int32_t)count ? x : V{};
   }
@@ -200,4 +228,14 @@ INLINE void for_each_vector(int64_t columns, const Body& body) {
   }
   if (k + LANES <= columns) body(Full{}, k, first);
   if (columns % LANES) body(Last(columns), columns - LANES, first);
+}
+
+// body(part, column) for every vector of a row that is to be streamed to `to`: aligned there, short at both ends.
+template <class Body>
+INLINE void for_each_aligned_vector(const float* to, int64_t columns, const Body& body) {
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(float)) % LANES;
+  int64_t k = std::min(columns, (LANES - past) % LANES);
+  if (k) body(Short{k}, 0);
+  for (; k + LANES <= columns; k += LANES) body(Full{}, k);
+  if (k < columns) body(Short{columns - k}, k);
 }
