@@ -21,6 +21,7 @@ BACKENDS = kernels.backends.NAMES
 
 _sinkhorn = torch.ops.proto_reg.sinkhorn.default
 _sinkhorn_codes = torch.ops.proto_reg.sinkhorn_codes.default
+_sinkhorn_codes_now = _sinkhorn_codes._op  # the same, without a Python call on the way
 _sinkhorn_out = torch.ops.proto_reg.sinkhorn_out.default
 
 
@@ -144,7 +145,8 @@ def sinkhorn(
         # No potentials, and no more arguments than there are: a small problem takes no longer than they do.
         target, row_weights, _, _, _, isolate = arguments
         if target is None and row_weights is None and tol is None and not isolate:
-            codes = _sinkhorn_codes(scores, epsilon, num_iters)
+            operator = _sinkhorn_codes if torch.compiler.is_compiling() else _sinkhorn_codes_now
+            codes = operator(scores, epsilon, num_iters)
         else:
             codes = _sinkhorn_codes(scores, epsilon, num_iters, target, row_weights, tol, isolate)
         return _hardened(codes) if hard else codes
