@@ -100,17 +100,17 @@ struct Solver {
     const bool wide = group.dtype == Dtype::f32;
     const int64_t count = group.rows * group.columns, converted_count = wide ? 0 : count;
     const int64_t rows = Small::rounded(group.rows), columns = Small::rounded(group.columns);
-    Workspace workspace(rows * columns, converted_count, converted_count, columns, columns);
-    float *e = workspace[0], *converted = workspace[1], *gradient = workspace[2];
+    Workspace workspace(rows * columns, columns, columns, converted_count, converted_count, converted_count);
+    float *e = workspace[0], *converted = workspace[3], *codes = workspace[4], *gradient = workspace[5];
     if (!wide) lanes8::widen(group.dtype, group.scores, count, converted);
-    const Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[3],
-                      workspace[4], group.output(group.codes, 0, e), group.output(group.gradient, 0, gradient)};
+    const Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[1],
+                      workspace[2], group.output(group.codes, 0, codes), group.output(group.gradient, 0, gradient)};
     if (!small.exponentials()) return false;
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration)
       if (!small.balance(problem.tol)) break;
     if (potentials) small.write_potentials(potentials);
     losses[0] = small.write();
-    if (!wide && group.codes) lanes8::narrow(group.dtype, e, count, group.codes);
+    if (!wide && group.codes) lanes8::narrow(group.dtype, codes, count, group.codes);
     if (!wide && group.gradient) lanes8::narrow(group.dtype, gradient, count, group.gradient);
     return true;
   }

@@ -23,16 +23,18 @@ INLINE V maxima(V (&x)[LANES]) {
 }
 
 struct Small {
-  static constexpr int64_t MOST_VECTORS = 8, MOST_COLUMNS = MOST_VECTORS * LANES;
+  static constexpr int64_t MOST_VECTORS = 8, MOST_COLUMNS = MOST_VECTORS * LANES, MOST_REST = LANES / 4;
 
   const Group& group;
   const float* s;   // (rows, columns) scores
-  float* e;         // (rows, columns) exp((S - origin) / eps), both rounded up to whole vectors
+  float* e;         // (rows, columns) exp((S - origin) / eps) in blocks of LANES rows, both rounded up to whole vectors
   float* v;         // (columns rounded up,)
   float* c;         // (columns rounded up,) column sums
-  float* codes;     // (rows, columns), or null; may lie over e
+  float* codes;     // (rows, columns), or null
   float* gradient;  // (rows, columns), or null
   const Exponential exponential{group.first(), group.epsilon};
+  // Columns beyond the last whole vector. Where they are few, they lie across: of a block of rows a vector for each.
+  const int64_t rest = group.columns > LANES && group.columns % LANES <= MOST_REST ? group.columns % LANES : 0;
 
   static int64_t rounded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
@@ -40,13 +42,16 @@ struct Small {
   bool exponentials() const {
     std::fill_n(v, rounded(group.columns), 0.0f);
     Extrema range;
-    with_vectors([&](auto vectors) ALWAYS_INLINE { range = exponentials_of<vectors()>(); });
+    with_vectors([&](auto vectors, auto across) ALWAYS_INLINE {
+      constexpr bool ACROSS = across();
+      range = group.weights ? exponentials_of<vectors(), ACROSS, true>() : exponentials_of<vectors(), ACROSS, false>();
+    });
     return range.safe(group.epsilon) && all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
   }
 
   // One iteration; false, leaving v, where all columns were within tol.
   bool balance(double tol) const {
-    with_vectors([&](auto vectors) ALWAYS_INLINE { balance_rows<vectors()>(); });
+    with_vectors([&](auto vectors, auto across) ALWAYS_INLINE { balance_rows<vectors(), across()>(); });
     return update_scaling(group, c, false, tol, v);
   }
 
@@ -57,84 +62,137 @@ struct Small {
   // Codes, gradient; returns the sum of the rows' losses.
   double write() const {
     double loss = 0;
-    with_vectors([&](auto vectors) ALWAYS_INLINE {
-      if (gradient) loss = write_gradient<vectors()>();
-      else write_codes<vectors()>();
+    with_vectors([&](auto vectors, auto across) ALWAYS_INLINE {
+      if (gradient) loss = write_gradient<vectors(), across()>();
+      else write_codes<vectors(), across()>();
     });
     return loss;
   }
 
  private:
-  // body with the number of vectors of a row as a constant.
+  // body with the number of vectors along a row as a constant, and whether there are columns across.
   template <class Body>
   INLINE void with_vectors(const Body& body) const {
-    switch ((group.columns + LANES - 1) / LANES) {
-      case 1: return body(std::integral_constant<int, 1>{});
-      case 2: return body(std::integral_constant<int, 2>{});
-      case 3: return body(std::integral_constant<int, 3>{});
-      case 4: return body(std::integral_constant<int, 4>{});
-      case 5: return body(std::integral_constant<int, 5>{});
-      case 6: return body(std::integral_constant<int, 6>{});
-      case 7: return body(std::integral_constant<int, 7>{});
-      default: return body(std::integral_constant<int, 8>{});
+    if (rest) choose<true>(group.columns / LANES, body);
+    else choose<false>((group.columns + LANES - 1) / LANES, body);
+  }
+  template <bool ACROSS, class Body>
+  INLINE void choose(int64_t vectors, const Body& body) const {
+    constexpr std::bool_constant<ACROSS> across;
+    switch (vectors) {
+      case 1: return body(std::integral_constant<int, 1>{}, across);
+      case 2: return body(std::integral_constant<int, 2>{}, across);
+      case 3: return body(std::integral_constant<int, 3>{}, across);
+      case 4: return body(std::integral_constant<int, 4>{}, across);
+      case 5: return body(std::integral_constant<int, 5>{}, across);
+      case 6: return body(std::integral_constant<int, 6>{}, across);
+      case 7: return body(std::integral_constant<int, 7>{}, across);
+      default: return body(std::integral_constant<int, 8>{}, across);
     }
   }
 
-  // Rows of a matrix without padding. A row's last vector reaches into the next row, but not past the end of them all.
-  template <int VECTORS>
+  // Rows of a matrix without padding. Without columns across, a row's last vector reaches into the next row, but not past
+  // the end of them all.
+  template <int VECTORS, bool ACROSS>
   struct Rows {
     int64_t columns, count;
     explicit INLINE Rows(const Group& group) : columns(group.columns), count(group.rows * group.columns) {}
 
     INLINE V get(const float* from, int64_t i, int j) const {
       const int64_t at = i * columns + j * LANES;
-      if (j < VECTORS - 1 || at + LANES <= count) return load(from + at);
+      if (ACROSS || j < VECTORS - 1 || at + LANES <= count) return load(from + at);
       return Short{count - at}.get(from + at);
     }
     // What reaches too far is overwritten by the row after this one: rows are put in their order.
     INLINE void put(float* to, int64_t i, int j, V x) const {
       const int64_t at = i * columns + j * LANES;
-      if (j < VECTORS - 1 || at + LANES <= count) return store(to + at, x);
+      if (ACROSS || j < VECTORS - 1 || at + LANES <= count) return store(to + at, x);
       Short{count - at}.put(to + at, x);
     }
     // x, and `other` where vector j is past the end of a row.
     INLINE V within(int j, V x, V other = V{}) const {
-      return j < VECTORS - 1 || lane_numbers() < static_cast<int32_t>(columns - j * LANES) ? x : other;
+      return ACROSS || j < VECTORS - 1 || lane_numbers() < static_cast<int32_t>(columns - j * LANES) ? x : other;
+    }
+    // Column `VECTORS * LANES + t` of `present` rows from row i on; beyond the last that row's again.
+    INLINE V get_across(const float* from, int64_t i, int64_t present, int64_t t) const {
+      const float* at = from + i * columns + VECTORS * LANES + t;
+      alignas(V) float x[LANES];
+      for (int64_t r = 0; r < LANES; ++r) x[r] = at[std::min(r, present - 1) * columns];
+      return load(x);
+    }
+    INLINE void put_across(float* to, int64_t i, int64_t present, int64_t t, V x_) const {
+      float* at = to + i * columns + VECTORS * LANES + t;
+      alignas(V) float x[LANES];
+      store(x, x_);
+      for (int64_t r = 0; r < present; ++r) at[r * columns] = x[r];
     }
   };
 
-  // E, and its column sums by the rows' weights; what range the scores have.
+  // The block of E that starts with row i, and where in a block column `VECTORS * LANES + t` lies: after all rows.
   template <int VECTORS>
-  Extrema exponentials_of() const {
-    return group.weights ? exponentials_of<VECTORS, true>() : exponentials_of<VECTORS, false>();
+  INLINE float* block(int64_t i) const {
+    return e + i * (VECTORS * LANES + rest);
+  }
+  template <int VECTORS>
+  INLINE static int64_t across(int64_t t) {
+    return (LANES * VECTORS + t) * LANES;
   }
 
-  template <int VECTORS, bool WEIGHTED>
+  INLINE int64_t present(int64_t i) const { return std::min(LANES, group.rows - i); }
+
+  // Weights of LANES rows from row i on, 0 past the last.
+  INLINE V row_weights(int64_t i) const {
+    V w = V{} + 1.f;
+    if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present(i));
+    return lane_numbers() < static_cast<int32_t>(present(i)) ? w : V{};
+  }
+
+  // E, and its column sums by the rows' weights; what range the scores have.
+  template <int VECTORS, bool ACROSS, bool WEIGHTED>
   Extrema exponentials_of() const {
     // Copies: the compiler cannot know that no store changes the originals.
-    const Rows<VECTORS> rows(group);
+    const Rows<VECTORS, ACROSS> rows(group);
     const Exponential exp = exponential;
     const float *const scores = s, *const weights = group.weights;
-    const int64_t count = group.rows;
-    V total[VECTORS] = {}, low = V{} + group.first(), high = low;
-    float* to = e;
-    for (int64_t i = 0; i < count; ++i, to += VECTORS * LANES) {
+    const int64_t count = group.rows, others = rest;
+    V total[VECTORS] = {}, total_across[MOST_REST] = {}, low = V{} + group.first(), high = low;
+    const auto value = [&](V score) ALWAYS_INLINE {
+      low = minimum(low, score);
+      high = maximum(high, score);
+      return exp(score);
+    };
+    for (int64_t first = 0; first < count; first += LANES) {
+      float *const at = block<VECTORS>(first), *to = at;
+      const int64_t last = std::min(first + LANES, count);
+      for (int64_t i = first; i < last; ++i, to += VECTORS * LANES)
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) {
-        const V score = rows.get(scores, i, j), x = rows.within(j, exp(score));
-        low = minimum(low, score);
-        high = maximum(high, score);
-        store(to + j * LANES, x);
-        total[j] += WEIGHTED ? x * weights[i] : x;
+        for (int j = 0; j < VECTORS; ++j) {
+          const V x = rows.within(j, value(rows.get(scores, i, j)));
+          store(to + j * LANES, x);
+          total[j] += WEIGHTED ? x * weights[i] : x;
+        }
+      std::fill_n(to, (first + LANES - last) * VECTORS * LANES, 0.0f);
+      if constexpr (ACROSS) {
+        const V w = row_weights(first);
+        for (int64_t t = 0; t < others; ++t) {
+          const V x = value(rows.get_across(scores, first, last - first, t));
+          store(at + across<VECTORS>(t), lane_numbers() < static_cast<int32_t>(last - first) ? x : V{});
+          total_across[t] += w > 0 ? x * w : V{};
+        }
       }
     }
-    std::fill_n(to, (rounded(count) - count) * VECTORS * LANES, 0.0f);
-    for (int j = 0; j < VECTORS; ++j) store(c + j * LANES, total[j]);
+    put_sums(total, total_across);
     return {minimum(low), maximum(high)};
   }
 
-  // u_i = 1 / (E v)_i of LANES rows, the first of them at `row`.
   template <int VECTORS>
+  INLINE void put_sums(const V (&total)[VECTORS], const V (&total_across)[MOST_REST]) const {
+    for (int j = 0; j < VECTORS; ++j) store(c + j * LANES, total[j]);
+    for (int64_t t = 0; t < rest; ++t) c[VECTORS * LANES + t] = sum(total_across[t]);
+  }
+
+  // u_i = 1 / (E v)_i of the rows of a block.
+  template <int VECTORS, bool ACROSS>
   INLINE V row_scales(const float* row) const {
     V d[LANES];
 #pragma GCC unroll 16
@@ -143,104 +201,116 @@ struct Small {
 #pragma GCC unroll 8
       for (int j = 1; j < VECTORS; ++j) d[r] += load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);
     }
-    return 1 / sums(d);
-  }
-
-  // Weights of LANES rows from row i on, 0 past the last.
-  INLINE V row_weights(int64_t i) const {
-    const int64_t present = std::min(LANES, group.rows - i);
-    V w = V{} + 1.f;
-    if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present);
-    return lane_numbers() < static_cast<int32_t>(present) ? w : V{};
+    V total = sums(d);
+    if constexpr (ACROSS)
+      for (int64_t t = 0; t < rest; ++t) total += load(row + across<VECTORS>(t)) * v[VECTORS * LANES + t];
+    return 1 / total;
   }
 
   // c_k = sum_i w_i u_i E_ik.
-  template <int VECTORS>
+  template <int VECTORS, bool ACROSS>
   void balance_rows() const {
     // Some rows side by side: a sum's next addition waits for its last.
     constexpr int ROWS = VECTORS <= 1 ? 4 : VECTORS <= 3 ? 2 : 1;
-    V total[ROWS][VECTORS] = {};
-    const float* row = e;
+    V total[ROWS][VECTORS] = {}, total_across[MOST_REST] = {};
     for (int64_t i = 0; i < group.rows; i += LANES) {
-      const V scales = row_scales<VECTORS>(row), w = row_weights(i);
+      const float* row = block<VECTORS>(i);
+      const V scales = row_scales<VECTORS, ACROSS>(row), w = row_weights(i), weighted = w > 0 ? scales * w : V{};
+      if constexpr (ACROSS)
+        for (int64_t t = 0; t < rest; ++t) total_across[t] += load(row + across<VECTORS>(t)) * weighted;
       alignas(V) float u[LANES];
-      store(u, w > 0 ? scales * w : V{});
+      store(u, weighted);
       asm("" : "+r"(row));  // or the compiler carries the rows over from row_scales, by way of the stack
       for (int r = 0; r < LANES; ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) total[r % ROWS][j] += load(row + j * LANES) * u[r];
     }
-    for (int j = 0; j < VECTORS; ++j) {
+    for (int j = 0; j < VECTORS; ++j)
       for (int r = 1; r < ROWS; ++r) total[0][j] += total[r][j];
-      store(c + j * LANES, total[0][j]);
-    }
+    put_sums(total[0], total_across);
   }
 
-  template <int VECTORS>
+  template <int VECTORS, bool ACROSS>
   void write_codes() const {
-    const Rows<VECTORS> rows(group);
+    const Rows<VECTORS, ACROSS> rows(group);
     float* const to = codes;
     const int64_t count = group.rows;
     V by_column[VECTORS];
     for (int j = 0; j < VECTORS; ++j) by_column[j] = load(v + j * LANES);
-    const float* row = e;
-    for (int64_t i = 0; i < count;) {
+    for (int64_t i = 0; i < count; i += LANES) {
+      const float* row = block<VECTORS>(i);
+      const V scales = row_scales<VECTORS, ACROSS>(row);
+      if constexpr (ACROSS)
+        for (int64_t t = 0; t < rest; ++t)
+          rows.put_across(to, i, present(i), t, load(row + across<VECTORS>(t)) * v[VECTORS * LANES + t] * scales);
       alignas(V) float u[LANES];
-      store(u, row_scales<VECTORS>(row));
+      store(u, scales);
       asm("" : "+r"(row));
-      for (int r = 0; r < LANES && i < count; ++r, ++i, row += VECTORS * LANES)
+      for (int64_t r = 0; r < std::min(LANES, count - i); ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; ++j) rows.put(to, i, j, load(row + j * LANES) * by_column[j] * u[r]);
+        for (int j = 0; j < VECTORS; ++j) rows.put(to, i + r, j, load(row + j * LANES) * by_column[j] * u[r]);
     }
   }
 
   // Gradient, and codes unless null; returns the sum of the rows' losses: log z - q . (S - row maximum) / tau.
-  template <int VECTORS>
+  template <int VECTORS, bool ACROSS>
   double write_gradient() const {
     V losses{};
     int64_t i = 0;
-    for (; i + LANES < group.rows; i += LANES) losses += write_gradients<VECTORS, LANES>(i, LANES);
-    losses += write_gradients<VECTORS, 0>(i, group.rows - i);
+    for (; i + LANES < group.rows; i += LANES) losses += write_gradients<VECTORS, ACROSS, LANES>(i, LANES);
+    losses += write_gradients<VECTORS, ACROSS, 0>(i, group.rows - i);
     double loss = 0;
     for (int64_t r = 0; r < LANES; ++r) loss += losses[r];
     return loss;
   }
 
-  // Of LANES rows from row i on, or where WHOLE is 0 of the last ones, `present` of them. Returns their losses.
-  template <int VECTORS, int64_t WHOLE>
-  INLINE V write_gradients(int64_t i, int64_t present) const {
-    if (WHOLE) present = WHOLE;
-    const Rows<VECTORS> rows(group);
-    // Copies: the compiler cannot know that no store changes the originals.
-    const float *const scores = s, *const row = e + i * VECTORS * LANES;
-    float *const by_scores = gradient, *const q = codes;
-    const float by_temperature = static_cast<float>(M_LOG2E / group.temperature);
-    const V w = row_weights(i), share = w * static_cast<float>(group.gradient_scale);
-    const auto score = [&](int64_t r, int j) ALWAYS_INLINE {
-      // Beyond the last row that row again, with a weight of 0.
-      return WHOLE ? load(scores + (i + r) * rows.columns + j * LANES)
-                   : rows.get(scores, i + std::min(r, present - 1), j);
-    };
-    const auto put = [&](float* to, int64_t r, int j, V x) ALWAYS_INLINE {
-      if (WHOLE) store(to + (i + r) * rows.columns + j * LANES, x);
-      else rows.put(to, i + r, j, x);
-    };
-    alignas(V) float top[LANES], by_p[LANES], by_q[LANES], u[LANES];
-    alignas(V) float p[LANES * VECTORS * LANES];  // exp((S - row maximum) / tau)
-    V high[LANES], normaliser[LANES], product[LANES];
+  // Row maxima of a block's scores, and its scores across.
+  template <int VECTORS, bool ACROSS, class Score>
+  INLINE V row_maxima(const Rows<VECTORS, ACROSS>& rows, int64_t i, int64_t present, const Score& score,
+                      V (&x_across)[MOST_REST]) const {
+    V high[LANES];
 #pragma GCC unroll 16
     for (int64_t r = 0; r < LANES; ++r) {
       high[r] = rows.within(0, score(r, 0), V{} - INFINITY);
 #pragma GCC unroll 8
       for (int j = 1; j < VECTORS; ++j) high[r] = maximum(high[r], rows.within(j, score(r, j), V{} - INFINITY));
     }
-    store(top, maxima(high));
+    V top = maxima(high);
+    if constexpr (ACROSS)
+      for (int64_t t = 0; t < rest; ++t) {
+        x_across[t] = rows.get_across(s, i, present, t);
+        top = maximum(top, x_across[t]);
+      }
+    return top;
+  }
+
+  // Of LANES rows from row i on, or where WHOLE is 0 of the last ones, `present` of them. Returns their losses.
+  template <int VECTORS, bool ACROSS, int64_t WHOLE>
+  INLINE V write_gradients(int64_t i, int64_t present) const {
+    if (WHOLE) present = WHOLE;
+    const Rows<VECTORS, ACROSS> rows(group);
+    // Copies: the compiler cannot know that no store changes the originals.
+    const float *const scores = s, *const row = block<VECTORS>(i);
+    float *const by_scores = gradient, *const q = codes;
+    const int64_t others = ACROSS ? rest : 0;
+    const float by_temperature = static_cast<float>(M_LOG2E / group.temperature);
+    const auto score = [&](int64_t r, int j) ALWAYS_INLINE {
+      // Beyond the last row that row again, with a weight of 0.
+      return WHOLE ? load(scores + (i + r) * rows.columns + j * LANES)
+                   : rows.get(scores, i + std::min(r, present - 1), j);
+    };
+    const auto power = [&](V x) ALWAYS_INLINE { return exp2_in_range(maximum(x * by_temperature, V{} - 126.f)); };
+    alignas(V) float top[LANES], by_p[LANES], by_q[LANES], u[LANES];
+    alignas(V) float p[LANES * VECTORS * LANES];  // exp((S - row maximum) / tau)
+    V normaliser[LANES], product[LANES], x_across[MOST_REST], p_across[MOST_REST], q_across[MOST_REST];
+    const V tops = row_maxima(rows, i, present, score, x_across);
+    store(top, tops);
 #pragma GCC unroll 4
     for (int64_t r = 0; r < LANES; ++r) {
       V z{}, qx{};
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) {
-        const V x = score(r, j) - top[r], pj = exp2_in_range(maximum(x * by_temperature, V{} - 126.f));
+        const V x = score(r, j) - top[r], pj = power(x);
         const V qj = load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);  // beyond a row's end 0
         store(p + (r * VECTORS + j) * LANES, pj);
         z += rows.within(j, pj);
@@ -248,11 +318,27 @@ struct Small {
       }
       normaliser[r] = z, product[r] = qx;
     }
-    const V z = sums(normaliser), all = row_scales<VECTORS>(row);
-    const V scales = lane_numbers() < static_cast<int32_t>(present) ? all : V{};
-    store(by_p, share / z);
-    store(by_q, share * scales);
+    V z = sums(normaliser), qx = sums(product);
+    for (int64_t t = 0; t < others; ++t) {
+      const V x = x_across[t] - tops;
+      z += p_across[t] = power(x);
+      q_across[t] = load(row + across<VECTORS>(t)) * v[VECTORS * LANES + t];
+      qx += q_across[t] * x;
+    }
+    const V w = row_weights(i), share = w * static_cast<float>(group.gradient_scale);
+    const V all = row_scales<VECTORS, ACROSS>(row);
+    const V scales = lane_numbers() < static_cast<int32_t>(present) ? all : V{}, of_p = share / z, of_q = share * scales;
+    for (int64_t t = 0; t < others; ++t) {
+      rows.put_across(by_scores, i, present, t, p_across[t] * of_p - q_across[t] * of_q);
+      if (q) rows.put_across(q, i, present, t, q_across[t] * scales);
+    }
+    store(by_p, of_p);
+    store(by_q, of_q);
     store(u, scales);
+    const auto put = [&](float* to, int64_t r, int j, V x) ALWAYS_INLINE {
+      if (WHOLE) store(to + (i + r) * rows.columns + j * LANES, x);
+      else rows.put(to, i + r, j, x);
+    };
 #pragma GCC unroll 4
     for (int64_t r = 0; r < present; ++r) {
 #pragma GCC unroll 8
@@ -262,6 +348,6 @@ struct Small {
         if (q) put(q, r, j, qj * u[r]);
       }
     }
-    return w * (logarithm(z) - sums(product) * scales * static_cast<float>(1 / group.temperature));
+    return w * (logarithm(z) - qx * scales * static_cast<float>(1 / group.temperature));
   }
 };
