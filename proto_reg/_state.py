@@ -20,3 +20,13 @@ class WideState(nn.Module):
             if buffer is not None and after is not None and after.dtype.itemsize < buffer.dtype.itemsize:
                 self._buffers[name] = after.to(buffer.dtype) if buffer.is_meta else buffer.to(after.device)
         return self
+
+
+class Record(WideState):
+    """What was seen so far: buffers that begin as zeros."""
+
+    def reset_parameters(self) -> None:
+        """Forget it, and whatever memory held where the module came from the meta device by ``to_empty``."""
+        for buffer in self._buffers.values():
+            if buffer is not None:
+                buffer.zero_()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import check_number, compute_dtype
 from ._distributed import Group, Ranks, local_part, sum_
-from ._state import WideState
+from ._state import Record
 from .kernels.follow import follow
 from .kernels.rows import typical_sums
 
@@ -27,7 +27,7 @@ class Version:
         return {"moved": None}
 
 
-class PrototypeFollower(WideState):
+class PrototypeFollower(Record):
     """Whenever an optimizer has moved the prototypes, moves them on by a share of the way to their typical latents.
 
     Cosine scores give prototypes no radial gradient, and an optimizer's step is as small for them as for any weight:

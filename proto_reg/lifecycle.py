@@ -100,7 +100,11 @@ class Lifecycle(nn.Module):
 
     def reset_metrics(self) -> None:
         """Start counting anew, for example with each epoch."""
-        self.meter.reset()
+        self.meter.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to step 0. Head, meter, follower and queue have a method of their own, as torch's modules do."""
+        self.steps.zero_()
 
     @torch.no_grad()
     def revive(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ._checks import check_positive_int
 from ._distributed import Group, Ranks, size, sum_
-from ._state import WideState
+from ._state import Record
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class LatentQueue(WideState):
+class LatentQueue(Record):
     """The last ``size`` latents of training, oldest overwritten first; slots not yet filled are marked so.
 
     It keeps latents, not their assignments: prototypes move, and each step assigns the past anew. No shape depends on

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ._distributed import Group, Ranks, sum_
-from ._state import WideState
+from ._state import Record
 from .functional.metrics import SEPARATION, nearest_other
 from .kernels.rows import tally
 
 
-class UsageMeter(WideState):
+class UsageMeter(Record):
     """Counts over the training forward passes since the last reset, on their device; nobody waits until they are read.
 
     A latent counts for the prototype that it scores highest with, which is where inference puts it. Balanced codes
@@ -59,11 +59,6 @@ class UsageMeter(WideState):
         both = sum_(torch.cat([counts.double(), totals.double()]), group)
         self.counts.add_(both[: len(counts)].to(torch.int64))
         self.totals.add_(both[len(counts) :].to(totals.dtype))
-
-    def reset(self) -> None:
-        """Forget everything that was counted."""
-        self.counts.zero_()
-        self.totals.zero_()
 
     @property
     def usage(self) -> Tensor:

@@ -322,6 +322,27 @@ def test_state_keeps_every_digit_in_half_precision(dtype: torch.dtype) -> None:
     assert all(value.is_meta and value.dtype == before[n].dtype for n, value in model.regularizer.named_buffers())
 
 
+def test_a_model_made_without_memory_begins_as_any_other() -> None:
+    with torch.device("meta"):
+        model = Autoencoder(**EVERYTHING)
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(7)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = Autoencoder(**EVERYTHING)
+    for (name, buffer), expected in zip(model.named_buffers(), fresh.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    fresh.load_state_dict(model.state_dict())
+    for each in (model, fresh):
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(4):
+            step(each, optimizer, torch.rand(BATCH, PIXELS))
+    assert_equal_state(model, fresh)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prototypes_arrive_at_their_latents_in_half_precision_too(dtype: torch.dtype) -> None:
     """A step of .02 of the way is below bfloat16's resolution there; it adds up in the follower's own state."""
