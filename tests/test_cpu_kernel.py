@@ -11,7 +11,7 @@ from conftest import across_instruction_sets, cosines, log_sinkhorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto_reg.functional import sinkhorn, sinkhorn_cross_entropy
+from proto_reg.functional import sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 
@@ -69,6 +69,20 @@ def test_a_matrix_larger_than_the_caches_against_float64(weighted: bool, with_co
     assert ((leaf.grad.double() - (log_p.exp() - truth) * share / 0.1) / share * 0.1).abs().max() < 1e-6
     if with_codes:
         assert (found[1].double() - truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("num_iters", [1, 3, 9])  # up to 8 the exponentials are computed in every pass
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_matrix_in_half_precision_is_as_in_float32(dtype: torch.dtype, num_iters: int) -> None:
+    scores = cosines(4001, 2111).to(dtype)
+    options = {"num_iters": num_iters, "weights": torch.rand(4001), "backend": "cpu"}
+    narrow = sinkhorn_cross_entropy_and_gradient(scores, **options)
+    wide = sinkhorn_cross_entropy_and_gradient(scores.float(), **options)
+    assert narrow[0] == pytest.approx(wide[0].item(), abs=1e-6)
+    for ours, theirs in zip(narrow[1:], wide[1:], strict=True):
+        assert ours.dtype == dtype
+        rounding = torch.finfo(dtype).eps * theirs.abs() + 2**-24  # which float16's subnormals are apart
+        assert ((ours.float() - theirs).abs() <= rounding + 1e-6 * theirs.abs().max()).all()
 
 
 @pytest.mark.parametrize("shape", [(256, 30), (1500, 200), (5000, 17), (5001, 5), (64, 5000), LARGE])

@@ -43,5 +43,13 @@ class Workspace {
   std::array<int64_t, 12> offsets_{};
 };
 
+// So many floats that the calling thread keeps, from the start of a cache line on; the same for every caller.
+inline float* thread_scratch(int64_t count) {
+  constexpr int64_t LINE = 16;
+  static thread_local std::vector<float> kept;
+  if (kept.size() < static_cast<size_t>(count + LINE)) kept.resize(count + LINE);
+  return kept.data() + (LINE - reinterpret_cast<uintptr_t>(kept.data()) / sizeof(float) % LINE) % LINE;
+}
+
 }  // namespace
 }  // namespace proto_reg

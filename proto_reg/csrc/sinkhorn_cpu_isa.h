@@ -117,12 +117,14 @@ struct Solver {
 
   template <class Linear>
   bool run_linear() const {
-    // E takes the place of a float32 output, so that it costs no memory of its own.
-    const bool wide = group.dtype == Dtype::f32;
-    Workspace workspace(wide ? 0 : group.rows * group.columns, chunks.padded, chunks.count * chunks.padded,
+    // E takes the place of a float32 output, so that it costs no memory of its own. Beside half precision it would. Above
+    // 32 MiB, which C libraries hand back after every call, that takes longer than to compute E in each of a few passes.
+    const int64_t count = group.rows * group.columns;
+    const bool wide = group.dtype == Dtype::f32, kept = count <= 1 << 23 || problem.num_iters > 8;
+    Workspace workspace(!wide && kept ? count : 0, chunks.padded, chunks.count * chunks.padded,
                         3 * chunks.count * chunks.padded);
     std::vector<typename Linear::Range> extrema(chunks.count);
-    float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : workspace[0];
+    float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : kept ? workspace[0] : nullptr;
     return iterate(Linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses});
   }
 

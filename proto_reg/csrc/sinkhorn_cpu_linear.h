@@ -7,7 +7,7 @@ struct Linear {
 
   const Group& group;
   const Chunks& chunks;
-  float* e;          // (rows, columns); float32 codes, or gradient, may lie over it
+  float* e;          // (rows, columns); float32 codes, or gradient, may lie over it; null: computed anew in every pass
   float* v;          // (padded columns,)
   float* partial;    // (chunks, padded columns): column sums
   Extrema* extrema;  // (chunks,)
@@ -15,16 +15,33 @@ struct Linear {
   double* losses;    // (chunks,)
   const Exponential exponential{group.first(), group.epsilon};
   // Whether the matrix is larger than the caches, and its rows long enough to align each: it is written past the caches.
-  const bool large = group.rows * group.columns >= 1 << 22 && group.columns >= 1024;
+  const bool large = e && group.rows * group.columns >= 1 << 22 && group.columns >= 1024;
 
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
+
+  // Row i of the scores, as Group::row, with vectors of this width.
+  INLINE const float* scores_of(int64_t i, int64_t chunk) const {
+    if (group.dtype == Dtype::f32) return static_cast<const float*>(group.scores) + i * group.columns;
+    float* buffer = chunk_scratch(chunk, 0);
+    widen(group.dtype, static_cast<const uint16_t*>(group.scores) + i * group.columns, group.columns, buffer);
+    return buffer;
+  }
 
   // E of a chunk's rows, and its share of the first column sums.
   void exponentials(int64_t chunk) const {
     std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
     V low = V{} + INFINITY, high = V{} - INFINITY;
     int64_t i = chunks.begin(chunk);
-    if (large)
+    if (!e)
+      for (; i < chunks.end(chunk); ++i) {
+        const float w[] = {group.weight(i)};
+        const float* row = computed_rows<1>(i, chunk, [&](V score) ALWAYS_INLINE {
+          low = minimum(low, score);
+          high = maximum(high, score);
+        });
+        add_rows<1>(row, w, partial + chunk * chunks.padded);
+      }
+    else if (large)
       for (; i < chunks.end(chunk); ++i) streamed_exponentials_of(i, chunk, low, high);
     else if (group.dtype == Dtype::f32)
       for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, low, high);
@@ -37,7 +54,7 @@ struct Linear {
   template <int R>
   INLINE void exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
     const Exponential exp = exponential;
-    const float* s = group.row(i, chunk_scratch(chunk, 0));
+    const float* s = scores_of(i, chunk);
     float w[R];
     for (int r = 0; r < R; ++r) w[r] = group.weight(i + r);
     const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
@@ -63,7 +80,7 @@ struct Linear {
   // One row at a time: memory is read and written in order.
   INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
     const Exponential exp = exponential;
-    const float* s = group.row(i, chunk_scratch(chunk, 0));
+    const float* s = scores_of(i, chunk);
     const float w = group.weight(i);
     const int64_t columns = group.columns;
     float *row = e + i * columns, *c = partial + chunk * chunks.padded;
@@ -85,11 +102,33 @@ struct Linear {
     return joined(extrema, chunks.count).safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
   }
 
-  // Row sums of E diag(v), R rows from i on.
-  template <int R>
-  INLINE void row_sums(int64_t i, float (&d)[R]) const {
+  // R rows of E from i on, computed for as long as this thread needs them. look: at each vector of scores.
+  template <int R, class Look>
+  INLINE const float* computed_rows(int64_t i, int64_t chunk, const Look& look) const {
+    const Exponential exp = exponential;
     const int64_t columns = group.columns;
-    const float *rows = e + i * columns, *scales = v;
+    float* rows = thread_scratch(R * columns);
+    for (int r = 0; r < R; ++r) {
+      const float* s = scores_of(i + r, chunk);
+      for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+        const V score = part.get(s + k);
+        look(score);
+        part.put(rows + r * columns + k, exp(score));
+      });
+    }
+    return rows;
+  }
+
+  template <int R>
+  INLINE const float* rows_from(int64_t i, int64_t chunk) const {
+    return e ? e + i * group.columns : computed_rows<R>(i, chunk, [](V) ALWAYS_INLINE {});
+  }
+
+  // Sums of R rows of E diag(v).
+  template <int R>
+  INLINE void row_sums(const float* rows, float (&d)[R]) const {
+    const int64_t columns = group.columns;
+    const float* scales = v;
     V sums[2][R] = {};
     for_each_vector(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
       const V vk = part.once(part.get(scales + k));
@@ -98,13 +137,10 @@ struct Linear {
     for (int r = 0; r < R; ++r) d[r] = sum(sums[0][r] + sums[1][r]);
   }
 
+  // c += u_r E_r of R rows of E.
   template <int R>
-  INLINE void balance_rows(int64_t i, float* c) const {
-    float u[R];
-    row_sums<R>(i, u);
-    for (int r = 0; r < R; ++r) u[r] = group.weight(i + r) / u[r];
+  INLINE void add_rows(const float* rows, const float (&u)[R], float* c) const {
     const int64_t columns = group.columns;
-    const float* rows = e + i * columns;
     for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       V total{};
       for (int r = 0; r < R; ++r) {
@@ -115,13 +151,21 @@ struct Linear {
     });
   }
 
+  template <int R>
+  INLINE void balance_rows(int64_t i, int64_t chunk) const {
+    const float* rows = rows_from<R>(i, chunk);
+    float u[R];
+    row_sums<R>(rows, u);
+    for (int r = 0; r < R; ++r) u[r] = group.weight(i + r) / u[r];
+    add_rows<R>(rows, u, partial + chunk * chunks.padded);
+  }
+
   // One iteration's column sums of diag(u) E, u_i = w_i / (E v)_i.
   void balance(int64_t chunk) const {
-    float* c = partial + chunk * chunks.padded;
-    std::fill_n(c, chunks.padded, 0.0f);
+    std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
     int64_t i = chunks.begin(chunk);
-    for (; i + 4 <= chunks.end(chunk); i += 4) balance_rows<4>(i, c);
-    for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, c);
+    for (; i + 4 <= chunks.end(chunk); i += 4) balance_rows<4>(i, chunk);
+    for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, chunk);
   }
 
   // v from the chunks' column sums, false, leaving v, where all columns were within tol before.
@@ -149,24 +193,24 @@ struct Linear {
 
   template <int R>
   INLINE void write_rows(int64_t i, int64_t chunk) const {
+    float* rows = const_cast<float*>(rows_from<R>(i, chunk));  // E is not needed any more
     float d[R];
-    row_sums<R>(i, d);
-    for (int r = 0; r < R; ++r) losses[chunk] += write_row<R>(i + r, chunk, 1 / d[r]);
+    row_sums<R>(rows, d);
+    for (int r = 0; r < R; ++r) losses[chunk] += write_row<R>(i + r, chunk, rows + r * group.columns, 1 / d[r]);
   }
 
-  // Codes and gradient of row i, one of R; returns its weighted loss.
+  // Codes and gradient of row i, one of R, with its E at `row`; returns its weighted loss.
   template <int R>
-  INLINE double write_row(int64_t i, int64_t chunk, float u) const {
-    float* row = e + i * group.columns;
-    float* codes = group.output(group.codes, i, row);  // E is not needed any more
+  INLINE double write_row(int64_t i, int64_t chunk, float* row, float u) const {
+    float* codes = group.output(group.codes, i, row);
     double weighted_loss = 0;
     if (!group.gradient) {
       write_codes<R>(row, group.columns, v, u, codes);
     } else {
       float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
       const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
-      const float* s = group.row(i, chunk_scratch(chunk, 0));
-      const bool apart = large && group.codes && group.dtype == Dtype::f32;  // E is where the codes are
+      const float* s = scores_of(i, chunk);
+      const bool apart = large && group.codes;  // E is where the codes are
       weighted_loss = group.weight(i) * cross_entropy(s, row, group.columns, v, u, w, group.temperature,
                                                       chunk_scratch(chunk, 1), gradient, apart, codes);
       group.finish(gradient, group.gradient, i);
