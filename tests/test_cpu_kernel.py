@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_a_matrix_larger_than_the_caches_against_float64(weighted: bool, with_co
         assert (found[1].double() - truth).abs().max() < 1e-6
 
 
+def test_a_large_output_that_no_float_is_aligned_in() -> None:
+    rows, columns = 4096, 1024
+    memory = bytearray(4 * rows * columns + 1)
+    out = torch.frombuffer(memory, dtype=torch.float32, count=rows * columns, offset=1).view(rows, columns)
+    scores = cosines(rows, columns)
+    assert torch.allclose(sinkhorn(scores, backend="cpu", out=out), sinkhorn(scores, backend="torch"), atol=1e-6)
+
+
 @pytest.mark.parametrize("num_iters", [1, 3, 9])  # up to 8 the exponentials are computed in every pass
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_large_matrix_in_half_precision_is_as_in_float32(dtype: torch.dtype, num_iters: int) -> None:
@@ -125,6 +134,24 @@ def test_nan_and_infinity_in_half_precision() -> None:
         isolated = sinkhorn(scores, backend="cpu", nan_policy="isolate")
         assert isolated[3].isnan().all()
         assert isolated[:3].isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [9, 17, 20, 33, 52, 116])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_a_row_of_no_weight_holds_reaches_no_other(columns: int, bad: float) -> None:
+    for column, policy, num_iters in itertools.product((0, columns - 1), ("isolate", "propagate"), (1, 3)):
+        scores = cosines(40, columns)
+        scores[5, column] = bad
+        mask = torch.arange(40) != 5
+        options = {"num_iters": num_iters, "mask": mask, "nan_policy": policy}
+        ours, theirs = (
+            sinkhorn_cross_entropy_and_gradient(scores, backend=backend, **options) for backend in ("cpu", "torch")
+        )
+        for x, y in zip(ours, theirs, strict=True):
+            assert torch.allclose(x, y, atol=1e-6, equal_nan=True)
+        codes = sinkhorn(scores, backend="cpu", **options)
+        assert torch.allclose(codes, theirs[2], atol=1e-6, equal_nan=True)
+        assert policy == "propagate" or codes[mask].isfinite().all()
 
 
 def test_outputs_and_nothing_else_are_written() -> None:

@@ -117,8 +117,9 @@ struct Solver {
 
   template <class Linear>
   bool run_linear() const {
-    // E takes the place of a float32 output, so that it costs no memory of its own. Beside half precision it would. Above
-    // 32 MiB, which C libraries hand back after every call, that takes longer than to compute E in each of a few passes.
+    // E takes the place of a float32 output, so that it costs no memory of its own. Beside half precision it would;
+    // above 32 MiB, which C libraries hand back after every call, that takes longer than to compute E in each of a few
+    // passes.
     const int64_t count = group.rows * group.columns;
     const bool wide = group.dtype == Dtype::f32, kept = count <= 1 << 23 || problem.num_iters > 8;
     Workspace workspace(!wide && kept ? count : 0, chunks.padded, chunks.count * chunks.padded,

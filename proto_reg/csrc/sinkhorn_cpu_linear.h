@@ -14,8 +14,10 @@ struct Linear {
   float* scratch;    // (chunks, 3, padded columns)
   double* losses;    // (chunks,)
   const Exponential exponential{group.first(), group.epsilon};
-  // Whether the matrix is larger than the caches, and its rows long enough to align each: it is written past the caches.
-  const bool large = e && group.rows * group.columns >= 1 << 22 && group.columns >= 1024;
+  // Whether the matrix is larger than the caches, and its rows so long that their ends, which no aligned vector covers,
+  // cost nothing: it is written past the caches.
+  const bool large = e && group.rows * group.columns >= 1 << 22 && group.columns >= 1024 &&
+                     reinterpret_cast<uintptr_t>(e) % sizeof(float) == 0;
 
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
 
@@ -210,7 +212,7 @@ struct Linear {
       float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
       const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
       const float* s = scores_of(i, chunk);
-      const bool apart = large && group.codes;  // E is where the codes are
+      const bool apart = large && group.codes;
       weighted_loss = group.weight(i) * cross_entropy(s, row, group.columns, v, u, w, group.temperature,
                                                       chunk_scratch(chunk, 1), gradient, apart, codes);
       group.finish(gradient, group.gradient, i);

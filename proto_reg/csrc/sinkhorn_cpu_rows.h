@@ -138,7 +138,7 @@ INLINE void write_codes(const float* e, int64_t columns, const float* v, float u
 }
 
 // Gradient, and codes unless null, of the row with scores s, weight w / (tau W); returns its loss. p: scratch for
-// exp((S - maximum) / tau). apart: E lies under the codes, and the gradient is streamed.
+// exp((S - maximum) / tau). apart: E lies under the codes, not under the gradient, which is streamed.
 INLINE double cross_entropy(const float* s, const float* e, int64_t columns, const float* v, float u, float w,
                             double temperature, float* p, float* gradient, bool apart, float* codes) {
   const float scale = static_cast<float>(M_LOG2E / temperature);

@@ -33,7 +33,8 @@ struct Small {
   float* codes;     // (rows, columns), or null
   float* gradient;  // (rows, columns), or null
   const Exponential exponential{group.first(), group.epsilon};
-  // Columns beyond the last whole vector. Where they are few, they lie across: of a block of rows a vector for each.
+  // Columns beyond the last whole vector, where they are few. They lie across: each is one vector to a block of rows,
+  // lane r for row r.
   const int64_t rest = group.columns > LANES && group.columns % LANES <= MOST_REST ? group.columns % LANES : 0;
 
   static int64_t rounded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
@@ -91,8 +92,8 @@ struct Small {
     }
   }
 
-  // Rows of a matrix without padding. Without columns across, a row's last vector reaches into the next row, but not past
-  // the end of them all.
+  // Rows of a matrix without padding. Without columns across, a row's last vector reaches into the next row, but not
+  // past the end of them all.
   template <int VECTORS, bool ACROSS>
   struct Rows {
     int64_t columns, count;
@@ -120,10 +121,10 @@ struct Small {
       for (int64_t r = 0; r < LANES; ++r) x[r] = at[std::min(r, present - 1) * columns];
       return load(x);
     }
-    INLINE void put_across(float* to, int64_t i, int64_t present, int64_t t, V x_) const {
+    INLINE void put_across(float* to, int64_t i, int64_t present, int64_t t, V column) const {
       float* at = to + i * columns + VECTORS * LANES + t;
       alignas(V) float x[LANES];
-      store(x, x_);
+      store(x, column);
       for (int64_t r = 0; r < present; ++r) at[r * columns] = x[r];
     }
   };
@@ -134,7 +135,7 @@ struct Small {
     return e + i * (VECTORS * LANES + rest);
   }
   template <int VECTORS>
-  INLINE static int64_t across(int64_t t) {
+  INLINE static int64_t across_at(int64_t t) {
     return (LANES * VECTORS + t) * LANES;
   }
 
@@ -147,7 +148,8 @@ struct Small {
     return lane_numbers() < static_cast<int32_t>(present(i)) ? w : V{};
   }
 
-  // E, and its column sums by the rows' weights; what range the scores have.
+  // E, and its column sums by the rows' weights, in which alone a NaN is seen, be its row's weight 0. Returns the scores'
+  // range.
   template <int VECTORS, bool ACROSS, bool WEIGHTED>
   Extrema exponentials_of() const {
     // Copies: the compiler cannot know that no store changes the originals.
@@ -176,8 +178,8 @@ struct Small {
         const V w = row_weights(first);
         for (int64_t t = 0; t < others; ++t) {
           const V x = value(rows.get_across(scores, first, last - first, t));
-          store(at + across<VECTORS>(t), lane_numbers() < static_cast<int32_t>(last - first) ? x : V{});
-          total_across[t] += w > 0 ? x * w : V{};
+          store(at + across_at<VECTORS>(t), lane_numbers() < static_cast<int32_t>(last - first) ? x : V{});
+          total_across[t] += x * w;
         }
       }
     }
@@ -203,7 +205,7 @@ struct Small {
     }
     V total = sums(d);
     if constexpr (ACROSS)
-      for (int64_t t = 0; t < rest; ++t) total += load(row + across<VECTORS>(t)) * v[VECTORS * LANES + t];
+      for (int64_t t = 0; t < rest; ++t) total += load(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
     return 1 / total;
   }
 
@@ -217,7 +219,7 @@ struct Small {
       const float* row = block<VECTORS>(i);
       const V scales = row_scales<VECTORS, ACROSS>(row), w = row_weights(i), weighted = w > 0 ? scales * w : V{};
       if constexpr (ACROSS)
-        for (int64_t t = 0; t < rest; ++t) total_across[t] += load(row + across<VECTORS>(t)) * weighted;
+        for (int64_t t = 0; t < rest; ++t) total_across[t] += load(row + across_at<VECTORS>(t)) * weighted;
       alignas(V) float u[LANES];
       store(u, weighted);
       asm("" : "+r"(row));  // or the compiler carries the rows over from row_scales, by way of the stack
@@ -242,7 +244,7 @@ struct Small {
       const V scales = row_scales<VECTORS, ACROSS>(row);
       if constexpr (ACROSS)
         for (int64_t t = 0; t < rest; ++t)
-          rows.put_across(to, i, present(i), t, load(row + across<VECTORS>(t)) * v[VECTORS * LANES + t] * scales);
+          rows.put_across(to, i, present(i), t, load(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t] * scales);
       alignas(V) float u[LANES];
       store(u, scales);
       asm("" : "+r"(row));
@@ -322,12 +324,13 @@ struct Small {
     for (int64_t t = 0; t < others; ++t) {
       const V x = x_across[t] - tops;
       z += p_across[t] = power(x);
-      q_across[t] = load(row + across<VECTORS>(t)) * v[VECTORS * LANES + t];
+      q_across[t] = load(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
       qx += q_across[t] * x;
     }
     const V w = row_weights(i), share = w * static_cast<float>(group.gradient_scale);
     const V all = row_scales<VECTORS, ACROSS>(row);
-    const V scales = lane_numbers() < static_cast<int32_t>(present) ? all : V{}, of_p = share / z, of_q = share * scales;
+    const V scales = lane_numbers() < static_cast<int32_t>(present) ? all : V{};
+    const V of_p = share / z, of_q = share * scales;
     for (int64_t t = 0; t < others; ++t) {
       rows.put_across(by_scores, i, present, t, p_across[t] * of_p - q_across[t] * of_q);
       if (q) rows.put_across(q, i, present, t, q_across[t] * scales);

@@ -14,7 +14,8 @@ INLINE V load(const float* from) {
 
 INLINE void store(float* to, V x) { __builtin_memcpy(to, &x, sizeof x); }
 
-// Past the caches, to a multiple of the vector's size: what is written there is not read first. `streamed` thereafter.
+// Past the caches, to a multiple of the vector's size: memory is not read before it is written. Call `streamed`
+// afterwards. A template, for the branches not taken must not be compiled.
 template <class X>
 INLINE void stream(float* to, X x) {
 #if defined(__clang__)
@@ -230,7 +231,8 @@ INLINE void for_each_vector(int64_t columns, const Body& body) {
   if (columns % LANES) body(Last(columns), columns - LANES, first);
 }
 
-// body(part, column) for every vector of a row that is to be streamed to `to`: aligned there, short at both ends.
+// body(part, column) for every vector of a row that is to be streamed to `to`, a multiple of 4 bytes: aligned there,
+// short at both ends.
 template <class Body>
 INLINE void for_each_aligned_vector(const float* to, int64_t columns, const Body& body) {
   const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(float)) % LANES;

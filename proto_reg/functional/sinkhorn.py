@@ -21,7 +21,8 @@ BACKENDS = kernels.backends.NAMES
 
 _sinkhorn = torch.ops.proto_reg.sinkhorn.default
 _sinkhorn_codes = torch.ops.proto_reg.sinkhorn_codes.default
-_sinkhorn_codes_now = _sinkhorn_codes._op  # the same, without a Python call on the way
+# The same, without a Python call on the way where torch has it.
+_sinkhorn_codes_now = getattr(_sinkhorn_codes, "_op", _sinkhorn_codes)
 _sinkhorn_out = torch.ops.proto_reg.sinkhorn_out.default
 
 
