@@ -106,6 +106,9 @@ def frontier(runs: list[Run]) -> Figure | None:
     right_axis.set(ylabel="standardised MMD")
     right_axis.set_title("lower left is best", fontsize=10)
     right_axis.set_yscale("symlog", linthresh=3, linscale=0.4)
+    # By the means: a deviation larger than its mean would take a logarithmic axis through decades of nothing.
+    means = [regular.mean for *_, regular in points if regular]
+    right_axis.set_ylim(min([-4.0, *(2 * y for y in means)]), max([4.0, *(2 * y for y in means)]))
     right_axis.yaxis.set_major_locator(
         FixedLocator([-100, -30, -10, -3, 0, *(c * 10**n for n in range(5) for c in (3, 10))])
     )
