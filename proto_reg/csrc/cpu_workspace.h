@@ -9,6 +9,12 @@
 namespace proto_reg {
 namespace {
 
+constexpr int64_t LINE = 16;  // floats of a cache line
+
+inline float* aligned(float* memory) {
+  return memory + (LINE - reinterpret_cast<uintptr_t>(memory) / sizeof(float) % LINE) % LINE;
+}
+
 // Arrays of float32 of the given sizes, in one piece, each from the start of a cache line on; nothing is initialised.
 // Small ones come from memory that the thread keeps, for each source its own: a page fault costs more than a small problem.
 class Workspace {
@@ -33,11 +39,6 @@ class Workspace {
   float* operator[](int64_t slot) const { return base_ + offsets_[slot]; }
 
  private:
-  static constexpr int64_t LINE = 16;
-  static float* aligned(float* memory) {
-    return memory + (LINE - reinterpret_cast<uintptr_t>(memory) / sizeof(float) % LINE) % LINE;
-  }
-
   std::unique_ptr<float[]> owned_;
   float* base_;
   std::array<int64_t, 12> offsets_{};
@@ -45,10 +46,9 @@ class Workspace {
 
 // So many floats that the calling thread keeps, from the start of a cache line on; the same for every caller.
 inline float* thread_scratch(int64_t count) {
-  constexpr int64_t LINE = 16;
   static thread_local std::vector<float> kept;
   if (kept.size() < static_cast<size_t>(count + LINE)) kept.resize(count + LINE);
-  return kept.data() + (LINE - reinterpret_cast<uintptr_t>(kept.data()) / sizeof(float) % LINE) % LINE;
+  return aligned(kept.data());
 }
 
 }  // namespace

@@ -28,10 +28,10 @@ struct Group {
     return score;
   }
 
-  // Row i of the scores; of another dtype than float32, converted into `buffer`.
-  const float* row(int64_t i, float* buffer) const {
+  // Row i of the scores; of another dtype than float32, converted into `buffer` by vectors of this or that width.
+  INLINE const float* row(int64_t i, float* buffer, decltype(&lanes8::widen) widen = lanes8::widen) const {
     if (dtype == Dtype::f32) return static_cast<const float*>(scores) + i * columns;
-    lanes8::widen(dtype, static_cast<const uint16_t*>(scores) + i * columns, columns, buffer);
+    widen(dtype, static_cast<const uint16_t*>(scores) + i * columns, columns, buffer);
     return buffer;
   }
 

@@ -21,12 +21,8 @@ struct Linear {
 
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
 
-  // Row i of the scores, as Group::row, with vectors of this width.
   INLINE const float* scores_of(int64_t i, int64_t chunk) const {
-    if (group.dtype == Dtype::f32) return static_cast<const float*>(group.scores) + i * group.columns;
-    float* buffer = chunk_scratch(chunk, 0);
-    widen(group.dtype, static_cast<const uint16_t*>(group.scores) + i * group.columns, group.columns, buffer);
-    return buffer;
+    return group.row(i, chunk_scratch(chunk, 0), widen);
   }
 
   // E of a chunk's rows, and its share of the first column sums.
