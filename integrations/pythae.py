@@ -35,7 +35,7 @@ class PrototypicalAEConfig(AEConfig):
         latent_dim: D.
         num_prototypes: K.
         scores: ``"cosine"``, ``"dot"`` or ``"euclidean"``, see :class:`proto_reg.PrototypeHead`.
-        std, mode, temperature, prototype_weight, mmd_weight, warmup_steps, follow_rate: see
+        std, mode, temperature, prototype_weight, mmd_weight, warmup_steps, prototype_warmup_steps, follow_rate: see
             :class:`proto_reg.PrototypicalRegularizer`.
     """
 
@@ -47,6 +47,7 @@ class PrototypicalAEConfig(AEConfig):
     prototype_weight: float = 0.03
     mmd_weight: float = 0.1
     warmup_steps: int = 0
+    prototype_warmup_steps: int = 0
     follow_rate: float = 0.02
 
 
@@ -84,6 +85,7 @@ class PrototypicalAE(AE):
             prototype_weight=c.prototype_weight,
             mmd_weight=c.mmd_weight,
             warmup_steps=c.warmup_steps,
+            prototype_warmup_steps=c.prototype_warmup_steps,
             follow_rate=c.follow_rate,
         )
 

@@ -53,6 +53,7 @@ class LayerWatch:
         temperature: float,
         latent_dim: int,
         warmup_steps: int,
+        prototype_warmup_steps: int,
         ramp_steps: int,
         total_steps: int | None,
         weighted: bool,
@@ -71,11 +72,13 @@ class LayerWatch:
                 f"warmup_steps = {warmup_steps} covers all {total_steps} steps of the training: nothing will be "
                 "regularised. Shorten the warm-up.",
             )
-        elif total_steps is not None and warmup_steps + ramp_steps >= total_steps:
+        elif total_steps is not None and warmup_steps + prototype_warmup_steps + ramp_steps >= total_steps:
+            parts = {"warmup_steps": warmup_steps, "prototype_warmup_steps": prototype_warmup_steps}
+            parts = {name: steps for name, steps in (parts | {"ramp_steps": ramp_steps}).items() if steps}
             self.say(
                 "warmup",
-                f"warmup_steps + ramp_steps = {warmup_steps + ramp_steps} covers all {total_steps} steps of the "
-                "training: the weights never reach their full size. Shorten the ramp.",
+                f"{' + '.join(parts)} = {sum(parts.values())} covers all {total_steps} steps of the training: the "
+                "weights never reach their full size. Shorten them.",
             )
         if latent_dim >= 2048:
             self.say(

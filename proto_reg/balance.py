@@ -70,8 +70,13 @@ def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     return list(squares.sqrt().to(norms[0].dtype).unbind())
 
 
-def add_up(a: Tensor, b: Tensor, weight_a: float, weight_b: float, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """weight_a a / |a| + weight_b b / |b| of rows (N, D), norms over those of all ranks; and weight_a / |a|, ()."""
-    if group is None:
+def add_up(
+    a: Tensor, b: Tensor, weight_a: float, weight_b: float, group: ProcessGroup | None, active: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """weight_a a / |a| + weight_b b / |b| of rows (N, D), norms over those of all ranks; and weight_a / |a|, ().
+
+    ``active`` () or (2,): shares of their full size that the weights have; None: all of it.
+    """
+    if group is None and active is None:
         return balance(a, b, weight_a, weight_b)
-    return add_at_weights(a, b, norms([a, b], group), weight_a, weight_b)
+    return add_at_weights(a, b, norms([a, b], group), weight_a, weight_b, active)

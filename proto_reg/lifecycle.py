@@ -46,6 +46,7 @@ class Lifecycle(nn.Module):
         temperature: float | Sequence[float],
         temperature_steps: int,
         warmup_steps: int,
+        prototype_warmup_steps: int,
         ramp_steps: int,
         follow_rate: float,
         queue_size: int,
@@ -57,6 +58,7 @@ class Lifecycle(nn.Module):
         self.temperature_steps = check_positive_int("temperature_steps", temperature_steps, minimum=0)
         self.start_temperature, self.temperature = check_temperature(temperature, temperature_steps)
         self.warmup_steps = check_positive_int("warmup_steps", warmup_steps, minimum=0)
+        self.prototype_warmup_steps = check_positive_int("prototype_warmup_steps", prototype_warmup_steps, minimum=0)
         self.ramp_steps = check_positive_int("ramp_steps", ramp_steps, minimum=0)
         check_positive_int("queue_size", queue_size, minimum=0)
         self.queue = LatentQueue(queue_size, head.latent_dim, group=group) if queue_size else None
@@ -74,6 +76,7 @@ class Lifecycle(nn.Module):
             temperature=self.temperature,
             latent_dim=self.head.latent_dim,
             warmup_steps=self.warmup_steps,
+            prototype_warmup_steps=self.prototype_warmup_steps,
             ramp_steps=self.ramp_steps,
             total_steps=total_steps,
             weighted=self.mode == "weighted",
@@ -94,9 +97,10 @@ class Lifecycle(nn.Module):
             * ``perplexity``: exp of the entropy of :attr:`usage`, at most K; ``dead``: prototypes without a latent.
             * ``duplicates``: prototypes less than 2 from another; ``separation``: distance of the nearest two.
             * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, std^2 I).
-            * ``active``: share of their full size that the weights have now: 0 in warm-up, 1 after the ramp.
+            * ``active``: share of its full size that the prototype loss's weight has now: 0 in warm-up, 1 after the
+              ramp.
         """
-        return self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=self._ramp())
+        return self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=self._ramp(self._begin()))
 
     def reset_metrics(self) -> None:
         """Start counting anew, for example with each epoch."""
@@ -175,23 +179,27 @@ class Lifecycle(nn.Module):
             return
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
         prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
-        found = output.assignments, output.prototype_loss, self.steps - self.warmup_steps
+        found = output.assignments, output.prototype_loss, self.steps - self._begin()
         self.watch.look(tokens, keep, prototypes, head.std, *found)
 
     def _now(self) -> Tensor:
         """() int64: the step count, also for the backward pass of this step, when it will have moved on."""
         return snapshot(self.steps) if self.training else self.steps
 
-    def _ramp(self) -> Tensor:
-        """() share of their full size that the weights have at this step: 0 in warm-up. It never leaves the device."""
-        return ramp(self._now(), self.warmup_steps, self.ramp_steps)
+    def _begin(self) -> int:
+        """The step at which the prototype loss sets in."""
+        return self.warmup_steps + self.prototype_warmup_steps
+
+    def _ramp(self, begin: int) -> Tensor:
+        """() share of its full size at this step of a weight that sets in at ``begin``. It never leaves the device."""
+        return ramp(self._now(), begin, self.ramp_steps)
 
     def _active(self) -> Tensor | None:
-        """:meth:`_ramp`; None where the weights have their full size from the start."""
-        return self._ramp() if self.warmup_steps or self.ramp_steps else None
+        """(2,) :meth:`_ramp` of the weights of prototype loss and MMD; () if it is one; None if it is 1 from the start."""
+        if self.prototype_warmup_steps:
+            return torch.stack([self._ramp(self._begin()), self._ramp(self.warmup_steps)])
+        return self._ramp(self.warmup_steps) if self.warmup_steps or self.ramp_steps else None
 
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""
-        return sharpness(
-            self._now(), self.start_temperature, self.temperature, self.warmup_steps, self.temperature_steps
-        )
+        return sharpness(self._now(), self.start_temperature, self.temperature, self._begin(), self.temperature_steps)

@@ -18,6 +18,7 @@ from .functional.problem import usable
 from .fused import fused_step
 from .head import PrototypeHead
 from .kernels.once import transforming
+from .kernels.rows import at_work, sum_of_active
 from .layout import Layout
 from .lifecycle import Lifecycle
 from .mmd import AnchoredMMDLoss
@@ -57,7 +58,9 @@ class PrototypicalRegularizer(Lifecycle):
             the reconstruction's (balanced) or the factor of each loss (weighted).
         mode: ``"balanced"`` or ``"weighted"``.
         warmup_steps: training forward passes (with gradients enabled) of reconstruction only.
-        ramp_steps: passes after those in which both weights grow linearly from 0.
+        prototype_warmup_steps: passes after those in which the MMD is at work alone: latents take their scale while the
+            prototypes stay where they are. An epoch or so of it pays in reconstruction: README, "How hard to pull".
+        ramp_steps: passes in which a weight then grows linearly from 0.
         layout: einops pattern of the latents with the axis ``d``; every other position is a latent of its own:
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
         max_tokens: at most this many latents enter the MMD, a new subsample each step, fixed by ``seed`` and the step.
@@ -96,6 +99,7 @@ class PrototypicalRegularizer(Lifecycle):
         mmd_weight: float = 0.1,
         mode: str = "balanced",
         warmup_steps: int = 0,
+        prototype_warmup_steps: int = 0,
         ramp_steps: int = 0,
         layout: str = "b d",
         max_tokens: int = 4096,
@@ -113,6 +117,7 @@ class PrototypicalRegularizer(Lifecycle):
             temperature=temperature,
             temperature_steps=temperature_steps,
             warmup_steps=warmup_steps,
+            prototype_warmup_steps=prototype_warmup_steps,
             ramp_steps=ramp_steps,
             follow_rate=follow_rate,
             queue_size=queue_size,
@@ -167,9 +172,8 @@ class PrototypicalRegularizer(Lifecycle):
         assignments = (codes if self.training else scores).argmax(1)
         index, keep = self._subsample(z.shape[0], keep, share)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
-        loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-        if (active := self._active()) is not None:
-            loss = torch.where(active > 0, active * loss, 0.0)
+        losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
+        loss = sum_of_active(*losses, self._active())
         return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _balanced(
@@ -253,11 +257,10 @@ class PrototypicalRegularizer(Lifecycle):
         if index is not None:
             by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-        direction, to_prototypes = add_up(by_tokens, by_latents, self.prototype_weight, self.mmd_weight, share.group)
-        steps = [to_prototypes * g for g in by_parameters]
-        loss = self.prototype_weight * prototype_loss + self.mmd_weight * mmd_loss
-        if (active := self._active()) is not None:
-            direction, *steps, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, *steps, loss))
+        weights, active = (self.prototype_weight, self.mmd_weight), self._active()
+        direction, to_prototypes = add_up(by_tokens, by_latents, *weights, share.group, active)
+        steps = [at_work(to_prototypes * g, active, 0) for g in by_parameters]
+        loss = sum_of_active(weights[0] * prototype_loss, weights[1] * mmd_loss, active)
         output = self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
         return direction, list(zip(self.head.parameters(), steps, strict=True)), output
 

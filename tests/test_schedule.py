@@ -29,6 +29,43 @@ def test_weights_grow_linearly_after_warm_up() -> None:
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
+    warm = {"warmup_steps": 1, "prototype_warmup_steps": 2, "ramp_steps": 1}
+    layer = PrototypicalRegularizer(DIM, K, mode=mode, follow_rate=0.0, **warm)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    z, g = torch.randn(2, BATCH, DIM)
+    for step in range(6):
+        # Of each weight: warm-up, then half of it for a step. The MMD's sets in after one step, the other after three.
+        of_prototypes, of_mmd = (min(max(step - begin + 1, 0) / 2, 1) for begin in (3, 1))
+        assert layer.metrics()["active"] == of_prototypes
+        before = layer.head.prototypes.detach().clone()
+        weights = 0.03 * of_prototypes, 0.1 * of_mmd
+        constant = PrototypicalRegularizer(
+            DIM, K, mode=mode, prototype_weight=weights[0], mmd_weight=weights[1], follow_rate=0.0, tracking=False
+        )
+        constant.head.load_state_dict(layer.head.state_dict())
+        gradients = []
+        for each in (layer, constant):
+            leaf = z.clone().requires_grad_()
+            out, info = each(leaf)
+            ((out * g).sum() + (info.loss if mode == "weighted" else 0)).backward()
+            gradients.append((leaf.grad, info.loss.detach()))
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(layer.head.prototypes, before) == (step < 3)
+
+
+def test_prototypes_follow_nothing_until_they_are_warm() -> None:
+    layer = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=2)
+    seen = []
+    for _ in range(3):
+        layer(torch.randn(BATCH, DIM, requires_grad=True))
+        seen.append(bool(layer.follower.mass.any()))
+    assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_temperature_and_epsilon_anneal_together(mode: str) -> None:
     layer = PrototypicalRegularizer(
         DIM, K, mode=mode, temperature=(0.5, 0.1), temperature_steps=4, warmup_steps=1, follow_rate=0.0
@@ -62,6 +99,7 @@ def test_arguments() -> None:
         ({"temperature": (0.2, 0.1, 0.3), "temperature_steps": 5}, "temperature: expected a number or"),
         ({"temperature": (0.2, 0.0), "temperature_steps": 5}, "temperature: expected a finite number > 0"),
         ({"ramp_steps": -1}, "ramp_steps: expected an int >= 0"),
+        ({"prototype_warmup_steps": -1}, "prototype_warmup_steps: expected an int >= 0"),
     ):
         with pytest.raises(ValueError) as caught:
             PrototypicalRegularizer(DIM, K, **options)
@@ -72,3 +110,5 @@ def test_a_ramp_as_long_as_the_training_is_warned_of() -> None:
     (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=60, ramp_steps=40, total_steps=100))
     assert "warmup_steps + ramp_steps = 100 covers all 100 steps" in text
     assert spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=60, ramp_steps=39, total_steps=100)) == []
+    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, prototype_warmup_steps=100, total_steps=100))
+    assert "prototype_warmup_steps = 100 covers all 100 steps" in text

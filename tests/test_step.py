@@ -119,6 +119,9 @@ def test_small_and_large_products(shape: tuple[int, int, int], scores: str) -> N
         {"sharpness": torch.tensor(0.4)},
         {"active": torch.tensor(0.3)},
         {"active": torch.tensor(0.0)},
+        {"active": torch.tensor([0.0, 0.6])},
+        {"active": torch.tensor([0.4, 1.0]), "mask": torch.arange(BATCH) % 3 > 0},
+        {"active": torch.tensor([1.0, 0.0])},
         {"active": torch.tensor(0.5), "sharpness": torch.tensor(2.0), "mask": torch.arange(BATCH) % 3 > 0},
         {"mask": torch.zeros(BATCH, dtype=torch.bool)},
         {"unbiased": False, "by_mass": False, "scales": [1.0]},
@@ -217,6 +220,7 @@ def test_where_it_is_taken() -> None:
     for options in (
         {},
         {"warmup_steps": 2, "ramp_steps": 3},
+        {"warmup_steps": 1, "prototype_warmup_steps": 2, "ramp_steps": 2},
         {"temperature": (0.3, 0.1), "temperature_steps": 4},
         {"head": PrototypeHead(DIM, K, scores="euclidean")},
         {"assigner": SinkhornAssigner(nan_policy="isolate", marginals=[0.2] * K, tol=1e-2)},

@@ -1,4 +1,5 @@
 // Registers the CPU kernels behind the ops that proto_reg/kernels/sinkhorn.py and mmd.py define.
+#include <array>
 #include <cstring>
 #include <string>
 
@@ -193,6 +194,16 @@ void aten_multiply(const Product& product) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Of the weights of prototype loss and MMD: two, or one for both.
+std::array<double, 2> shares_of(const std::optional<Tensor>& active_) {
+  const std::optional<Tensor> active = as_contiguous(active_);
+  if (!active) return {1.0, 1.0};
+  if (active->numel() == 1) return {scalar(*active), scalar(*active)};
+  STD_TORCH_CHECK(active->numel() == 2 && active->scalar_type() == ScalarType::Float, "active: expected float32 () or (2,)");
+  const float* shares = static_cast<const float*>(active->const_data_ptr());
+  return {shares[0], shares[1]};
+}
+
 Scores scores_of(const std::string& name) {
   STD_TORCH_CHECK(name == "cosine" || name == "dot" || name == "euclidean", "scores: expected cosine, dot or euclidean");
   return name == "cosine" ? Scores::cosine : name == "dot" ? Scores::dot : Scores::euclidean;
@@ -211,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
   const int64_t rows = z.rows, dim = z.dim, groups = prototypes.rows;
   STD_TORCH_CHECK(rows > 0 && groups > 0 && dim > 0 && prototypes.dim == dim, "expected (N, D) latents, (K, D) prototypes");
   STD_TORCH_CHECK(!seen || (sums && prototypes_.is_contiguous()), "expected contiguous prototypes and their sums");
+  const std::array<double, 2> shares = shares_of(active);
   STD_TORCH_CHECK(!sums == !mass && !usage == !totals && !usage == !steps, "expected a state's tensors together");
   Tensor direction = z.like(), step = prototypes.like(), codes = empty(z_, {rows, groups}, ScalarType::Float),
          found = empty(z_, {rows, groups}, ScalarType::Float), assignments = empty(z_, {rows}, ScalarType::Long),
@@ -220,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
       z.data(), flags.counted().flags, static_cast<float*>(prototypes.tensor.mutable_data_ptr()), state(marginals, groups),
       rows, groups, dim, scores_of(scores), std, sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters,
       tol.value_or(-1.0), isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight,
-      follow_rate, active ? scalar(*active) : 1.0, state(sums, groups * dim), state(mass, groups),
+      follow_rate, {shares[0], shares[1]}, state(sums, groups * dim), state(mass, groups),
       state(seen, groups * dim), integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction),
       data(step), data(loss), data(prototype_loss), data(mmd_loss), data(found), data(codes),
       integers(assignments, rows)};

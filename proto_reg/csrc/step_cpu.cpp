@@ -104,23 +104,30 @@ struct Solver {
 
   // Both gradients at their weights.
   void add_up() const {
-    *problem.loss = 0;
-    if (!(problem.active > 0)) {
-      std::memset(problem.direction, 0, sizeof(float) * latents);
+    const double sizes[] = {problem.active[0] * problem.prototype_weight, problem.active[1] * problem.mmd_weight};
+    double loss = 0;
+    // What is not at work contributes nothing, be it NaN.
+    if (problem.active[0] > 0) {
+      loss += sizes[0] * *problem.prototype_loss;
+    } else {
+      std::memset(by_tokens, 0, sizeof(float) * latents);
       std::memset(problem.step, 0, sizeof(float) * anchors);
-      return;
     }
-    const double sizes[] = {problem.active * problem.prototype_weight, problem.active * problem.mmd_weight};
+    if (problem.active[1] > 0) {
+      loss += sizes[1] * *problem.mmd_loss;
+    } else {
+      std::memset(by_latents, 0, sizeof(float) * latents);
+    }
     float scale;
     balance_cpu(by_tokens, by_latents, problem.rows, problem.dim, sizes, problem.direction, &scale);
     for (int64_t d = 0; d < anchors; ++d) problem.step[d] *= scale;
-    *problem.loss = static_cast<float>(sizes[0] * *problem.prototype_loss + sizes[1] * *problem.mmd_loss);
+    *problem.loss = static_cast<float>(loss);
   }
 
   void track() const {
     const Counted counted{problem.mask, 1};
     // NaN codes say nothing of whose a latent is.
-    if (problem.sums && problem.active > 0 && std::isfinite(*problem.prototype_loss))
+    if (problem.sums && problem.active[0] > 0 && std::isfinite(*problem.prototype_loss))
       add_typical_cpu(problem.z, problem.assignments, counted, problem.prototypes, problem.rows, problem.dim,
                       problem.groups, problem.std, problem.sums, problem.dim, problem.mass, 1);
     if (problem.usage)

@@ -42,7 +42,7 @@ struct StepProblem {
   bool unbiased, by_mass;
   double prototype_weight, mmd_weight;
   double follow_rate;
-  double active;  // share of their full size that the weights have; 0: nothing is added, and nothing followed
+  double active[2];  // share of its full size that each weight has; without the prototype loss's nothing is followed
 
   // State that the step adds to. Null where it is not kept.
   float *sums, *mass, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)

@@ -37,12 +37,12 @@ def follow_reference(prototypes: Tensor, sums: Tensor, mass: Tensor, seen: Tenso
 def followed(prototype_loss: Tensor, active: Tensor | None, mask: Tensor | None) -> Tensor:
     """(N,) or () bool: which latents of a pass are to be followed.
 
-    None while the loss is not at work (``active`` () 0), or where it is NaN, for NaN codes say nothing of whose a
-    latent is; else those that ``mask`` (N,) keeps.
+    None while the loss is not at work (``active``, see :func:`~.rows.at_work`, is 0 for it), or where it is NaN,
+    for NaN codes say nothing of whose a latent is; else those that ``mask`` (N,) keeps.
     """
     counted = prototype_loss.isfinite()
     if active is not None:
-        counted = counted & (active > 0)
+        counted = counted & (rows.share_of(active, 0) > 0)
     return counted if mask is None else mask & counted
 
 

@@ -34,11 +34,35 @@ def balance_plain(a: Tensor, b: Tensor, weight_a: float, weight_b: float) -> tup
 
 
 def add_at_weights(
-    a: Tensor, b: Tensor, norms: Sequence[Tensor], weight_a: float, weight_b: float
+    a: Tensor, b: Tensor, norms: Sequence[Tensor], weight_a: float, weight_b: float, active: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`balance_plain` of gradients whose ``norms`` () are known."""
+    """:func:`balance_plain` of gradients whose ``norms`` () are known, of each the share that is ``active``."""
     scale_a, scale_b = (w * torch.where(n > 0, 1 / n, 0.0) for w, n in zip((weight_a, weight_b), norms, strict=True))
-    return scale_a * a + scale_b * b, scale_a
+    return sum_of_active(scale_a * a, scale_b * b, active), scale_a
+
+
+def sum_of_active(of_prototypes: Tensor, of_mmd: Tensor, active: Tensor | None) -> Tensor:
+    """What the prototype loss and what the MMD contributes, of each the share that is :func:`at_work`; None: all."""
+    if active is None:
+        return of_prototypes + of_mmd
+    return at_work(of_prototypes, active, 0) + at_work(of_mmd, active, 1)
+
+
+def at_work(x: Tensor, active: Tensor | None, loss: int) -> Tensor:
+    """``x`` times the share of its full size that the weight of the ``loss`` has; at 0 nothing, be ``x`` NaN.
+
+    ``loss`` is 0 for the prototype loss and 1 for the MMD; ``active`` is (2,), or () where both have the same share;
+    None: all.
+    """
+    if active is None:
+        return x
+    share = share_of(active, loss)
+    return torch.where(share > 0, share * x, 0.0)
+
+
+def share_of(active: Tensor, loss: int) -> Tensor:
+    """() of ``active`` () or (2,), see :func:`at_work`."""
+    return active[loss] if active.ndim else active
 
 
 def attach_plain(gradient: Tensor, direction: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .follow import follow_reference, followed
 from .mmd import anchored_mmd_loss_plain, anchored_mmd_reference
-from .rows import balance_plain, tally_plain, typical_sums_plain
+from .rows import add_at_weights, at_work, sum_of_active, tally_plain, typical_sums_plain
 from .scores import scores_and_pull_back
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference
 
@@ -48,7 +48,8 @@ def balanced_step_plain(
     Args:
         mask: (N,) bool, False leaves the row out, whose latent must be finite; None: all count.
         prototypes: (K, D); the MMD's anchors and the centres of the scores. Moved in place where ``seen`` is given.
-        active: () share of their full size that the weights have; None: 1. At 0 nothing pulls and nothing is followed.
+        active: () share of their full size that the weights have, or (2,) that of each; None: 1. A loss at 0 does not
+            pull, and without the prototype loss nothing is followed.
         sharpness: () what scores are multiplied with before ``epsilon`` and ``temperature`` apply; None: 1.
         scores: one of ``SCORES``.
         std: standard deviation of the normal distribution around each prototype.
@@ -81,10 +82,10 @@ def balanced_step_plain(
     mmd_loss, by_latents = anchored_mmd_loss_plain(
         z / std, prototypes / std, assignments, mask, scales, unbiased, by_mass, statistic=anchored_mmd_reference
     )
-    direction, scale = balance_plain(by_tokens, by_latents, prototype_weight, mmd_weight)
-    step, loss = scale * by_prototypes, prototype_weight * prototype_loss + mmd_weight * mmd_loss
-    if active is not None:
-        direction, step, loss = (torch.where(active > 0, active * x, 0.0) for x in (direction, step, loss))
+    norms = torch.linalg.vector_norm(by_tokens), torch.linalg.vector_norm(by_latents)
+    direction, scale = add_at_weights(by_tokens, by_latents, norms, prototype_weight, mmd_weight, active)
+    step = at_work(scale * by_prototypes, active, 0)
+    loss = sum_of_active(prototype_weight * prototype_loss, mmd_weight * mmd_loss, active)
     if sums is not None and mass is not None:
         both = typical_sums_plain(z, assignments, followed(prototype_loss, active, mask), prototypes, std)
         sums.add_(both[:, :-1])

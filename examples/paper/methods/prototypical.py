@@ -65,17 +65,23 @@ class Prototypical(Method):
 class Balanced(Prototypical):
     """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
 
-    With the warm-up of all the others; ``warmup=False`` leaves it out, as the library does unless it is told.
+    Its ``warmup`` is an epoch of the MMD alone ("mmd"), that of all the others ("reconstruction"), or "none", as the
+    library has it unless it is told.
     """
 
     trained_as = "balanced"
 
     def __init__(
-        self, network: Network, plan: Plan, *, preset: str = "ours", warmup: bool = True, **options: Any
+        self, network: Network, plan: Plan, *, preset: str = "ours", warmup: str = "mmd", **options: Any
     ) -> None:
-        if warmup:
-            options["warmup_steps"] = plan.warmup_epochs * plan.steps_per_epoch
-        super().__init__(network, plan, preset=preset, **options)
+        steps = {
+            "mmd": {"prototype_warmup_steps": plan.steps_per_epoch},
+            "reconstruction": {"warmup_steps": plan.warmup_epochs * plan.steps_per_epoch},
+            "none": {},
+        }
+        if warmup not in steps:
+            raise ValueError(f"warmup: expected one of {sorted(steps)}, got {warmup!r}. Choose one.")
+        super().__init__(network, plan, preset=preset, **options, **steps[warmup])
 
     def loss(self, x: Tensor) -> Tensor:
         z, info = self.regularizer(self.network.encode(x))
