@@ -207,7 +207,7 @@ class Autoencoder(nn.Module):
     def __init__(self, **options) -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(12, DIM), nn.Linear(DIM, 12)
-        self.regularizer = PrototypicalRegularizer(DIM, K, **({"warmup_steps": 1} | options))
+        self.regularizer = PrototypicalRegularizer(DIM, K, **({"warmup_steps": 1, "prototype_warmup_steps": 1} | options))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, info = self.regularizer(self.encoder(x), mask)
@@ -365,7 +365,7 @@ def compiled() -> None:
         function(mine := z.clone().requires_grad_(), anchors, assignments).backward()
         torch.testing.assert_close(mine.grad, loss.value_and_gradient(z, anchors, assignments)[1])
     x = [spread(dist.get_rank(), 16, 12)]
-    eager, model = built(warmup_steps=0), built(warmup_steps=0)
+    eager, model = (built(warmup_steps=0, prototype_warmup_steps=0) for _ in range(2))
     train(eager, x * 2, [None] * 2, False)
     train(torch.compile(model, backend="aot_eager"), x * 2, [None] * 2, False)
     for name, value in eager.state_dict().items():

@@ -19,6 +19,7 @@ EVERYTHING = {
     "queue_size": 50,
     "queue_mmd": True,
     "warmup_steps": 1,
+    "prototype_warmup_steps": 1,
     "ramp_steps": 2,
     "temperature": (0.3, 0.1),
     "temperature_steps": 4,
