@@ -35,8 +35,8 @@ class PrototypicalAEConfig(AEConfig):
         latent_dim: D.
         num_prototypes: K.
         scores: ``"cosine"``, ``"dot"`` or ``"euclidean"``, see :class:`proto_reg.PrototypeHead`.
-        std, mode, temperature, prototype_weight, mmd_weight, warmup_steps, prototype_warmup_steps, follow_rate: see
-            :class:`proto_reg.PrototypicalRegularizer`.
+        std, mode, temperature, prototype_weight, mmd_weight, warmup_steps, prototype_warmup_steps, mmd_warmup_weight,
+            follow_rate: see :class:`proto_reg.PrototypicalRegularizer`.
     """
 
     num_prototypes: int = 30
@@ -48,6 +48,7 @@ class PrototypicalAEConfig(AEConfig):
     mmd_weight: float = 0.1
     warmup_steps: int = 0
     prototype_warmup_steps: int = 0
+    mmd_warmup_weight: float = 0.5
     follow_rate: float = 0.02
 
 
@@ -86,6 +87,7 @@ class PrototypicalAE(AE):
             mmd_weight=c.mmd_weight,
             warmup_steps=c.warmup_steps,
             prototype_warmup_steps=c.prototype_warmup_steps,
+            mmd_warmup_weight=c.mmd_warmup_weight,
             follow_rate=c.follow_rate,
         )
 

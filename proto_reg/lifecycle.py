@@ -35,6 +35,8 @@ class Lifecycle(nn.Module):
     steps: Tensor
     layout: Layout
     prototype_weight: float
+    mmd_weight: float
+    mmd_warmup_weight: float
     mode: str
 
     def __init__(
@@ -195,10 +197,14 @@ class Lifecycle(nn.Module):
         return ramp(self._now(), begin, self.ramp_steps)
 
     def _active(self) -> Tensor | None:
-        """(2,) :meth:`_ramp` of the weights of prototype loss and MMD; () if it is one; None if it is 1 from the start."""
-        if self.prototype_warmup_steps:
-            return torch.stack([self._ramp(self._begin()), self._ramp(self.warmup_steps)])
-        return self._ramp(self.warmup_steps) if self.warmup_steps or self.ramp_steps else None
+        """(2,) share of their usual size that the weights of prototype loss and MMD have: while prototypes warm up, the
+        MMD's may be more than 1. () where it is the same of both, None where it is 1 from the start.
+        """
+        if not self.prototype_warmup_steps:
+            return self._ramp(self.warmup_steps) if self.warmup_steps or self.ramp_steps else None
+        alone = self.mmd_warmup_weight / self.mmd_weight if self.mmd_weight else 0.0
+        pull = torch.where(self._now() < self._begin(), alone, 1.0)
+        return torch.stack([self._ramp(self._begin()), pull * self._ramp(self.warmup_steps)])
 
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""

@@ -60,6 +60,7 @@ class PrototypicalRegularizer(Lifecycle):
         warmup_steps: training forward passes (with gradients enabled) of reconstruction only.
         prototype_warmup_steps: passes after those in which the MMD is at work alone: latents take their scale while the
             prototypes stay where they are. An epoch or so of it pays in reconstruction: README, "How hard to pull".
+        mmd_warmup_weight: lambda_r in those passes, >= 0.
         ramp_steps: passes in which a weight then grows linearly from 0.
         layout: einops pattern of the latents with the axis ``d``; every other position is a latent of its own:
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
@@ -100,6 +101,7 @@ class PrototypicalRegularizer(Lifecycle):
         mode: str = "balanced",
         warmup_steps: int = 0,
         prototype_warmup_steps: int = 0,
+        mmd_warmup_weight: float = 0.5,
         ramp_steps: int = 0,
         layout: str = "b d",
         max_tokens: int = 4096,
@@ -126,6 +128,7 @@ class PrototypicalRegularizer(Lifecycle):
         self.gatherer = Gatherer()
         self.prototype_weight = check_number("prototype_weight", prototype_weight, at_least=0)
         self.mmd_weight = check_number("mmd_weight", mmd_weight, at_least=0)
+        self.mmd_warmup_weight = check_number("mmd_warmup_weight", mmd_warmup_weight, at_least=0)
         self.mode = check_choice("mode", mode, MODES)
         self.layout = Layout(layout)
         self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)

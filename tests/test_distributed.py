@@ -207,7 +207,8 @@ class Autoencoder(nn.Module):
     def __init__(self, **options) -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(12, DIM), nn.Linear(DIM, 12)
-        self.regularizer = PrototypicalRegularizer(DIM, K, **({"warmup_steps": 1, "prototype_warmup_steps": 1} | options))
+        warm = {"warmup_steps": 1, "prototype_warmup_steps": 1}
+        self.regularizer = PrototypicalRegularizer(DIM, K, **(warm | options))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, info = self.regularizer(self.encoder(x), mask)

@@ -183,7 +183,7 @@ def test_targets_at_thirty_prototypes() -> None:
 def rivals(**changed: float) -> list[Run]:
     worse = {"test_mse": 0.01, "control": 0.7, "control_fitted": 0.8} | changed
     return [
-        *(a_run(method, **worse) for method in ("vae", "infovae", "wae")),
+        *(a_run(method, **worse) for method in ("vae", "infovae", "wae", "wae-first")),
         *(a_run(method, 30, **worse) for method in ("algorithm-1-paper", "algorithm-1")),
     ]
 

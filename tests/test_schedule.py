@@ -30,7 +30,7 @@ def test_weights_grow_linearly_after_warm_up() -> None:
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
-    warm = {"warmup_steps": 1, "prototype_warmup_steps": 2, "ramp_steps": 1}
+    warm = {"warmup_steps": 1, "prototype_warmup_steps": 2, "mmd_warmup_weight": 0.4, "ramp_steps": 1}
     layer = PrototypicalRegularizer(DIM, K, mode=mode, follow_rate=0.0, **warm)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     z, g = torch.randn(2, BATCH, DIM)
@@ -39,7 +39,7 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
         of_prototypes, of_mmd = (min(max(step - begin + 1, 0) / 2, 1) for begin in (3, 1))
         assert layer.metrics()["active"] == of_prototypes
         before = layer.head.prototypes.detach().clone()
-        weights = 0.03 * of_prototypes, 0.1 * of_mmd
+        weights = 0.03 * of_prototypes, (0.4 if step < 3 else 0.1) * of_mmd
         constant = PrototypicalRegularizer(
             DIM, K, mode=mode, prototype_weight=weights[0], mmd_weight=weights[1], follow_rate=0.0, tracking=False
         )
@@ -100,6 +100,7 @@ def test_arguments() -> None:
         ({"temperature": (0.2, 0.0), "temperature_steps": 5}, "temperature: expected a finite number > 0"),
         ({"ramp_steps": -1}, "ramp_steps: expected an int >= 0"),
         ({"prototype_warmup_steps": -1}, "prototype_warmup_steps: expected an int >= 0"),
+        ({"mmd_warmup_weight": -1}, "mmd_warmup_weight: expected a finite number >= 0"),
     ):
         with pytest.raises(ValueError) as caught:
             PrototypicalRegularizer(DIM, K, **options)

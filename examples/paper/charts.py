@@ -25,12 +25,13 @@ COLOURS = {
     "beta-vae": "tab:olive",
     "infovae": "tab:pink",
     "wae": "tab:purple",
+    "wae-first": "indigo",
     "vq-vae": "tab:cyan",
     "algorithm-1-paper": "tab:red",
     "algorithm-1": "tab:orange",
     "balanced": "tab:blue",
 }
-MARKERS = dict(zip(COLOURS, "oPsdDXv<>*", strict=True))
+MARKERS = dict(zip(COLOURS, "oPsdDXpv<>*", strict=True))
 
 
 def curves(runs: list[Run]) -> Figure | None:

@@ -42,7 +42,7 @@ struct StepProblem {
   bool unbiased, by_mass;
   double prototype_weight, mmd_weight;
   double follow_rate;
-  double active[2];  // share of its full size that each weight has; without the prototype loss's nothing is followed
+  double active[2];  // share of its usual size that each weight has; without the prototype loss nothing is followed
 
   // State that the step adds to. Null where it is not kept.
   float *sums, *mass, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)

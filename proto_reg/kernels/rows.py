@@ -49,7 +49,7 @@ def sum_of_active(of_prototypes: Tensor, of_mmd: Tensor, active: Tensor | None) 
 
 
 def at_work(x: Tensor, active: Tensor | None, loss: int) -> Tensor:
-    """``x`` times the share of its full size that the weight of the ``loss`` has; at 0 nothing, be ``x`` NaN.
+    """``x`` times the share of its usual size that the weight of the ``loss`` has; at 0 nothing, be ``x`` NaN.
 
     ``loss`` is 0 for the prototype loss and 1 for the MMD; ``active`` is (2,), or () where both have the same share;
     None: all.

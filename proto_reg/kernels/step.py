@@ -48,7 +48,7 @@ def balanced_step_plain(
     Args:
         mask: (N,) bool, False leaves the row out, whose latent must be finite; None: all count.
         prototypes: (K, D); the MMD's anchors and the centres of the scores. Moved in place where ``seen`` is given.
-        active: () share of their full size that the weights have, or (2,) that of each; None: 1. A loss at 0 does not
+        active: () share of their usual size that the weights have, or (2,) that of each; None: 1. A loss at 0 does not
             pull, and without the prototype loss nothing is followed.
         sharpness: () what scores are multiplied with before ``epsilon`` and ``temperature`` apply; None: 1.
         scores: one of ``SCORES``.

@@ -108,15 +108,20 @@ class InfoVAE(VAE):
 class WAE(StandardPrior):
     """WAE-MMD (Tolstikhin et al., 2018): a deterministic encoder, inverse multiquadratics of seven scales, U-statistic.
 
-    They add the seven up and weigh them by 10 on MNIST; ours is their mean: ``weight`` 70.
+    They add the seven up and weigh them by 10 on MNIST; ours is their mean: ``weight`` 70. ``warmup=False``, as they
+    train it: the MMD acts from the first step, and not after the warm-up of all the others.
     """
 
     trained_as = "wae"
     SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
-    def __init__(self, network: Network, plan: Plan, *, weight: float = 70.0) -> None:
+    def __init__(self, network: Network, plan: Plan, *, weight: float = 70.0, warmup: bool = True) -> None:
         super().__init__(network, plan)
-        self.weight = float(weight)
+        self.weight, self.warmup = float(weight), warmup
+
+    @property
+    def warm(self) -> bool:
+        return not self.warmup or super().warm
 
     def loss(self, x: Tensor) -> Tensor:
         z = self.network.encode(x)
