@@ -19,6 +19,8 @@ from examples.image_data import load, load_digits
 from examples.paper.__main__ import main
 from examples.paper.config import FOLDER, load_config
 from examples.paper.data import load_images, split
+from examples.paper.methods import Plan, build_method
+from examples.paper.models import build_network
 from examples.paper.records import Records, held
 from examples.paper.session import Run, Session, new_method, runs_of
 from examples.paper.train import batches, train
@@ -227,6 +229,32 @@ def test_every_config_loads(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "steps"),
+    [
+        ("balanced", {}, (0, 5)),
+        ("balanced", {"warmup": "reconstruction"}, (15, 0)),
+        ("balanced", {"warmup": "none"}, (0, 0)),
+        ("wae", {}, [False, True]),
+        ("wae", {"warmup": False}, [True, True]),
+    ],
+)
+def test_warm_ups(method: str, options: dict, steps: tuple | list) -> None:
+    """Steps of the layer's two warm-ups; whether WAE's MMD acts in the first epoch and after three."""
+    options |= {"num_prototypes": 2} if method == "balanced" else {}
+    plan = Plan(warmup_epochs=3, steps_per_epoch=5, learning_rate=1e-3, seed=0)
+    built = build_method(method, build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options)
+    if method == "balanced":
+        layer = built.regularizer
+        assert (layer.warmup_steps, layer.prototype_warmup_steps) == steps
+        return
+    warm = []
+    for epoch in (0, 3):
+        built.begin_epoch(epoch)
+        warm.append(built.warm)
+    assert warm == steps
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("base: digits-mini\nepoch: 3", r"bad.yaml: expected keys among .* got \['epoch'\]"),
@@ -237,6 +265,10 @@ def test_every_config_loads(name: str) -> None:
         ("base: digits-mini\nruns: [{method: vae, label: x, options: {betta: 1}}]", "x: .*betta"),
         ("base: digits-mini\nruns: [{method: vae, label: x, options: {beta: two}}]", "beta: expected a number"),
         ("base: digits-mini\nruns: [{method: balanced, label: x, options: {num_prototypes: 0}}]", "num_prototypes"),
+        (
+            "base: digits-mini\nruns: [{method: balanced, label: x, options: {num_prototypes: 2, warmup: long}}]",
+            "warmup: expected one of .*'mmd', 'none', 'reconstruction'.*, got 'long'",
+        ),
         ("base: digits-mini\nruns: [{method: wae, label: x}, {method: vae, label: x}]", "expected different labels"),
         ("data: digits", r"expected \['epochs', 'model', 'runs'\], which are missing"),
         ("[", "expected YAML"),
