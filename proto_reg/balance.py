@@ -75,7 +75,7 @@ def add_up(
 ) -> tuple[Tensor, Tensor]:
     """weight_a a / |a| + weight_b b / |b| of rows (N, D), norms over those of all ranks; and weight_a / |a|, ().
 
-    ``active`` () or (2,): shares of their full size that the weights have; None: all of it.
+    ``active`` () or (2,): shares of their usual size that the weights have; None: all of it.
     """
     if group is None and active is None:
         return balance(a, b, weight_a, weight_b)

@@ -33,8 +33,8 @@ def fused_step(
 
     It takes float32 on the CPU, components of our own classes with the Gaussian kernel and the analytic target, and
     this process's latents alone. ``counters`` are the follower, which moves the prototypes before and remembers their
-    latents, the meter and the layer's steps; None counts nothing. ``active`` () or (2,) and ``sharpness`` ():
-    see there; None for 1.
+    latents, the meter and the layer's steps; None counts nothing. ``active`` () or (2,), ``sharpness`` ():
+    None for 1.
     """
     # One function, for in a training that does not fit the nearest caches each one more takes microseconds.
     ours = type(head) is PrototypeHead and type(assigner) is SinkhornAssigner and type(mmd) is AnchoredMMDLoss

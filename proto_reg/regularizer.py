@@ -260,10 +260,11 @@ class PrototypicalRegularizer(Lifecycle):
         if index is not None:
             by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
 
-        weights, active = (self.prototype_weight, self.mmd_weight), self._active()
+        active, weights = self._active(), (self.prototype_weight, self.mmd_weight)
         direction, to_prototypes = add_up(by_tokens, by_latents, *weights, share.group, active)
         steps = [at_work(to_prototypes * g, active, 0) for g in by_parameters]
-        loss = sum_of_active(weights[0] * prototype_loss, weights[1] * mmd_loss, active)
+        losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
+        loss = sum_of_active(*losses, active)
         output = self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
         return direction, list(zip(self.head.parameters(), steps, strict=True)), output
 

@@ -81,7 +81,7 @@ standard deviation in each dimension; without prototypes, around k-means centres
 the decoded prototypes. **Diversity**: mean distance between samples of a prototype over that between real images of
 its cluster. **FID, precision, recall** on features of that classifier, which is small and trained on this data set:
 they compare between rows here, and with nothing published. *Real*: test images against training images, the floor.
-**Warm-up**: what a method adds begins after one epoch of reconstruction (ten of the digits'), as in the paper; but ours
+**Warm-up**: what a method adds begins after the config's warm-up epochs of reconstruction, as in the paper; but ours
 begins with an epoch of the MMD alone, and there is a WAE-MMD that acts from the first step on as well."""
 
 PUBLISHED = {
