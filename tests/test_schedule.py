@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_warnings import spoken
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from proto_reg import PrototypicalRegularizer, SinkhornAssigner
 
@@ -54,6 +55,33 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert torch.equal(layer.head.prototypes, before) == (step < 3)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_schedules_that_are_over_leave_the_same_bits(mode: str) -> None:
+    over = PrototypicalRegularizer(DIM, K, mode=mode, warmup_steps=1, prototype_warmup_steps=1, ramp_steps=2)
+    z, g = torch.randn(2, BATCH, DIM)
+    for step in range(6):
+        assert (over._active() is None) == (step >= 4)
+        over(z.clone().requires_grad_())
+    never = PrototypicalRegularizer(DIM, K, mode=mode)
+    never.load_state_dict(over.state_dict())
+    results = []
+    for layer in (over, never):
+        leaf = z.clone().requires_grad_()
+        out, info = layer(leaf)
+        ((out * g).sum() + (info.loss if mode == "weighted" else 0)).backward()
+        results.append([leaf.grad, layer.head.prototypes.grad, *info, *layer.state_dict().values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_schedule_of_fake_tensors() -> None:
+    with FakeTensorMode():
+        layer = PrototypicalRegularizer(DIM, K, warmup_steps=1, prototype_warmup_steps=1)
+        out, info = layer(torch.randn(BATCH, DIM, requires_grad=True))
+        (out.sum() + info.loss).backward()
+    assert out.shape == (BATCH, DIM)
 
 
 def test_prototypes_follow_nothing_until_they_are_warm() -> None:
