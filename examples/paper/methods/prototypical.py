@@ -65,14 +65,21 @@ class Prototypical(Method):
 class Balanced(Prototypical):
     """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
 
-    Its ``warmup`` is an epoch of the MMD alone ("mmd"), that of all the others ("reconstruction"), or "none", as the
-    library has it unless it is told.
+    Its ``warmup`` is an epoch of the MMD alone ("mmd"), that of all the others ("reconstruction"), or "none". The
+    library has neither that nor a queue unless it is told.
     """
 
     trained_as = "balanced"
 
     def __init__(
-        self, network: Network, plan: Plan, *, preset: str = "ours", warmup: str = "mmd", **options: Any
+        self,
+        network: Network,
+        plan: Plan,
+        *,
+        preset: str = "ours",
+        warmup: str = "mmd",
+        queue_size: int = 1024,
+        **options: Any,
     ) -> None:
         steps = {
             "mmd": {"prototype_warmup_steps": plan.steps_per_epoch},
@@ -81,7 +88,7 @@ class Balanced(Prototypical):
         }
         if warmup not in steps:
             raise ValueError(f"warmup: expected one of {sorted(steps)}, got {warmup!r}. Choose one.")
-        super().__init__(network, plan, preset=preset, **options, **steps[warmup])
+        super().__init__(network, plan, preset=preset, queue_size=queue_size, **options, **steps[warmup])
 
     def loss(self, x: Tensor) -> Tensor:
         z, info = self.regularizer(self.network.encode(x))
