@@ -158,6 +158,6 @@ def _check(place: str, config: Config) -> None:
     for run in config.runs:
         network = build_network(config.model, shape, config.latent_dim, TINY, TINY)
         try:
-            build_method(run.method, network, Plan(config.warmup_epochs, 1, config.learning_rate, 0), run.options)
+            build_method(run.method, network, Plan(config.warmup_epochs, 1, config.batch_size, config.learning_rate, 0), run.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{place}: {run.label}: {error}") from error

@@ -20,6 +20,7 @@ class Plan(NamedTuple):
 
     warmup_epochs: int
     steps_per_epoch: int
+    batch_size: int
     learning_rate: float
     seed: int
 

@@ -65,20 +65,22 @@ class Prototypical(Method):
 class Balanced(Prototypical):
     """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
 
-    Its ``warmup`` is an epoch of the MMD alone ("mmd"), that of all the others ("reconstruction"), or "none". The
-    library has neither that nor a queue unless it is told.
+    Its ``warmup`` is an epoch of the MMD alone ("mmd"), that of all the others ("reconstruction"), or "none", as the
+    library has it unless it is told. Batches of fewer than 2 K latents get the queue that README advises for them.
     """
 
     trained_as = "balanced"
+    QUEUE = 1024
 
     def __init__(
         self,
         network: Network,
         plan: Plan,
         *,
+        num_prototypes: int,
         preset: str = "ours",
         warmup: str = "mmd",
-        queue_size: int = 1024,
+        queue_size: int | None = None,
         **options: Any,
     ) -> None:
         steps = {
@@ -88,7 +90,10 @@ class Balanced(Prototypical):
         }
         if warmup not in steps:
             raise ValueError(f"warmup: expected one of {sorted(steps)}, got {warmup!r}. Choose one.")
-        super().__init__(network, plan, preset=preset, queue_size=queue_size, **options, **steps[warmup])
+        if queue_size is None:
+            queue_size = self.QUEUE if plan.batch_size < 2 * num_prototypes else 0
+        options |= {"num_prototypes": num_prototypes, "queue_size": queue_size}
+        super().__init__(network, plan, preset=preset, **options, **steps[warmup])
 
     def loss(self, x: Tensor) -> Tensor:
         z, info = self.regularizer(self.network.encode(x))
