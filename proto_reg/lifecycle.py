@@ -210,7 +210,7 @@ class Lifecycle(nn.Module):
         return torch.stack([self._ramp(self._begin()), pull * self._ramp(self.warmup_steps)])
 
     def _settled(self) -> bool:
-        """Whether warm-ups and ramp are over; asked where the answer is at hand, for their dozen operators cost time."""
+        """Whether warm-ups and ramp are over, asked where the answer is at hand: their dozen operators cost time."""
         if torch.compiler.is_compiling() or transforming() or not self.steps.is_cpu or type(self.steps) is not Tensor:
             return False  # on a GPU, in a graph, or of no value, as fake tensors are
         return self.steps.item() >= self._begin() + self.ramp_steps
