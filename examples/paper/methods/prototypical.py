@@ -92,8 +92,8 @@ class Balanced(Prototypical):
             raise ValueError(f"warmup: expected one of {sorted(steps)}, got {warmup!r}. Choose one.")
         if queue_size is None:
             queue_size = self.QUEUE if plan.batch_size < 2 * num_prototypes else 0
-        options |= {"num_prototypes": num_prototypes, "queue_size": queue_size}
-        super().__init__(network, plan, preset=preset, **options, **steps[warmup])
+        sizes = {"num_prototypes": num_prototypes, "queue_size": queue_size}
+        super().__init__(network, plan, preset=preset, **sizes, **options, **steps[warmup])
 
     def loss(self, x: Tensor) -> Tensor:
         z, info = self.regularizer(self.network.encode(x))
