@@ -201,19 +201,20 @@ class Lifecycle(nn.Module):
         """(2,) share of their usual size that the weights of prototype loss and MMD have: while prototypes warm up, the
         MMD's may be more than 1. () where it is the same of both, None where it is 1 for good.
         """
-        if self._settled():
+        end = self._begin() + self.ramp_steps
+        if not end or self._past(end):
             return None
         if not self.prototype_warmup_steps:
-            return self._ramp(self.warmup_steps) if self.warmup_steps or self.ramp_steps else None
+            return self._ramp(self.warmup_steps)
         alone = self.mmd_warmup_weight / self.mmd_weight if self.mmd_weight else 0.0
         pull = torch.where(self._now() < self._begin(), alone, 1.0)
         return torch.stack([self._ramp(self._begin()), pull * self._ramp(self.warmup_steps)])
 
-    def _settled(self) -> bool:
-        """Whether warm-ups and ramp are over, asked where the answer is at hand: their dozen operators cost time."""
+    def _past(self, step: int) -> bool:
+        """Whether ``step`` has come, asked where the answer is at hand: a schedule's dozen operators cost time."""
         if torch.compiler.is_compiling() or transforming() or not self.steps.is_cpu or type(self.steps) is not Tensor:
             return False  # on a GPU, in a graph, or of no value, as fake tensors are
-        return self.steps.item() >= self._begin() + self.ramp_steps
+        return self.steps.item() >= step
 
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""
