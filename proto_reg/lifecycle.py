@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._checks import check_positive_int
+from ._checks import check_number, check_positive_int
 from ._distributed import Group, Ranks, whole
 from ._warnings import LayerWatch
 from .assigner import SinkhornAssigner
@@ -51,6 +51,7 @@ class Lifecycle(nn.Module):
         warmup_steps: int,
         prototype_warmup_steps: int,
         ramp_steps: int,
+        noise: float,
         follow_rate: float,
         queue_size: int,
         group: Group,
@@ -63,6 +64,7 @@ class Lifecycle(nn.Module):
         self.warmup_steps = check_positive_int("warmup_steps", warmup_steps, minimum=0)
         self.prototype_warmup_steps = check_positive_int("prototype_warmup_steps", prototype_warmup_steps, minimum=0)
         self.ramp_steps = check_positive_int("ramp_steps", ramp_steps, minimum=0)
+        self.noise = check_number("noise", noise, at_least=0)
         check_positive_int("queue_size", queue_size, minimum=0)
         self.queue = LatentQueue(queue_size, head.latent_dim, group=group) if queue_size else None
         self.meter = UsageMeter(head.num_prototypes, group=group)
@@ -209,6 +211,13 @@ class Lifecycle(nn.Module):
         alone = self.mmd_warmup_weight / self.mmd_weight if self.mmd_weight else 0.0
         pull = torch.where(self._now() < self._begin(), alone, 1.0)
         return torch.stack([self._ramp(self._begin()), pull * self._ramp(self.warmup_steps)])
+
+    def _noise(self) -> Tensor | float:
+        """Size of the noise at this step: as the MMD's weight, none in warm-up and then more, up to all of it."""
+        end = self.warmup_steps + self.ramp_steps
+        if not end or self._past(end):
+            return self.noise
+        return self.noise * self._ramp(self.warmup_steps)
 
     def _past(self, step: int) -> bool:
         """Whether ``step`` has come, asked where the answer is at hand: a schedule's dozen operators cost time."""

@@ -14,6 +14,7 @@ from ._distributed import Group, alone
 from .assigner import SinkhornAssigner
 from .balance import AttachDirection, add_up
 from .components import components
+from .functional.noise import with_noise
 from .functional.problem import usable
 from .fused import fused_step
 from .head import PrototypeHead
@@ -62,6 +63,9 @@ class PrototypicalRegularizer(Lifecycle):
             prototypes stay where they are. An epoch or so of it pays in reconstruction: README, "How hard to pull".
         mmd_warmup_weight: lambda_r in those passes, >= 0.
         ramp_steps: passes in which a weight then grows linearly from 0.
+        noise: size, >= 0, of the noise that the decoder gets in training, relative to each latent's own: the layer then
+            returns ``z + noise |z| / sqrt(D) e``, e ~ N(0, I). Losses and metrics are those of z. It teaches the
+            decoder the directions that latents leave empty and samples do not: README, "Noise for the decoder".
         layout: einops pattern of the latents with the axis ``d``; every other position is a latent of its own:
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
         max_tokens: at most this many latents enter the MMD, a new subsample each step, fixed by ``seed`` and the step.
@@ -103,6 +107,7 @@ class PrototypicalRegularizer(Lifecycle):
         prototype_warmup_steps: int = 0,
         mmd_warmup_weight: float = 0.5,
         ramp_steps: int = 0,
+        noise: float = 0.0,
         layout: str = "b d",
         max_tokens: int = 4096,
         seed: int = 0,
@@ -121,6 +126,7 @@ class PrototypicalRegularizer(Lifecycle):
             warmup_steps=warmup_steps,
             prototype_warmup_steps=prototype_warmup_steps,
             ramp_steps=ramp_steps,
+            noise=noise,
             follow_rate=follow_rate,
             queue_size=queue_size,
             group=group,
@@ -143,8 +149,8 @@ class PrototypicalRegularizer(Lifecycle):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
 
-        Returns z itself (in balanced training: the same memory) and what was computed: losses of the batch of all
-        processes of the group, scores, codes and assignments of this one's.
+        Returns z itself (in balanced training: the same memory; with ``noise``: and that) and what was computed: losses
+        of the batch of all processes of the group, scores, codes and assignments of this one's.
 
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
@@ -154,6 +160,7 @@ class PrototypicalRegularizer(Lifecycle):
         tokens, keep, share = self._tokens(z, mask, balanced)
         tracking = learning and self.tracking
         self._check_transforms(tracking)
+        noise = self._noise() if learning and self.noise else None  # before the step is counted
         if balanced:
             z, output = self._balanced(z, tokens, keep, share, tracking)
         else:
@@ -165,6 +172,8 @@ class PrototypicalRegularizer(Lifecycle):
                 self._count(tokens.detach(), keep, output)
         if tracking:
             self._look(tokens, keep, share, output)
+        if noise is not None:
+            z = with_noise(z, noise, dim=self.layout.latent_axis, mask=mask)
         return z, output if self.layout.is_rows else self._to_layout(output, z)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:

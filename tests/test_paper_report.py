@@ -180,7 +180,7 @@ def test_targets_at_thirty_prototypes() -> None:
     assert "control" not in {v.claim for v in verdicts.targets(read(plain | {"data": "digits"}))}
 
 
-WITHOUT_PROTOTYPES = ("vae", "infovae", "wae", "wae-first")
+WITHOUT_PROTOTYPES = ("vae", "infovae", "wae", "wae-first", "wae-noise")
 
 
 def rivals(**changed: float) -> list[Run]:

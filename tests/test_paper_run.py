@@ -229,6 +229,55 @@ def test_every_config_loads(name: str) -> None:
         assert 1 in {spec.options.get("sigma") for spec in config.runs}
 
 
+def written(folder: Path, end: str) -> str:
+    """A config file: the miniature up to its runs, and ``end``."""
+    path = folder / "some.yaml"
+    path.write_text((FOLDER / "digits-mini.yaml").read_text().split("runs:")[0] + end)
+    return str(path)
+
+
+def test_rows_have_their_methods_defaults_and_sweeps_no_row_twice(tmp_path: Path) -> None:
+    end = """
+defaults: {balanced: {noise: 0.1, num_prototypes: 3}}
+runs:
+  - {method: autoencoder, label: plain}
+  - {method: balanced, label: ours}
+  - {method: balanced, label: "noise = {noise}", options: {num_prototypes: 3}, sweep: {noise: [0, 0.1, 0.2]}}
+"""
+    assert [(run.label, run.options) for run in load_config(written(tmp_path, end)).runs] == [
+        ("plain", {}),
+        ("ours", {"noise": 0.1, "num_prototypes": 3}),
+        ("noise = 0", {"noise": 0, "num_prototypes": 3}),
+        ("noise = 0.2", {"noise": 0.2, "num_prototypes": 3}),
+    ]
+
+
+@pytest.mark.parametrize("defaults", ["[balanced]", "{ours: {}}", "{balanced: 3}"])
+def test_defaults_are_options_of_methods(defaults: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="defaults: expected"):
+        load_config(written(tmp_path, f"defaults: {defaults}\nruns: []\n"))
+
+
+def test_wae_has_the_noise_of_ours_in_training_alone() -> None:
+    plan = Plan(warmup_epochs=0, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
+    plain, noisy = (
+        build_method("wae", build_network("mlp", (1, 8, 8), 4, 4, 4), plan, {"warmup": False, "noise": noise})
+        for noise in (0.0, 0.5)
+    )
+    noisy.load_state_dict(plain.state_dict())
+    x = torch.rand(4, 64)
+
+    def losses(training: bool) -> list[float]:
+        found = []
+        for method in (plain, noisy):
+            torch.manual_seed(0)
+            found.append(method.train(training).loss(x).item())
+        return found
+
+    assert len(set(losses(True))) == 2
+    assert len(set(losses(False))) == 1
+
+
 @pytest.mark.parametrize(
     ("method", "options", "steps"),
     [

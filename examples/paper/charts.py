@@ -26,12 +26,13 @@ COLOURS = {
     "infovae": "tab:pink",
     "wae": "tab:purple",
     "wae-first": "indigo",
+    "wae-noise": "mediumorchid",
     "vq-vae": "tab:cyan",
     "algorithm-1-paper": "tab:red",
     "algorithm-1": "tab:orange",
     "balanced": "tab:blue",
 }
-MARKERS = dict(zip(COLOURS, "oPsdDXpv<>*", strict=True))
+MARKERS = dict(zip(COLOURS, "oPsdDXpHv<>*", strict=True))
 
 
 def curves(runs: list[Run]) -> Figure | None:

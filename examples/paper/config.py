@@ -73,21 +73,30 @@ class Config:
 def load_config(name: str) -> Config:
     """The config of that name or file.
 
-    ``base: NAME`` takes over what another one says. A run's ``sweep`` maps an option to values: a run for each
-    combination, with the values put into the label's braces.
+    ``base: NAME`` takes over what another one says. ``defaults`` maps a method to options that all of its runs have
+    unless they say otherwise. A run's ``sweep`` maps an option to values: a run for each combination, with the values
+    put into the label's braces, but none that an earlier run is already.
 
     Raises:
         ValueError: an unknown name or key, or a value out of its range, with its place in the file.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     content = _read(path)
-    known = {f.name for f in fields(Config)} - {"name"}
+    known = {f.name for f in fields(Config)} - {"name"} | {"defaults"}
     _check_keys(path.name, content, known)
     missing = {"data", "model", "epochs", "runs"} - set(content)
     if missing:
         raise ValueError(f"{path.name}: expected {sorted(missing)}, which are missing. Add them.")
-    runs = tuple(run for i, entry in enumerate(content.pop("runs")) for run in _runs(f"{path.name}: runs[{i}]", entry))
-    config = Config(name=path.stem, runs=runs, **content)
+    defaults = content.pop("defaults", None) or {}
+    if not isinstance(defaults, dict) or not all(isinstance(options, dict) for options in defaults.values()):
+        raise ValueError(
+            f"{path.name}: defaults: expected options by method, got {defaults!r}. Write 'method: {{...}}'."
+        )
+    _check_keys(f"{path.name}: defaults", defaults, set(METHODS))
+    runs: list[RunConfig] = []
+    for i, entry in enumerate(content.pop("runs")):
+        runs += _runs(f"{path.name}: runs[{i}]", entry, defaults, runs)
+    config = Config(name=path.stem, runs=tuple(runs), **content)
     _check(path.name, config)
     return config
 
@@ -114,8 +123,10 @@ def _check_keys(place: str, content: dict[str, Any], known: set[str]) -> None:
         raise ValueError(f"{place}: expected keys among {sorted(known)}, got {sorted(unknown)}. Correct or drop them.")
 
 
-def _runs(place: str, entry: dict[str, Any]) -> list[RunConfig]:
-    """The runs of one entry, one for each combination of its sweep."""
+def _runs(
+    place: str, entry: dict[str, Any], defaults: dict[str, dict[str, Any]], earlier: list[RunConfig]
+) -> list[RunConfig]:
+    """The runs of one entry, one for each combination of its sweep that ``earlier`` does not have."""
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: expected a mapping, got {entry!r}. Write 'method: ...' and 'label: ...'.")
     _check_keys(place, entry, {f.name for f in fields(RunConfig)} | {"sweep"})
@@ -125,12 +136,14 @@ def _runs(place: str, entry: dict[str, Any]) -> list[RunConfig]:
         raise ValueError(f"{place}.label: expected a name for the tables, got {entry.get('label')!r}. Give it one.")
     entry = dict(entry)
     sweep = entry.pop("sweep", {})
-    options = entry.pop("options", {}) or {}
+    options = defaults.get(entry["method"], {}) | (entry.pop("options", {}) or {})
+    there = [(run.method, run.options) for run in earlier] if sweep else []
     runs = []
     for values in itertools.product(*sweep.values()):
         chosen = options | dict(zip(sweep, values, strict=True))
         label = entry["label"].format_map(chosen)
-        runs.append(RunConfig(**(entry | {"label": label, "options": chosen})))
+        if (entry["method"], chosen) not in there:
+            runs.append(RunConfig(**(entry | {"label": label, "options": chosen})))
     return runs
 
 

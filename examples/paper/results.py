@@ -28,6 +28,7 @@ NAMES = {
     "infovae": "InfoVAE",
     "wae": "WAE-MMD",
     "wae-first": "WAE-MMD from the first step",
+    "wae-noise": "WAE-MMD from the first step, with noise",
     "vq-vae": "VQ-VAE",
     "algorithm-1-paper": "Algorithm 1, as the paper has it",
     "algorithm-1": "Algorithm 1, our defaults",
@@ -82,14 +83,14 @@ def load(results: Path) -> list[Run]:
 
 def named(run: Run) -> Run:
     """The run, its method as tables name it: a VAE whose beta is not 1 is a beta-VAE, Algorithm 1 has two presets, and
-    WAE-MMD with and without a warm-up are two.
+    WAE-MMD with a warm-up, without, and with ours' noise are three.
     """
     options = run.get("options") or {}
     method = run["method"]
     if method == "vae" and options.get("beta", 1.0) != 1.0:
         method = "beta-vae"
     if method == "wae" and not options.get("warmup", True):
-        method = "wae-first"
+        method = "wae-noise" if options.get("noise") else "wae-first"
     if method == "algorithm1":
         method = "algorithm-1-paper" if options.get("preset", "paper") == "paper" else "algorithm-1"
     K = run.get("num_prototypes", options.get("num_prototypes"))

@@ -140,7 +140,7 @@ def inert(runs: list[Run]) -> Verdict:
 
 CLAIMS: tuple[Callable[..., Verdict], ...] = (c1, c2, c3, c4, c5, c6)
 CONTROL = {"MNIST": 0.95, "Fashion-MNIST": 0.85}
-RIVALS = ("vae", "infovae", "wae", "wae-first", "algorithm-1-paper", "algorithm-1")
+RIVALS = ("vae", "infovae", "wae", "wae-first", "wae-noise", "algorithm-1-paper", "algorithm-1")
 
 
 def targets(runs: list[Run], method: str = "balanced", num_prototypes: int = 30) -> list[Verdict]:

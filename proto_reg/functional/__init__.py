@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .metrics import latent_metrics
 from .mmd import anchored_mmd
+from .noise import with_noise
 from .prototypes import prototype_cross_entropy, prototype_scores
 from .sinkhorn import sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
@@ -15,4 +16,5 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_cross_entropy",
     "sinkhorn_cross_entropy_and_gradient",
+    "with_noise",
 ]

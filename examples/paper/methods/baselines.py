@@ -109,15 +109,18 @@ class WAE(StandardPrior):
     """WAE-MMD (Tolstikhin et al., 2018): a deterministic encoder, inverse multiquadratics of seven scales, U-statistic.
 
     They add the seven up and weigh them by 10 on MNIST; ours is their mean: ``weight`` 70. ``warmup=False``, as they
-    train it: the MMD acts from the first step, and not after the warm-up of all the others.
+    train it: the MMD acts from the first step, and not after the warm-up of all the others. ``noise``: the decoder gets
+    it as ours does, see :func:`proto_reg.functional.with_noise`.
     """
 
     trained_as = "wae"
     SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
-    def __init__(self, network: Network, plan: Plan, *, weight: float = 70.0, warmup: bool = True) -> None:
+    def __init__(
+        self, network: Network, plan: Plan, *, weight: float = 70.0, warmup: bool = True, noise: float = 0.0
+    ) -> None:
         super().__init__(network, plan)
-        self.weight, self.warmup = float(weight), warmup
+        self.weight, self.warmup, self.noise = float(weight), warmup, float(noise)
 
     @property
     def warm(self) -> bool:
@@ -125,7 +128,8 @@ class WAE(StandardPrior):
 
     def loss(self, x: Tensor) -> Tensor:
         z = self.network.encode(x)
-        loss = reconstruction(self.network.decoder(z), x)
+        noisy = functional.with_noise(z, self.noise) if self.noise and self.training and self.warm else z
+        loss = reconstruction(self.network.decoder(noisy), x)
         return loss + self.weight * mmd_to_prior(z, kernel="imq", scales=self.SCALES) if self.warm else loss
 
 
