@@ -385,5 +385,5 @@ class PrototypicalRegularizer(Lifecycle):
         return (
             f"mode={self.mode!r}, temperature={self.temperature:g}, prototype_weight={self.prototype_weight:g}, "
             f"mmd_weight={self.mmd_weight:g}, warmup_steps={self.warmup_steps}, "
-            f"prototype_warmup_steps={self.prototype_warmup_steps}, layout={self.layout.pattern!r}"
+            f"prototype_warmup_steps={self.prototype_warmup_steps}, noise={self.noise:g}, layout={self.layout.pattern!r}"
         )

@@ -70,7 +70,8 @@ class PrototypicalTraining(nn.Module):
 
     Args:
         encoder: returns latents in the regularizer's layout; decoder: takes them.
-        regularizer: the layer; for ``"paper"`` see :meth:`PrototypicalRegularizer.paper`.
+        regularizer: the layer; for ``"paper"``, which takes its losses without weights, ramps and noise, see
+            :meth:`PrototypicalRegularizer.paper`.
         reconstruction: (decoder output, x) -> scalar; binary cross-entropy with logits by default (paper, eq. 2).
         warmup_epochs: epochs of reconstruction only (paper: 10).
         schedule: ``"paper"`` or ``"balanced"``.
