@@ -199,13 +199,18 @@ class Lifecycle(nn.Module):
         """() share of its full size at this step of a weight that sets in at ``begin``. It never leaves the device."""
         return ramp(self._now(), begin, self.ramp_steps)
 
-    def _active(self) -> Tensor | None:
+    def _active(self, *, saved: bool = False) -> Tensor | None:
         """(2,) share of their usual size that the weights of prototype loss and MMD have: while prototypes warm up, the
         MMD's may be more than 1. () where it is the same of both, None where it is 1 for good.
+
+        ``saved``: autograd saves it. Then it stays a tensor where it was one before, for torch's checkpointing, which
+        comes back when this step has been counted, wants as many of them as there were.
         """
         end = self._begin() + self.ramp_steps
-        if not end or self._past(end):
+        if not end:
             return None
+        if self._past(end):
+            return torch.ones(2 if self.prototype_warmup_steps else ()) if saved else None
         if not self.prototype_warmup_steps:
             return self._ramp(self.warmup_steps)
         alone = self.mmd_warmup_weight / self.mmd_weight if self.mmd_weight else 0.0
@@ -215,8 +220,10 @@ class Lifecycle(nn.Module):
     def _noise(self) -> Tensor | float:
         """Size of the noise at this step: as the MMD's weight, none in warm-up and then more, up to all of it."""
         end = self.warmup_steps + self.ramp_steps
-        if not end or self._past(end):
+        if not end:
             return self.noise
+        if self._past(end):  # a tensor as before, see _active
+            return torch.full((), self.noise)
         return self.noise * self._ramp(self.warmup_steps)
 
     def _past(self, step: int) -> bool:

@@ -149,8 +149,9 @@ class PrototypicalRegularizer(Lifecycle):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
 
-        Returns z itself (in balanced training: the same memory; with ``noise``: and that) and what was computed: losses
-        of the batch of all processes of the group, scores, codes and assignments of this one's.
+        Returns z itself (in balanced training: the same memory; with ``noise``: another tensor, z and the noise) and
+        what was computed: losses of the batch of all processes of the group; scores, codes and assignments of this
+        one's.
 
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
@@ -173,7 +174,8 @@ class PrototypicalRegularizer(Lifecycle):
         if tracking:
             self._look(tokens, keep, share, output)
         if noise is not None:
-            z = with_noise(z, noise, dim=self.layout.latent_axis, mask=mask)
+            counted = None if keep is None else self.layout.restore_positions(keep, z)
+            z = with_noise(z, noise, dim=self.layout.latent_axis, mask=counted)
         return z, output if self.layout.is_rows else self._to_layout(output, z)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
@@ -185,7 +187,7 @@ class PrototypicalRegularizer(Lifecycle):
         index, keep = self._subsample(z.shape[0], keep, share)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
-        loss = sum_of_active(*losses, self._active())
+        loss = sum_of_active(*losses, self._active(saved=True))
         return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _balanced(
@@ -385,5 +387,6 @@ class PrototypicalRegularizer(Lifecycle):
         return (
             f"mode={self.mode!r}, temperature={self.temperature:g}, prototype_weight={self.prototype_weight:g}, "
             f"mmd_weight={self.mmd_weight:g}, warmup_steps={self.warmup_steps}, "
-            f"prototype_warmup_steps={self.prototype_warmup_steps}, noise={self.noise:g}, layout={self.layout.pattern!r}"
+            f"prototype_warmup_steps={self.prototype_warmup_steps}, noise={self.noise:g}, "
+            f"layout={self.layout.pattern!r}"
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_warnings import spoken
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from proto_reg import PrototypicalRegularizer, SinkhornAssigner
 
@@ -74,6 +75,21 @@ def test_schedules_that_are_over_leave_the_same_bits(mode: str) -> None:
         results.append([leaf.grad, layer.head.prototypes.grad, *info, *layer.state_dict().values()])
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.parametrize("schedule", [{"warmup_steps": 2}, {"prototype_warmup_steps": 1, "ramp_steps": 1}])
+def test_checkpointing_at_the_step_at_which_schedules_end(mode: str, schedule: dict) -> None:
+    layer = PrototypicalRegularizer(DIM, K, mode=mode, noise=0.1, **schedule)
+
+    def forward(z: torch.Tensor) -> torch.Tensor:
+        out, info = layer(z)
+        return out.square().sum() + info.loss
+
+    for _ in range(6):  # each runs twice, and counts twice
+        leaf = torch.randn(BATCH, DIM, requires_grad=True)
+        checkpoint(forward, leaf, use_reentrant=False).backward()
+        assert leaf.grad.isfinite().all()
 
 
 def test_a_schedule_of_fake_tensors() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_floating, check_mask, check_number
+from .._checks import check_floating, check_mask, check_number, compute_dtype
 
 
 def with_noise(z: Tensor, size: Tensor | float, *, dim: int = -1, mask: Tensor | None = None) -> Tensor:
@@ -29,11 +29,14 @@ def with_noise(z: Tensor, size: Tensor | float, *, dim: int = -1, mask: Tensor |
     check_floating("z", z)
     if not isinstance(size, Tensor):
         check_number("size", size, at_least=0)
+    elif size.ndim:
+        raise ValueError(f"size: expected a number or a () tensor, got shape {tuple(size.shape)}. Pass one for all.")
     if z.ndim == 0 or not -z.ndim <= dim < z.ndim:
         raise ValueError(f"dim: expected an axis of z, which has {z.ndim}, got {dim}. Pass that of the latents.")
-    length = torch.linalg.vector_norm(z, dim=dim, keepdim=True)
-    check_mask("mask", mask, tuple(length.squeeze(dim).shape))
-    deviation = (size * z.shape[dim] ** -0.5 * length).to(z.dtype)
-    if mask is not None:
-        deviation = torch.where(mask.unsqueeze(dim), deviation, 0.0)
-    return z + deviation * torch.randn_like(z)
+    dim %= z.ndim
+    check_mask("mask", mask, z.shape[:dim] + z.shape[dim + 1 :])
+    # What is left out goes first: of a NaN not even its gradient of 0 would be one.
+    counted = z if mask is None else torch.where(mask.unsqueeze(dim), z, 0.0)
+    counted = counted.to(compute_dtype(z.dtype))
+    length = torch.linalg.vector_norm(counted, dim=dim, keepdim=True)
+    return z + (size * max(z.shape[dim], 1) ** -0.5 * length * torch.randn_like(counted)).to(z.dtype)
