@@ -38,11 +38,12 @@ Step: TypeAlias = tuple[Tensor, list[tuple[nn.Parameter, Tensor]], RegularizerOu
 class PrototypicalRegularizer(Lifecycle):
     """Organises the latent space of any autoencoder around prototypes: ``z, info = regularizer(encoder(x))``.
 
-    ``mode="balanced"`` returns z unchanged and acts in the backward pass: where a gradient g arrives, the layer passes
-    on ``g + prototype_weight |g|/|g_p| g_p + mmd_weight |g|/|g_r| g_r``, g_p and g_r the gradients of the two losses at
-    the latents, norms over the batch; the prototypes get ``prototype_weight |g|/|g_p|`` times theirs. No loss is added
-    and no weight depends on the size of the reconstruction loss. ``mode="weighted"`` leaves gradients alone: add
-    ``info.loss`` to your own. Under ``no_grad``, in eval and during warm-up the layer is the identity in both passes.
+    ``mode="balanced"`` returns z unchanged (unless ``noise`` is asked for) and acts in the backward pass: where a
+    gradient g arrives, the layer passes on ``g + prototype_weight |g|/|g_p| g_p + mmd_weight |g|/|g_r| g_r``, g_p and
+    g_r the gradients of the two losses at the latents, norms over the batch; the prototypes get ``prototype_weight
+    |g|/|g_p|`` times theirs. No loss is added and no weight depends on the size of the reconstruction loss.
+    ``mode="weighted"`` leaves gradients alone: add ``info.loss`` to your own. Under ``no_grad``, in eval and during
+    warm-up the layer is the identity in both passes.
 
     Args:
         latent_dim: D.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def load_config(name: str) -> Config:
 
     ``base: NAME`` takes over what another one says. ``defaults`` maps a method to options that all of its runs have
     unless they say otherwise. A run's ``sweep`` maps an option to values: a run for each combination, with the values
-    put into the label's braces, but none that an earlier run is already.
+    put into the label's braces, but none that differs from an earlier run in its label alone.
 
     Raises:
         ValueError: an unknown name or key, or a value out of its range, with its place in the file.
@@ -87,7 +87,7 @@ def load_config(name: str) -> Config:
     missing = {"data", "model", "epochs", "runs"} - set(content)
     if missing:
         raise ValueError(f"{path.name}: expected {sorted(missing)}, which are missing. Add them.")
-    defaults = content.pop("defaults", None) or {}
+    defaults = content.pop("defaults", {})
     if not isinstance(defaults, dict) or not all(isinstance(options, dict) for options in defaults.values()):
         raise ValueError(
             f"{path.name}: defaults: expected options by method, got {defaults!r}. Write 'method: {{...}}'."
@@ -137,13 +137,13 @@ def _runs(
     entry = dict(entry)
     sweep = entry.pop("sweep", {})
     options = defaults.get(entry["method"], {}) | (entry.pop("options", {}) or {})
-    there = [(run.method, run.options) for run in earlier] if sweep else []
     runs = []
     for values in itertools.product(*sweep.values()):
         chosen = options | dict(zip(sweep, values, strict=True))
         label = entry["label"].format_map(chosen)
-        if (entry["method"], chosen) not in there:
-            runs.append(RunConfig(**(entry | {"label": label, "options": chosen})))
+        run = RunConfig(**(entry | {"label": label, "options": chosen}))
+        if not sweep or all(replace(other, label=label) != run for other in earlier):
+            runs.append(run)
     return runs
 
 

@@ -85,7 +85,7 @@ they compare between rows here, and with nothing published. *Real*: test images 
 begins with an epoch of the MMD alone, and there is a WAE-MMD that acts from the first step on as well. **Queue**: ours
 assigns batches of fewer than two latents for each prototype together with past ones. **Noise**: in training,
 the decoder may get latents with noise, a share of their length. Validation images decided whether ours has it; the row
-that names it, *noise = 0* or another share, is the other choice."""
+that names it, *noise = 0* or another share, is the other choice. Ours after reconstruction has none."""
 
 PUBLISHED = {
     "MNIST": (
