@@ -53,8 +53,8 @@ class VectorPrototypes(nn.Module):
         self.regularizer = PrototypicalRegularizer(dim, codebook_size, layout=layout, **options)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents ``x``, unchanged but for ``noise``; indices, x's shape without D, int64, -1 where ``mask`` is False; and
-        a loss ().
+        """Latents ``x``, unchanged but for ``noise``; indices, x's shape without D, int64, -1 where ``mask`` is False;
+        and a loss ().
 
         ``mask``, x's shape without D, is True where latents count. The others are returned as they came.
 
