@@ -36,7 +36,7 @@ class PrototypicalAEConfig(AEConfig):
         num_prototypes: K.
         scores: ``"cosine"``, ``"dot"`` or ``"euclidean"``, see :class:`proto_reg.PrototypeHead`.
         std, mode, temperature, prototype_weight, mmd_weight, warmup_steps, prototype_warmup_steps, mmd_warmup_weight,
-            noise, follow_rate: see :class:`proto_reg.PrototypicalRegularizer`.
+            noise, noise_steps, follow_rate: see :class:`proto_reg.PrototypicalRegularizer`.
     """
 
     num_prototypes: int = 30
@@ -50,6 +50,7 @@ class PrototypicalAEConfig(AEConfig):
     prototype_warmup_steps: int = 0
     mmd_warmup_weight: float = 0.5
     noise: float = 0.0
+    noise_steps: int = 0
     follow_rate: float = 0.02
 
 
@@ -90,6 +91,7 @@ class PrototypicalAE(AE):
             prototype_warmup_steps=c.prototype_warmup_steps,
             mmd_warmup_weight=c.mmd_warmup_weight,
             noise=c.noise,
+            noise_steps=c.noise_steps,
             follow_rate=c.follow_rate,
         )
 

@@ -52,6 +52,7 @@ class Lifecycle(nn.Module):
         prototype_warmup_steps: int,
         ramp_steps: int,
         noise: float,
+        noise_steps: int,
         follow_rate: float,
         queue_size: int,
         group: Group,
@@ -65,6 +66,7 @@ class Lifecycle(nn.Module):
         self.prototype_warmup_steps = check_positive_int("prototype_warmup_steps", prototype_warmup_steps, minimum=0)
         self.ramp_steps = check_positive_int("ramp_steps", ramp_steps, minimum=0)
         self.noise = check_number("noise", noise, at_least=0)
+        self.noise_steps = check_positive_int("noise_steps", noise_steps, minimum=0)
         check_positive_int("queue_size", queue_size, minimum=0)
         self.queue = LatentQueue(queue_size, head.latent_dim, group=group) if queue_size else None
         self.meter = UsageMeter(head.num_prototypes, group=group)
@@ -218,13 +220,11 @@ class Lifecycle(nn.Module):
         return torch.stack([self._ramp(self._begin()), pull * self._ramp(self.warmup_steps)])
 
     def _noise(self) -> Tensor | float:
-        """Size of the noise at this step: as the MMD's weight, none in warm-up and then more, up to all of it."""
-        end = self.warmup_steps + self.ramp_steps
-        if not end:
+        """Size of the noise at this step: none in warm-up, then more, up to all of it; none after ``noise_steps``."""
+        if not (self.warmup_steps or self.ramp_steps or self.noise_steps):
             return self.noise
-        if self._past(end):  # a tensor as before, see _active
-            return torch.full((), self.noise)
-        return self.noise * self._ramp(self.warmup_steps)
+        size = self.noise * self._ramp(self.warmup_steps)
+        return torch.where(self._now() < self.noise_steps, size, 0.0) if self.noise_steps else size
 
     def _past(self, step: int) -> bool:
         """Whether ``step`` has come, asked where the answer is at hand: a schedule's dozen operators cost time."""

@@ -67,6 +67,8 @@ class PrototypicalRegularizer(Lifecycle):
         noise: size, >= 0, of the noise that the decoder gets in training, relative to each latent's own: the layer then
             returns ``z + noise |z| / sqrt(D) e``, e ~ N(0, I). Losses and metrics are those of z. It teaches the
             decoder the directions that latents leave empty and samples do not: README, "Noise for the decoder".
+        noise_steps: passes, those of ``warmup_steps`` among them, after which there is no more noise; 0: it stays. A
+            last epoch without it gives most of the error back that it costs.
         layout: einops pattern of the latents with the axis ``d``; every other position is a latent of its own:
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
         max_tokens: at most this many latents enter the MMD, a new subsample each step, fixed by ``seed`` and the step.
@@ -109,6 +111,7 @@ class PrototypicalRegularizer(Lifecycle):
         mmd_warmup_weight: float = 0.5,
         ramp_steps: int = 0,
         noise: float = 0.0,
+        noise_steps: int = 0,
         layout: str = "b d",
         max_tokens: int = 4096,
         seed: int = 0,
@@ -128,6 +131,7 @@ class PrototypicalRegularizer(Lifecycle):
             prototype_warmup_steps=prototype_warmup_steps,
             ramp_steps=ramp_steps,
             noise=noise,
+            noise_steps=noise_steps,
             follow_rate=follow_rate,
             queue_size=queue_size,
             group=group,

@@ -87,7 +87,7 @@ def test_reloaded_reconstructs_the_same_bits(digits: Tensor, trained) -> None:
 def test_options_survive_the_folder(tmp_path: Path) -> None:
     options = {"scores": "euclidean", "mode": "weighted", "temperature": 0.2, "prototype_weight": 0.3}
     options |= {"mmd_weight": 0.4, "warmup_steps": 7, "prototype_warmup_steps": 3, "follow_rate": 0.0}
-    options |= {"mmd_warmup_weight": 0.6, "noise": 0.2}
+    options |= {"mmd_warmup_weight": 0.6, "noise": 0.2, "noise_steps": 5}
     small(**options).save(str(tmp_path))
     layer = PrototypicalAE.load_from_folder(str(tmp_path)).regularizer
     assert layer.head.scores == options.pop("scores")

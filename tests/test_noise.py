@@ -76,15 +76,17 @@ def test_there_is_none_at_inference() -> None:
     assert layer.eval()(z)[0] is z
 
 
-def test_it_sets_in_with_the_regularisers() -> None:
-    layer = PrototypicalRegularizer(DIM, K, noise=0.3, warmup_steps=2, prototype_warmup_steps=1, ramp_steps=1)
+def test_it_sets_in_with_the_regularisers_and_may_end() -> None:
+    schedule = {"warmup_steps": 2, "prototype_warmup_steps": 1, "ramp_steps": 1}
+    layers = [PrototypicalRegularizer(DIM, K, noise=0.3, noise_steps=steps, **schedule) for steps in (0, 5)]
     z = torch.randn(BATCH, DIM, requires_grad=True)
-    sizes = []
-    for _ in range(5):
-        torch.manual_seed(1)
-        sizes.append((layer(z)[0] - z).norm())
-    sizes = torch.stack(sizes)
-    torch.testing.assert_close(sizes / sizes[-1], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    sizes = torch.zeros(2, 6)
+    for step in range(6):
+        for layer, row in zip(layers, sizes, strict=True):
+            torch.manual_seed(1)
+            row[step] = (layer(z)[0] - z).detach().norm()
+    share = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 0, 1, 2, 2, 0]]) / 2
+    torch.testing.assert_close(sizes, share * sizes.max())
 
 
 def test_latents_that_do_not_count_are_returned_as_they_came() -> None:
@@ -113,11 +115,11 @@ def test_a_latent_that_is_isolated_reaches_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
-@pytest.mark.parametrize("warmup_steps", [0, 1])
+@pytest.mark.parametrize("schedule", [{}, {"warmup_steps": 1}, {"noise_steps": 2}])
 @inductor.patch(fallback_random=True)  # the numbers that eager torch draws
-def test_it_compiles_as_one_graph(mode: str, warmup_steps: int) -> None:
+def test_it_compiles_as_one_graph(mode: str, schedule: dict) -> None:
     torch._dynamo.reset()
-    eager = PrototypicalRegularizer(DIM, K, mode=mode, noise=0.3, warmup_steps=warmup_steps)
+    eager = PrototypicalRegularizer(DIM, K, mode=mode, noise=0.3, **schedule)
     inside = copy.deepcopy(eager)
     compiled = torch.compile(inside, fullgraph=True)
     for _ in range(3):
@@ -167,3 +169,5 @@ def test_arguments_of_the_function(arguments: dict, error: type, name: str) -> N
 def test_arguments_of_the_layer(noise: object, error: type) -> None:
     with pytest.raises(error, match="noise: expected"):
         PrototypicalRegularizer(DIM, K, noise=noise)
+    with pytest.raises(ValueError, match="noise_steps: expected"):
+        PrototypicalRegularizer(DIM, K, noise=0.1, noise_steps=-1)

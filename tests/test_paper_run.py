@@ -262,7 +262,7 @@ def test_defaults_are_options_of_methods(defaults: str, tmp_path: Path) -> None:
 
 def test_wae_has_the_noise_of_ours_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "mmd_to_prior", lambda z, **options: 0)  # which draws, too
-    plan = Plan(warmup_epochs=0, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
+    plan = Plan(epochs=9, warmup_epochs=0, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
     plain, noisy = (
         build_method("wae", build_network("mlp", (1, 8, 8), 4, 4, 4), plan, {"warmup": False, "noise": noise})
         for noise in (0.0, 0.5)
@@ -290,7 +290,7 @@ def test_wae_has_the_noise_of_ours_in_training_alone(monkeypatch: pytest.MonkeyP
 def test_warm_ups(method: str, options: dict, steps: tuple | list) -> None:
     """Steps of the layer's two warm-ups; whether WAE's MMD acts in the first epoch and after three."""
     options |= {"num_prototypes": 2} if method == "balanced" else {}
-    plan = Plan(warmup_epochs=3, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
+    plan = Plan(epochs=9, warmup_epochs=3, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
     built = build_method(method, build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options)
     if method == "balanced":
         layer = built.regularizer
@@ -305,7 +305,7 @@ def test_warm_ups(method: str, options: dict, steps: tuple | list) -> None:
 
 @pytest.mark.parametrize(("batch_size", "options", "size"), [(59, {}, 1024), (60, {}, 0), (9, {"queue_size": 0}, 0)])
 def test_small_batches_have_a_queue(batch_size: int, options: dict, size: int) -> None:
-    plan = Plan(warmup_epochs=1, steps_per_epoch=1, batch_size=batch_size, learning_rate=1e-3, seed=0)
+    plan = Plan(epochs=9, warmup_epochs=1, steps_per_epoch=1, batch_size=batch_size, learning_rate=1e-3, seed=0)
     options |= {"num_prototypes": 30}
     layer = build_method("balanced", build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options).regularizer
     assert (layer.queue.size if layer.queue else 0) == size

@@ -170,7 +170,7 @@ def _check(place: str, config: Config) -> None:
     shape = (1, 8, 8) if config.model == "mlp" else (1, 28, 28)
     for run in config.runs:
         network = build_network(config.model, shape, config.latent_dim, TINY, TINY)
-        plan = Plan(config.warmup_epochs, 1, config.batch_size, config.learning_rate, 0)
+        plan = Plan(config.epochs, config.warmup_epochs, 1, config.batch_size, config.learning_rate, 0)
         try:
             build_method(run.method, network, plan, run.options)
         except (TypeError, ValueError) as error:

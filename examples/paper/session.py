@@ -231,7 +231,7 @@ def new_method(run: Run, data: ImageData, device: torch.device) -> Method:
     torch.manual_seed(run.seed)
     network = build_network(config.model, data.shape, config.latent_dim, config.maps, config.width)
     steps = -(-len(data.train_images) // config.batch_size)
-    plan = Plan(config.warmup_epochs, steps, config.batch_size, config.learning_rate, run.seed)
+    plan = Plan(config.epochs, config.warmup_epochs, steps, config.batch_size, config.learning_rate, run.seed)
     method = build_method(run.spec.method, network, plan, run.spec.options)
     return method.to(device, memory_format=torch.channels_last)  # convolutions are a third faster, on a CPU too
 

@@ -110,7 +110,7 @@ class WAE(StandardPrior):
 
     They add the seven up and weigh them by 10 on MNIST; ours is their mean: ``weight`` 70. ``warmup=False``, as they
     train it: the MMD acts from the first step, and not after the warm-up of all the others. ``noise``: the decoder gets
-    it as ours does, see :func:`proto_reg.functional.with_noise`.
+    it as ours does, in all epochs but the last, see :func:`proto_reg.functional.with_noise`.
     """
 
     trained_as = "wae"
@@ -128,8 +128,8 @@ class WAE(StandardPrior):
 
     def loss(self, x: Tensor) -> Tensor:
         z = self.network.encode(x)
-        noisy = functional.with_noise(z, self.noise) if self.noise and self.training and self.warm else z
-        loss = reconstruction(self.network.decoder(noisy), x)
+        noise = self.noise if self.training and self.warm and self.epoch < self.plan.epochs - 1 else 0.0
+        loss = reconstruction(self.network.decoder(functional.with_noise(z, noise) if noise else z), x)
         return loss + self.weight * mmd_to_prior(z, kernel="imq", scales=self.SCALES) if self.warm else loss
 
 

@@ -18,6 +18,7 @@ from ..models import Network
 class Plan(NamedTuple):
     """What a run knows of its own training."""
 
+    epochs: int
     warmup_epochs: int
     steps_per_epoch: int
     batch_size: int

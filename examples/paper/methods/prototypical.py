@@ -67,6 +67,7 @@ class Balanced(Prototypical):
 
     Its ``warmup`` is an epoch of the MMD alone ("mmd"), that of all the others ("reconstruction"), or "none", as the
     library has it unless it is told. Batches of fewer than 2 K latents get the queue that README advises for them.
+    There is no ``noise`` in the last epoch.
     """
 
     trained_as = "balanced"
@@ -93,6 +94,8 @@ class Balanced(Prototypical):
         if queue_size is None:
             queue_size = self.QUEUE if plan.batch_size < 2 * num_prototypes else 0
         sizes = {"num_prototypes": num_prototypes, "queue_size": queue_size}
+        if "noise" in options:
+            options["noise_steps"] = (plan.epochs - 1) * plan.steps_per_epoch
         super().__init__(network, plan, preset=preset, **sizes, **options, **steps[warmup])
 
     def loss(self, x: Tensor) -> Tensor:
