@@ -260,7 +260,7 @@ def test_defaults_are_options_of_methods(defaults: str, tmp_path: Path) -> None:
         load_config(written(tmp_path, f"defaults: {defaults}\nruns: []\n"))
 
 
-def test_wae_has_the_noise_of_ours_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wae_has_the_noise_of_ours_in_training_until_the_last_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "mmd_to_prior", lambda z, **options: 0)  # which draws, too
     plan = Plan(epochs=9, warmup_epochs=0, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
     plain, noisy = (
@@ -270,11 +270,19 @@ def test_wae_has_the_noise_of_ours_in_training_alone(monkeypatch: pytest.MonkeyP
     noisy.load_state_dict(plain.state_dict())
     x = torch.rand(4, 64)
 
-    def losses(training: bool) -> list[float]:
+    def losses(training: bool, epoch: int) -> list[float]:
+        noisy.begin_epoch(epoch)
         return [method.train(training).loss(x).item() for method in (plain, noisy)]
 
-    assert len(set(losses(True))) == 2
-    assert len(set(losses(False))) == 1
+    assert len(set(losses(True, 7))) == 2
+    assert len(set(losses(False, 7))) == len(set(losses(True, 8))) == 1
+
+
+def test_ours_has_no_noise_in_the_last_epoch() -> None:
+    plan = Plan(epochs=9, warmup_epochs=0, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
+    options = {"num_prototypes": 2, "noise": 0.1}
+    layer = build_method("balanced", build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options).regularizer
+    assert (layer.noise, layer.noise_steps) == (0.1, 40)
 
 
 @pytest.mark.parametrize(
