@@ -35,7 +35,7 @@ def with_noise(z: Tensor, size: Tensor | float, *, dim: int = -1, mask: Tensor |
         raise ValueError(f"dim: expected an axis of z, which has {z.ndim}, got {dim}. Pass that of the latents.")
     dim %= z.ndim
     check_mask("mask", mask, z.shape[:dim] + z.shape[dim + 1 :])
-    # What is left out goes first: of a NaN not even its gradient of 0 would be one.
+    # What is left out goes first: the gradient of a NaN's length is NaN, even if nothing comes of that length.
     counted = z if mask is None else torch.where(mask.unsqueeze(dim), z, 0.0)
     counted = counted.to(compute_dtype(z.dtype))
     length = torch.linalg.vector_norm(counted, dim=dim, keepdim=True)
