@@ -205,8 +205,8 @@ class Lifecycle(nn.Module):
         """(2,) share of their usual size that the weights of prototype loss and MMD have: while prototypes warm up, the
         MMD's may be more than 1. () where it is the same of both, None where it is 1 for good.
 
-        ``saved``: autograd saves it. Then it stays a tensor for good: torch's checkpointing runs a step again when it has
-        been counted, and wants as many saved tensors as there were.
+        ``saved``: autograd saves it. Then it stays a tensor for good: torch's checkpointing runs a step again when it
+        has been counted, and wants as many saved tensors as there were.
         """
         end = self._begin() + self.ramp_steps
         if not end:
