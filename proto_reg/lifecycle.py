@@ -184,8 +184,9 @@ class Lifecycle(nn.Module):
         head, past = self.head, 0 if self.queue is None else self.queue.size
         if not self.watch.due(share.total + past, head.num_prototypes) or not tokens.shape[0]:
             return
-        # What FSDP2 gathered does not tell whether an optimizer has touched the shards.
-        prototypes = head.prototypes if head.shards is None else head.prototypes.detach()
+        # What FSDP2 gathered does not tell whether an optimizer has touched the shards; without weight none need.
+        moving = head.shards is None and self.prototype_weight
+        prototypes = head.prototypes if moving else head.prototypes.detach()
         found = output.assignments, output.prototype_loss, self.steps - self._begin()
         self.watch.look(tokens, keep, prototypes, head.std, *found)
 

@@ -102,6 +102,8 @@ def test_prototypes_that_no_optimizer_knows() -> None:
     frozen = PrototypicalRegularizer(DIM, K)
     frozen.head.requires_grad_(False)
     assert not any("No optimizer" in text for text in spoken(lambda: [frozen(z) for _ in range(250)]))
+    without = PrototypicalRegularizer(DIM, K, prototype_weight=0.0)  # its prototypes are to stay where they are
+    assert not any("No optimizer" in text for text in spoken(lambda: walk(without, z, 250)))
 
 
 def test_a_loss_stuck_at_its_maximum() -> None:
