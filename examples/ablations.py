@@ -49,7 +49,8 @@ class Variant(VAE):
     ) -> None:
         super().__init__(pixels, args.latent_dim, args.hidden)
         self.on, self.noise, self.kl = on, noise, kl
-        options = {"prototype_weight": args.prototype_weight} | layer
+        # Without the warm-up of the library's defaults, which would hide some of what differs here.
+        options = {"prototype_weight": args.prototype_weight, "prototype_warmup_steps": 0} | layer
         build = proto_reg.PrototypicalRegularizer
         self.regularizer = build(args.latent_dim, args.prototypes, **options) if on else None
         self.last: tuple[Tensor, Tensor] | None = None  # latents and their assignments

@@ -47,7 +47,7 @@ class PrototypicalAEConfig(AEConfig):
     prototype_weight: float = 0.03
     mmd_weight: float = 0.1
     warmup_steps: int = 0
-    prototype_warmup_steps: int = 0
+    prototype_warmup_steps: int | None = None
     mmd_warmup_weight: float = 0.5
     noise: float = 0.0
     noise_steps: int = 0

@@ -36,9 +36,14 @@ class LayerWatch:
         self.looks = 0
         self._last: Tensor | None = None  # the prototypes at the last look
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.active_steps = -math.inf  # after the warm-up, at the last look that has arrived
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"said": set(self.said), "_last": None, "_pending": None}
+
+    def forget(self) -> None:
+        """The layer's steps are no longer those that were seen."""
+        self._pending, self.active_steps = None, -math.inf
 
     def say(self, key: str, message: str) -> None:
         """Warn with ``message`` unless this watch already spoke of ``key``."""
@@ -186,6 +191,7 @@ class LayerWatch:
         broken: float,
     ) -> None:
         """Say what the figures of :meth:`_measure` tell, in their order."""
+        self.active_steps = active_steps
         if broken:
             self.say(
                 "finite",

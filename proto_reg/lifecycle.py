@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,11 @@ class Lifecycle(nn.Module):
     def reset_parameters(self) -> None:
         """Go back to step 0. Head, meter, follower and queue have a method of their own, as torch's modules do."""
         self.steps.zero_()
+        self.watch.forget()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.watch.forget()
 
     @torch.no_grad()
     def revive(
@@ -228,10 +234,12 @@ class Lifecycle(nn.Module):
         return torch.where(self._now() < self.noise_steps, size, 0.0) if self.noise_steps else size
 
     def _past(self, step: int) -> bool:
-        """Whether ``step`` has come, asked where the answer is at hand: a schedule's dozen operators cost time."""
-        if torch.compiler.is_compiling() or transforming() or not self.steps.is_cpu or type(self.steps) is not Tensor:
-            return False  # on a GPU, in a graph, or of no value, as fake tensors are
-        return self.steps.item() >= step
+        """Whether ``step`` has come, as far as is known without waiting: a schedule's dozen operators cost time."""
+        if torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
+            return False  # in a graph, or of no value, as fake tensors are
+        if self.steps.is_cpu:
+            return self.steps.item() >= step
+        return self.watch.active_steps + self._begin() >= step  # of a look at what a GPU had done by then
 
     def _sharpness(self) -> Tensor:
         """() what scores are multiplied with at this step to be at its temperature under the final one."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import proto_reg
+from proto_reg import regularizer
 from proto_reg.kernels import backends, build, closed_forms
 
 warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
@@ -23,6 +24,13 @@ warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def at_work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose prototypes are at work from the first step, but in tests of the warm-up that users get."""
+    if "warm_up" not in request.keywords:
+        monkeypatch.setattr(regularizer, "PROTOTYPE_WARMUP", 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

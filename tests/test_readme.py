@@ -17,6 +17,7 @@ def test_there_are_blocks() -> None:
     assert len(BLOCKS) >= 5
 
 
+@pytest.mark.warm_up
 @pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_blocks_run_and_print_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -58,6 +58,24 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
         assert torch.equal(layer.head.prototypes, before) == (step < 3)
 
 
+@pytest.mark.warm_up
+def test_the_default_is_some_steps_of_the_mmd_alone_where_steps_are_counted() -> None:
+    default, untracked = PrototypicalRegularizer(DIM, K), PrototypicalRegularizer(DIM, K, tracking=False)
+    assert (default.prototype_warmup_steps, untracked.prototype_warmup_steps) == (235, 0)
+    assert PrototypicalRegularizer(DIM, K, tracking=False, prototype_warmup_steps=7).prototype_warmup_steps == 7
+    assert PrototypicalRegularizer.paper(DIM, K).prototype_warmup_steps == 0
+    asked = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=235)
+    asked.load_state_dict(default.state_dict())
+    z, g = torch.randn(2, BATCH, DIM)
+    for step in range(236):
+        assert default.metrics()["active"] == (step >= 235)
+        for layer in (default, asked):
+            layer.zero_grad()
+            layer(z.clone().requires_grad_())[0].backward(g)
+        assert torch.equal(default.head.prototypes.grad, asked.head.prototypes.grad)
+        assert default.head.prototypes.grad.any() == (step >= 235)
+
+
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_schedules_that_are_over_leave_the_same_bits(mode: str) -> None:
     over = PrototypicalRegularizer(DIM, K, mode=mode, warmup_steps=1, prototype_warmup_steps=1, ramp_steps=2)
@@ -157,3 +175,22 @@ def test_a_ramp_as_long_as_the_training_is_warned_of() -> None:
     assert spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=60, ramp_steps=39, total_steps=100)) == []
     (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, prototype_warmup_steps=100, total_steps=100))
     assert "prototype_warmup_steps = 100 covers all 100 steps" in text
+
+
+def test_a_gpu_is_not_waited_for_to_know_that_a_warm_up_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the step is known from the last look that has arrived, here that after 50 steps."""
+    layer = PrototypicalRegularizer(DIM, K, warmup_steps=3, prototype_warmup_steps=20)
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    known = []
+    for _ in range(60):
+        layer(z)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(torch.Tensor, "is_cpu", False)
+            known.append((layer._past(50), layer._past(51), layer._active() is None))
+    assert known == [(False, False, False)] * 49 + [(True, False, True)] * 11
+    for change in (lambda: layer.load_state_dict(layer.state_dict()), layer.reset_parameters):
+        layer.watch.active_steps = 40.0
+        change()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(torch.Tensor, "is_cpu", False)
+            assert not layer._past(1)

@@ -65,9 +65,9 @@ class Prototypical(Method):
 class Balanced(Prototypical):
     """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
 
-    Its ``warmup`` is an epoch of the MMD alone ("mmd"), that of all the others ("reconstruction"), or "none", as the
-    library has it unless it is told. Batches of fewer than 2 K latents get the queue that README advises for them.
-    There is no ``noise`` in the last epoch.
+    Its ``warmup`` is the library's own, 235 steps of the MMD alone ("mmd"), that of all the others
+    ("reconstruction"), or "none". Batches of fewer than 2 K latents get the queue that README advises for them. There
+    is no ``noise`` in the last epoch.
     """
 
     trained_as = "balanced"
@@ -85,9 +85,9 @@ class Balanced(Prototypical):
         **options: Any,
     ) -> None:
         steps = {
-            "mmd": {"prototype_warmup_steps": plan.steps_per_epoch},
-            "reconstruction": {"warmup_steps": plan.warmup_epochs * plan.steps_per_epoch},
-            "none": {},
+            "mmd": {},
+            "reconstruction": {"warmup_steps": plan.warmup_epochs * plan.steps_per_epoch, "prototype_warmup_steps": 0},
+            "none": {"prototype_warmup_steps": 0},
         }
         if warmup not in steps:
             raise ValueError(f"warmup: expected one of {sorted(steps)}, got {warmup!r}. Choose one.")
@@ -105,12 +105,12 @@ class Balanced(Prototypical):
 
 
 class Algorithm1(Prototypical):
-    """The paper's three optimizers, by :class:`proto_reg.PrototypicalTraining`."""
+    """The paper's three optimizers, by :class:`proto_reg.PrototypicalTraining`, whose warm-up is the only one."""
 
     trained_as = "algorithm1"
 
     def __init__(self, network: Network, plan: Plan, *, preset: str = "paper", **options: Any) -> None:
-        super().__init__(network, plan, preset=preset, **options)
+        super().__init__(network, plan, preset=preset, prototype_warmup_steps=0, **options)
         training = PrototypicalTraining(
             nn.Sequential(network.features, network.latent),
             network.decoder,
