@@ -27,7 +27,7 @@ from .output import RegularizerOutput
 from .tokens import Gatherer, Share, subsample, undivided
 
 MODES = ("balanced", "weighted")
-PROTOTYPE_WARMUP = 235  # steps: an epoch of MNIST in batches of 256, as examples/paper measures it
+PROTOTYPE_WARMUP = 50  # steps, by default: an epoch pays no more on MNIST, and 100 cost on the digits
 # A batch of several processes with up to so many entries of latents and scores (4 MiB) is computed by each of them.
 GATHERED = 1 << 20
 
@@ -62,8 +62,8 @@ class PrototypicalRegularizer(Lifecycle):
         mode: ``"balanced"`` or ``"weighted"``.
         warmup_steps: training forward passes (with gradients enabled) of reconstruction only.
         prototype_warmup_steps: passes after those in which the MMD is at work alone: latents take their scale while the
-            prototypes stay where they are. It pays in reconstruction: README, "How hard to pull". None: 235, but 0
-            with ``tracking=False``, which counts no steps.
+            prototypes stay where they are. It pays in reconstruction: README, "How hard to pull". None: 50, but 0
+            with ``tracking=False``, which counts no steps, or without ``mmd_weight``.
         mmd_warmup_weight: lambda_r in those passes, >= 0.
         ramp_steps: passes in which a weight then grows linearly from 0.
         noise: size, >= 0, of the noise that the decoder gets in training, relative to each latent's own: the layer then
@@ -125,13 +125,14 @@ class PrototypicalRegularizer(Lifecycle):
         total_steps: int | None = None,
         group: Group = "default",
     ) -> None:
-        warm = (PROTOTYPE_WARMUP if tracking else 0) if prototype_warmup_steps is None else prototype_warmup_steps
+        if prototype_warmup_steps is None:
+            prototype_warmup_steps = PROTOTYPE_WARMUP if tracking and mmd_weight else 0
         super().__init__(
             *components(latent_dim, num_prototypes, std, soft, group, head, assigner, mmd),
             temperature=temperature,
             temperature_steps=temperature_steps,
             warmup_steps=warmup_steps,
-            prototype_warmup_steps=warm,
+            prototype_warmup_steps=prototype_warmup_steps,
             ramp_steps=ramp_steps,
             noise=noise,
             noise_steps=noise_steps,

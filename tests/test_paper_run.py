@@ -285,11 +285,11 @@ def test_ours_has_no_noise_in_the_last_epoch() -> None:
     assert (layer.noise, layer.noise_steps) == (0.1, 40)
 
 
-@pytest.mark.warm_up
 @pytest.mark.parametrize(
     ("method", "options", "steps"),
     [
-        ("balanced", {}, (0, 235)),
+        ("balanced", {}, (0, 5)),
+        ("balanced", {"prototype_warmup_steps": 50}, (0, 50)),
         ("balanced", {"warmup": "reconstruction"}, (15, 0)),
         ("balanced", {"warmup": "none"}, (0, 0)),
         ("wae", {}, [False, True]),

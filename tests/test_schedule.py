@@ -60,20 +60,22 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
 
 @pytest.mark.warm_up
 def test_the_default_is_some_steps_of_the_mmd_alone_where_steps_are_counted() -> None:
-    default, untracked = PrototypicalRegularizer(DIM, K), PrototypicalRegularizer(DIM, K, tracking=False)
-    assert (default.prototype_warmup_steps, untracked.prototype_warmup_steps) == (235, 0)
+    default = PrototypicalRegularizer(DIM, K)
+    assert default.prototype_warmup_steps == 50
+    for without in ({"tracking": False}, {"mmd_weight": 0.0}):
+        assert PrototypicalRegularizer(DIM, K, **without).prototype_warmup_steps == 0
     assert PrototypicalRegularizer(DIM, K, tracking=False, prototype_warmup_steps=7).prototype_warmup_steps == 7
     assert PrototypicalRegularizer.paper(DIM, K).prototype_warmup_steps == 0
-    asked = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=235)
+    asked = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=50)
     asked.load_state_dict(default.state_dict())
     z, g = torch.randn(2, BATCH, DIM)
-    for step in range(236):
-        assert default.metrics()["active"] == (step >= 235)
+    for step in range(51):
+        assert default.metrics()["active"] == (step >= 50)
         for layer in (default, asked):
             layer.zero_grad()
             layer(z.clone().requires_grad_())[0].backward(g)
         assert torch.equal(default.head.prototypes.grad, asked.head.prototypes.grad)
-        assert default.head.prototypes.grad.any() == (step >= 235)
+        assert default.head.prototypes.grad.any() == (step >= 50)
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])

@@ -82,11 +82,11 @@ the decoded prototypes. **Diversity**: mean distance between samples of a protot
 its cluster. **FID, precision, recall** on features of that classifier, which is small and trained on this data set:
 they compare between rows here, and with nothing published. *Real*: test images against training images, the floor.
 **Warm-up**: what a method adds begins after the config's warm-up epochs of reconstruction, as in the paper; but ours
-begins with 235 steps of the MMD alone, the library's default and an epoch of MNIST, and there is a WAE-MMD that acts
-from the first step on as well. **Queue**: ours assigns batches of fewer than two latents for each prototype together
-with past ones. **Noise**: in training, the decoder may get latents with noise, a share of their length. Whether ours
-has it is its config's choice; the row that names it, *noise = 0* or another share, is the other choice. Ours
-after reconstruction has none."""
+begins with an epoch of the MMD alone (the rows that name `prototype_warmup_steps`: so many steps, of which the library
+has 50 unless it is told), and there is a WAE-MMD that acts from the first step on as well. **Queue**: ours assigns
+batches of fewer than two latents for each prototype together with past ones. **Noise**: in training, the decoder may
+get latents with noise, a share of their length. Whether ours has it is its config's choice; the row that names it,
+*noise = 0* or another share, is the other choice. Ours after reconstruction has none."""
 
 PUBLISHED = {
     "MNIST": (

@@ -65,9 +65,9 @@ class Prototypical(Method):
 class Balanced(Prototypical):
     """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
 
-    Its ``warmup`` is the library's own, 235 steps of the MMD alone ("mmd"), that of all the others
-    ("reconstruction"), or "none". Batches of fewer than 2 K latents get the queue that README advises for them. There
-    is no ``noise`` in the last epoch.
+    Its ``warmup`` is an epoch of the MMD alone ("mmd"; ``prototype_warmup_steps`` may say another length), that of all
+    the others ("reconstruction"), or "none". Batches of fewer than 2 K latents get the queue that README advises for
+    them. There is no ``noise`` in the last epoch.
     """
 
     trained_as = "balanced"
@@ -85,7 +85,7 @@ class Balanced(Prototypical):
         **options: Any,
     ) -> None:
         steps = {
-            "mmd": {},
+            "mmd": {"prototype_warmup_steps": plan.steps_per_epoch},
             "reconstruction": {"warmup_steps": plan.warmup_epochs * plan.steps_per_epoch, "prototype_warmup_steps": 0},
             "none": {"prototype_warmup_steps": 0},
         }
@@ -96,7 +96,7 @@ class Balanced(Prototypical):
         sizes = {"num_prototypes": num_prototypes, "queue_size": queue_size}
         if "noise" in options:
             options["noise_steps"] = (plan.epochs - 1) * plan.steps_per_epoch
-        super().__init__(network, plan, preset=preset, **sizes, **options, **steps[warmup])
+        super().__init__(network, plan, preset=preset, **sizes, **(steps[warmup] | options))
 
     def loss(self, x: Tensor) -> Tensor:
         z, info = self.regularizer(self.network.encode(x))
