@@ -235,10 +235,11 @@ class Lifecycle(nn.Module):
 
     def _past(self, step: int) -> bool:
         """Whether ``step`` has come, as far as is known without waiting: a schedule's dozen operators cost time."""
-        if torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
+        steps = self.steps
+        if torch.compiler.is_compiling() or transforming() or type(steps) is not Tensor:
             return False  # in a graph, or of no value, as fake tensors are
-        if self.steps.is_cpu:
-            return self.steps.item() >= step
+        if steps.is_cpu:
+            return steps.item() >= step
         return self.watch.active_steps + self._begin() >= step  # of a look at what a GPU had done by then
 
     def _sharpness(self) -> Tensor:

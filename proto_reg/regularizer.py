@@ -19,7 +19,7 @@ from .functional.problem import usable
 from .fused import fused_step
 from .head import PrototypeHead
 from .kernels.once import transforming
-from .kernels.rows import at_work, sum_of_active
+from .kernels.rows import at_work, loss_of_active
 from .layout import Layout
 from .lifecycle import Lifecycle
 from .mmd import AnchoredMMDLoss
@@ -196,7 +196,7 @@ class PrototypicalRegularizer(Lifecycle):
         index, keep = self._subsample(z.shape[0], keep, share)
         mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
         losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
-        loss = sum_of_active(*losses, self._active(saved=True))
+        loss = loss_of_active(*losses, self._active(saved=True))
         return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
 
     def _balanced(
@@ -284,7 +284,7 @@ class PrototypicalRegularizer(Lifecycle):
         direction, to_prototypes = add_up(by_tokens, by_latents, *weights, share.group, active)
         steps = [at_work(to_prototypes * g, active, 0) for g in by_parameters]
         losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
-        loss = sum_of_active(*losses, active)
+        loss = loss_of_active(*losses, active)
         output = self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
         return direction, list(zip(self.head.parameters(), steps, strict=True)), output
 

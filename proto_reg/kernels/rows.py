@@ -48,6 +48,13 @@ def sum_of_active(of_prototypes: Tensor, of_mmd: Tensor, active: Tensor | None) 
     return at_work(of_prototypes, active, 0) + at_work(of_mmd, active, 1)
 
 
+def loss_of_active(of_prototypes: Tensor, of_mmd: Tensor, active: Tensor | None) -> Tensor:
+    """:func:`sum_of_active` of numbers (), in half as many operators."""
+    if active is None:
+        return of_prototypes + of_mmd
+    return torch.where(active > 0, active * torch.stack([of_prototypes, of_mmd]), 0.0).sum()
+
+
 def at_work(x: Tensor, active: Tensor | None, loss: int) -> Tensor:
     """``x`` times the share of its usual size that the weight of the ``loss`` has; at 0 nothing, be ``x`` NaN.
 

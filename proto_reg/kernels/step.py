@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .follow import follow_reference, followed
 from .mmd import anchored_mmd_loss_plain, anchored_mmd_reference
-from .rows import add_at_weights, at_work, sum_of_active, tally_plain, typical_sums_plain
+from .rows import add_at_weights, at_work, loss_of_active, tally_plain, typical_sums_plain
 from .scores import scores_and_pull_back
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference
 
@@ -85,7 +85,7 @@ def balanced_step_plain(
     norms = torch.linalg.vector_norm(by_tokens), torch.linalg.vector_norm(by_latents)
     direction, scale = add_at_weights(by_tokens, by_latents, norms, prototype_weight, mmd_weight, active)
     step = at_work(scale * by_prototypes, active, 0)
-    loss = sum_of_active(prototype_weight * prototype_loss, mmd_weight * mmd_loss, active)
+    loss = loss_of_active(prototype_weight * prototype_loss, mmd_weight * mmd_loss, active)
     if sums is not None and mass is not None:
         both = typical_sums_plain(z, assignments, followed(prototype_loss, active, mask), prototypes, std)
         sums.add_(both[:, :-1])
