@@ -92,10 +92,10 @@ class LayerWatch:
                 "of dimensions. Regularise positions (layout='b d h w') or put a linear bottleneck before the layer.",
             )
 
-    def due(self, total: int, num_prototypes: int) -> bool:
+    def due(self, total: int, num_prototypes: int, begin: int) -> bool:
         """Look at the shapes of a training step, of ``total`` latents in all; whether it is time to look at values.
 
-        It is after 50, 100, 200, ... steps.
+        It is after 50, 100, 200, ... steps, in a warm-up of ``begin`` steps and again after it.
         """
         if torch.compiler.is_compiling():
             return False
@@ -109,7 +109,8 @@ class LayerWatch:
         if self._pending is not None:
             self._read()
         self.looks += 1
-        return self.looks % FIRST_LOOK == 0 and (self.looks // FIRST_LOOK).bit_count() == 1
+        steps = self.looks if self.looks <= begin else self.looks - begin
+        return steps % FIRST_LOOK == 0 and (steps // FIRST_LOOK).bit_count() == 1
 
     def look(
         self,

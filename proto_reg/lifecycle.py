@@ -188,12 +188,13 @@ class Lifecycle(nn.Module):
     def _look(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
         """Have the watch look at a training forward of ``tokens`` (N, D)."""
         head, past = self.head, 0 if self.queue is None else self.queue.size
-        if not self.watch.due(share.total + past, head.num_prototypes) or not tokens.shape[0]:
+        begin = self._begin()
+        if not self.watch.due(share.total + past, head.num_prototypes, begin) or not tokens.shape[0]:
             return
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards; without weight none need.
         moving = head.shards is None and self.prototype_weight
         prototypes = head.prototypes if moving else head.prototypes.detach()
-        found = output.assignments, output.prototype_loss, self.steps - self._begin()
+        found = output.assignments, output.prototype_loss, self.steps - begin
         self.watch.look(tokens, keep, prototypes, head.std, *found)
 
     def _now(self) -> Tensor:

@@ -63,7 +63,7 @@ class PrototypicalRegularizer(Lifecycle):
         warmup_steps: training forward passes (with gradients enabled) of reconstruction only.
         prototype_warmup_steps: passes after those in which the MMD is at work alone: latents take their scale while the
             prototypes stay where they are. It pays in reconstruction: README, "How hard to pull". None: 50, but 0
-            with ``tracking=False``, which counts no steps, or without ``mmd_weight``.
+            with ``tracking=False``, which counts no steps, or where one of the MMD's weights is 0.
         mmd_warmup_weight: lambda_r in those passes, >= 0.
         ramp_steps: passes in which a weight then grows linearly from 0.
         noise: size, >= 0, of the noise that the decoder gets in training, relative to each latent's own: the layer then
@@ -126,7 +126,7 @@ class PrototypicalRegularizer(Lifecycle):
         group: Group = "default",
     ) -> None:
         if prototype_warmup_steps is None:
-            prototype_warmup_steps = PROTOTYPE_WARMUP if tracking and mmd_weight else 0
+            prototype_warmup_steps = PROTOTYPE_WARMUP if tracking and mmd_weight and mmd_warmup_weight else 0
         super().__init__(
             *components(latent_dim, num_prototypes, std, soft, group, head, assigner, mmd),
             temperature=temperature,

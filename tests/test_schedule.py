@@ -62,7 +62,7 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
 def test_the_default_is_some_steps_of_the_mmd_alone_where_steps_are_counted() -> None:
     default = PrototypicalRegularizer(DIM, K)
     assert default.prototype_warmup_steps == 50
-    for without in ({"tracking": False}, {"mmd_weight": 0.0}):
+    for without in ({"tracking": False}, {"mmd_weight": 0.0}, {"mmd_warmup_weight": 0.0}):
         assert PrototypicalRegularizer(DIM, K, **without).prototype_warmup_steps == 0
     assert PrototypicalRegularizer(DIM, K, tracking=False, prototype_warmup_steps=7).prototype_warmup_steps == 7
     assert PrototypicalRegularizer.paper(DIM, K).prototype_warmup_steps == 0
@@ -180,16 +180,16 @@ def test_a_ramp_as_long_as_the_training_is_warned_of() -> None:
 
 
 def test_a_gpu_is_not_waited_for_to_know_that_a_warm_up_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the step is known from the last look that has arrived, here that after 50 steps."""
-    layer = PrototypicalRegularizer(DIM, K, warmup_steps=3, prototype_warmup_steps=20)
+    """There the step is known from the last look that has arrived, here those after 73 and 123."""
+    layer = PrototypicalRegularizer(DIM, K, warmup_steps=3, prototype_warmup_steps=20, prototype_weight=0.0)
     z = torch.randn(BATCH, DIM, requires_grad=True)
     known = []
-    for _ in range(60):
+    for _ in range(130):
         layer(z)
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(torch.Tensor, "is_cpu", False)
-            known.append((layer._past(50), layer._past(51), layer._active() is None))
-    assert known == [(False, False, False)] * 49 + [(True, False, True)] * 11
+            known.append((layer._past(73), layer._past(123), layer._active() is None))
+    assert known == [(False, False, False)] * 72 + [(True, False, True)] * 50 + [(True, True, True)] * 8
     for change in (lambda: layer.load_state_dict(layer.state_dict()), layer.reset_parameters):
         layer.watch.active_steps = 40.0
         change()

@@ -106,6 +106,19 @@ def test_prototypes_that_no_optimizer_knows() -> None:
     assert not any("No optimizer" in text for text in spoken(lambda: walk(without, z, 250)))
 
 
+@pytest.mark.warm_up
+@pytest.mark.parametrize("begin", [0, 50, 75, 300])
+def test_a_warm_up_does_not_put_warnings_off(begin: int) -> None:
+    """They come so many steps after it, as they do without one."""
+    without = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=begin)
+    z = without.head.sample(64).requires_grad_()
+    assert not any("No optimizer" in text for text in spoken(lambda: [without(z) for _ in range(begin + 99)]))
+    assert any("No optimizer" in text for text in spoken(lambda: without(z)))
+    stuck = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=begin, temperature=100.0)
+    assert not any("ln K" in text for text in spoken(lambda: walk(stuck, torch.randn(64, DIM), begin + SETTLED - 1)))
+    assert "Lower the temperature" in one_of(stuck, torch.randn(64, DIM), 1, "ln K")
+
+
 def test_a_loss_stuck_at_its_maximum() -> None:
     layer = PrototypicalRegularizer(DIM, K, temperature=100.0)
     assert "Lower the temperature" in one_of(layer, torch.randn(64, DIM), SETTLED + 1, "ln K")
