@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
@@ -49,25 +50,35 @@ SHAPES = [(256, 10), (256, 30), (256, 50), (1024, 100), (4096, 300), (2048, 3000
 SHAPES += [(1024, 65536), (3, 65536), (1, 1), (200_000, 30)]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where libraries are built: PROTO_REG_CACHE, so that several runs on one machine compile once, else a new folder."""
+    chosen = os.environ.get("PROTO_REG_CACHE")
+    return Path(chosen).absolute() if chosen else tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cuda_library(cache: Path) -> Iterator[Path]:
     """The library, built for the GPUs at hand and found by whoever asks from then on."""
     if reason := build.obstacle("cuda"):
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTO_REG_CACHE", str(tmp_path_factory.mktemp("kernels")))
+        patch.setenv("PROTO_REG_CACHE", str(cache))
         backends._reset()
         yield build.build("cuda")
     backends._reset()
 
 
 @pytest.fixture(scope="module")
-def forced(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("forced") / "forced.so"
-    major, minor = torch.cuda.get_device_capability()
-    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}", f"-I{SOURCES}"]
-    source = str(Path(__file__).with_name("forced.cu"))
-    subprocess.run([str(build._nvcc()), *flags, source, "-o", str(target)], check=True)
+def forced(cache: Path) -> ctypes.CDLL:
+    source = Path(__file__).with_name("forced.cu")
+    target = cache / f"forced-{build._hash(build._identity('cuda'), source.read_bytes())}.so"
+    if not target.exists():
+        major, minor = torch.cuda.get_device_capability()
+        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}", f"-I{SOURCES}"]
+        own = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([str(build._nvcc()), *flags, str(source), "-o", str(own)], check=True)
+        own.replace(target)
     return load(target, "cuda")
 
 
