@@ -10,13 +10,15 @@ from collections.abc import Callable
 import pytest
 from emulation.emulator import SOURCES, Limits, Plan, Problem
 
-H100 = Limits(132, 1024, 227 * 1024, 228 * 1024, 90, True, True)
-A100 = Limits(108, 1024, 163 * 1024, 164 * 1024, 80, True, False)
-RTX5090 = Limits(170, 1024, 99 * 1024, 100 * 1024, 120, True, True)
+H100 = Limits(132, 1024, 227 * 1024, 228 * 1024, 90, True, True, 14)
+A100 = Limits(108, 1024, 163 * 1024, 164 * 1024, 80, True, False, 0)
+RTX5090 = Limits(170, 1024, 99 * 1024, 100 * 1024, 120, True, True, 20)
 DEVICES = {"H100": H100, "A100": A100, "RTX 5090": RTX5090}
 SHAPES = [(256, 10), (256, 30), (256, 50), (1024, 100), (4096, 300), (2048, 3000), (8192, 3000), (1024, 65536)]
 SHAPES += [(1, 1), (1, 65536), (3, 65536), (65536, 1), (1_000_000, 30), (100_000, 1003), (7, 40_000), (129, 4097)]
-REGIMES = ("block", "cluster", "grid", "streamed")
+REGIMES = ("registers", "block", "cluster", "grid", "streamed")
+# Rows and columns of a thread that a kernel is compiled for.
+KERNELS = {(r, c) for r in (1, 2, 4) for c in range(2, 13, 2) if r * c <= 20}
 SHIM = """
 #include "sinkhorn_plan.h"
 using namespace proto_reg;
@@ -55,17 +57,18 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
 @pytest.mark.parametrize(
     ("shape", "h100", "a100"),
     [
-        ((1, 1), "block", "block"),
-        ((256, 10), "block", "block"),
-        ((256, 30), "block", "block"),
-        ((256, 50), "block", "block"),
-        ((1024, 100), "cluster", "grid"),
+        ((1, 1), "registers", "registers"),
+        ((256, 10), "registers", "registers"),
+        ((256, 30), "registers", "registers"),
+        ((256, 50), "registers", "block"),
+        ((1024, 100), "registers", "grid"),
+        ((2048, 128), "registers", "grid"),
         ((4096, 300), "grid", "grid"),
-        ((2048, 3000), "grid", "fused"),
-        ((8192, 3000), "fused", "fused"),
-        ((1024, 65536), "fused", "sweeps"),
-        ((3, 65536), "fused", "sweeps"),
-        ((1_000_000, 30), "fused", "fused"),
+        ((2048, 3000), "grid", "narrow"),
+        ((8192, 3000), "narrow", "narrow"),
+        ((1024, 65536), "narrow", "sweeps"),
+        ((3, 65536), "narrow", "sweeps"),
+        ((1_000_000, 30), "narrow", "narrow"),
     ],
 )
 def test_regimes(planner: Planner, shape: tuple[int, int], h100: str, a100: str) -> None:
@@ -75,12 +78,12 @@ def test_regimes(planner: Planner, shape: tuple[int, int], h100: str, a100: str)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("allow", range(4))
+@pytest.mark.parametrize("allow", range(5))
 def test_the_numbers_fit(planner: Planner, shape: tuple[int, int], device: str, allow: int) -> None:
     limits = DEVICES[device]
     plan = planner(shape, limits, allow=allow)
     rows, columns = shape
-    assert REGIMES.index(plan.name if plan.regime < 3 else "streamed") >= allow
+    assert REGIMES.index(plan.name if plan.regime < 4 else "streamed") >= allow
     assert plan.stride % 4 == 0 and 0 <= plan.stride - columns < 4
     assert plan.shared_bytes <= limits.shared_per_block
     for threads in (plan.threads, plan.sweep_threads):
@@ -96,8 +99,22 @@ def test_the_numbers_fit(planner: Planner, shape: tuple[int, int], device: str, 
         assert plan.blocks <= limits.multiprocessors
         assert plan.rows_per_block * (plan.blocks - 1) < rows
         assert plan.workspace_floats >= plan.blocks * 2 * plan.stride
-    if plan.regime == 3:
+    if plan.name == "registers":
+        check_registers(plan, shape)
+    if plan.regime == 4:
         check_streamed(plan, shape, limits)
+
+
+def check_registers(plan: Plan, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    per_warp = 32 // plan.lanes * plan.rows_per_thread
+    assert plan.rows_per_block * plan.blocks >= rows
+    assert plan.threads // 32 * per_warp >= plan.rows_per_block
+    assert plan.lanes * plan.columns_per_thread >= columns
+    assert (plan.rows_per_thread, plan.columns_per_thread) in KERNELS and plan.threads <= 512
+    assert plan.shared_bytes >= 4 * (2 * plan.threads // 32 + 8) * plan.lanes * plan.columns_per_thread
+    if plan.blocks > plan.cluster:
+        assert plan.workspace_floats >= 4 * plan.blocks // plan.cluster * plan.lanes * plan.columns_per_thread
 
 
 def check_streamed(plan: Plan, shape: tuple[int, int], limits: Limits) -> None:
@@ -108,7 +125,18 @@ def check_streamed(plan: Plan, shape: tuple[int, int], limits: Limits) -> None:
         48 * 1024
     )
     assert 1 <= plan.slabs <= 65535
-    assert plan.workspace_floats >= 3 * plan.stride + 3 * rows + 2 * plan.slabs * plan.stride + plan.sweep_blocks
+    assert plan.workspace_floats >= 4 * plan.stride + 3 * rows + 2 * plan.slabs * plan.stride + plan.sweep_blocks
+    if plan.narrow_blocks:
+        assert plan.narrow_cluster in (1, 2, 4, 8) and (plan.narrow_cluster == 1 or limits.clusters)
+        assert plan.narrow_blocks % plan.narrow_cluster == 0
+        assert (
+            plan.narrow_quads * plan.narrow_cluster >= plan.stride // 4 > plan.narrow_quads * (plan.narrow_cluster - 1)
+        )
+        assert plan.narrow_lanes * plan.narrow_own >= plan.narrow_quads
+        assert plan.narrow_threads % 32 == 0 and plan.narrow_threads <= 512
+        assert plan.narrow_lanes == plan.narrow_threads or plan.narrow_lanes in (1, 2, 4, 8, 16, 32)
+        assert (plan.narrow_rows, plan.narrow_own) in ((4, 1), (2, 2), (1, 4))
+        assert plan.workspace_floats >= plan.narrow_blocks // plan.narrow_cluster * plan.stride
     if plan.fused:
         assert plan.local_columns * plan.cluster >= columns > plan.local_columns * (plan.cluster - 1)
         assert plan.local_columns % 4 == 0
@@ -118,16 +146,32 @@ def check_streamed(plan: Plan, shape: tuple[int, int], limits: Limits) -> None:
         assert plan.workspace_floats >= plan.blocks // plan.cluster * plan.stride
 
 
-def test_groups_that_fill_the_device_take_a_block_each(planner: Planner) -> None:
-    assert planner((1024, 50), H100, groups=1).name == "cluster"
-    assert planner((800, 40), H100, groups=100).name == "block"
+def test_small_problems_take_the_blocks_that_leave_each_thread_few_rows(planner: Planner) -> None:
+    """As measured on an H200: (blocks, blocks of a cluster) beside rows of each thread."""
+    for shape, expected in (
+        ((256, 10), (1, 1, 1)),
+        ((256, 30), (4, 4, 1)),
+        ((256, 50), (8, 8, 1)),
+        ((512, 30), (8, 8, 1)),
+        ((1024, 100), (64, 8, 1)),
+        ((2048, 128), (64, 8, 2)),
+        ((8192, 64), (64, 8, 4)),
+    ):
+        plan = planner(shape, H100)
+        assert (plan.blocks, plan.cluster, plan.rows_per_thread) == expected, shape
+
+
+def test_groups_that_fill_the_device_take_few_blocks_each(planner: Planner) -> None:
+    assert planner((1024, 50), H100, groups=1).blocks > 8
+    assert planner((256, 30), H100, groups=100).blocks == 1
+    assert planner((800, 40), H100, groups=100).blocks == 4
     assert planner((800, 40), A100, groups=100).name == "block"
     assert planner((4096, 300), H100, groups=100).name == "grid"
 
 
 def test_what_a_device_lacks_is_not_asked_for(planner: Planner) -> None:
-    lacking = Limits(132, 1024, 227 * 1024, 228 * 1024, 90, False, False)
+    lacking = Limits(132, 1024, 227 * 1024, 228 * 1024, 90, False, False, 0)
     for shape in SHAPES:
         plan = planner(shape, lacking)
-        assert plan.name in ("block", "fused", "sweeps")
-        assert plan.cluster == 1
+        assert plan.name in ("registers", "block", "narrow", "fused", "sweeps")
+        assert plan.cluster == 1 and plan.narrow_cluster <= 1

@@ -5,9 +5,12 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
+#include "sinkhorn_cuda_narrow.cuh"
 #include "sinkhorn_cuda_passes.cuh"
+#include "sinkhorn_cuda_registers.cuh"
 #include "sinkhorn_cuda_resident.cuh"
 
 namespace proto_reg {
@@ -38,12 +41,14 @@ cudaError_t query_limits(int device, DeviceLimits* limits) {
   limits->capability = 10 * major + minor;
   limits->cooperative = cooperative != 0;
   limits->clusters = cluster != 0 && major >= 9;
+  limits->grid_clusters = limits->multiprocessors / kClusterBlocks;
   return error;
 }
 
+constexpr int kDevices = 64;  // of which the launcher remembers what it asked
+
 // The current device's limits, asked for once.
 cudaError_t current_limits(DeviceLimits* limits) {
-  constexpr int kDevices = 64;
   static std::mutex mutex;
   static DeviceLimits known[kDevices];
   static bool asked[kDevices];
@@ -120,6 +125,11 @@ cudaError_t enqueue(void (*kernel)(Parameters...), const Launch& launch, Argumen
   return cudaLaunchKernelEx(&configuration.config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+// Whether the blocks of one group are a cooperative grid.
+bool waits_for_its_grid(const SinkhornPlan& plan) {
+  return plan.regime == Regime::grid || (plan.regime == Regime::registers && plan.blocks > plan.cluster);
+}
+
 Launch plain(int64_t blocks, int64_t threads, int64_t shared_bytes, cudaStream_t stream) {
   return {dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, 1, false, stream};
 }
@@ -127,7 +137,7 @@ Launch plain(int64_t blocks, int64_t threads, int64_t shared_bytes, cudaStream_t
 Launch planned(const SinkhornPlan& plan, int64_t blocks, cudaStream_t stream) {
   Launch launch = plain(blocks, plan.threads, plan.shared_bytes, stream);
   launch.cluster = plan.cluster;
-  launch.cooperative = plan.regime == Regime::grid;
+  launch.cooperative = waits_for_its_grid(plan);
   return launch;
 }
 
@@ -138,50 +148,26 @@ void (*resident_kernel(Regime regime))(SinkhornArgs) {
                                      : sinkhorn_resident<T, Regime::grid>;
 }
 
-// Whether the device can hold all blocks that wait for each other at one time.
-cudaError_t fits(void (*kernel)(SinkhornArgs), const SinkhornPlan& plan, const DeviceLimits& limits, bool* answer) {
-  cudaError_t error = allow_shared(kernel, plan.shared_bytes);
-  int count = 0;
-  const size_t bytes = static_cast<size_t>(plan.shared_bytes);
-  if (!error) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(plan.threads), bytes);
+template <int R, int C>
+void (*registers_kernel(int64_t columns))(SinkhornArgs) {
+  if constexpr (C > kRegisterColumns || R * C > kRegisterEntries) {
+    return nullptr;  // the planner asks for none
+  } else {
+    return columns == C ? sinkhorn_registers<R, C> : registers_kernel<R, C + 2>(columns);
   }
-  *answer = count * limits.multiprocessors >= plan.blocks;
-  return error;
 }
 
-template <class... Parameters>
-cudaError_t fits_cluster(void (*kernel)(Parameters...), const SinkhornPlan& plan, bool* answer) {
-  cudaError_t error = allow_shared(kernel, plan.shared_bytes);
-  int count = 0;
-  const Configuration configuration(planned(plan, plan.cluster, nullptr));
-  if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.config);
-  *answer = count > 0;
-  return error;
+void (*registers_kernel(const SinkhornPlan& plan))(SinkhornArgs) {
+  return plan.rows_per_thread == 1   ? registers_kernel<1, 2>(plan.columns_per_thread)
+         : plan.rows_per_thread == 2 ? registers_kernel<2, 2>(plan.columns_per_thread)
+                                     : registers_kernel<4, 2>(plan.columns_per_thread);
 }
 
-template <class T>
-cudaError_t fits(const SinkhornPlan& plan, const DeviceLimits& limits, bool* answer) {
-  *answer = true;
-  if (plan.regime == Regime::grid) return fits(sinkhorn_resident<T, Regime::grid>, plan, limits, answer);
-  if (plan.regime == Regime::cluster) return fits_cluster(sinkhorn_resident<T, Regime::cluster>, plan, answer);
-  return plan.cluster > 1 ? fits_cluster(stream_pass<T, true>, plan, answer) : cudaSuccess;
-}
-
-bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
-// What kernels want to know, ready for them.
-SinkhornArgs arguments(const SinkhornProblem& p, const SinkhornPlan& plan, float* workspace) {
-  constexpr double kLog2E = 1.4426950408889634, kLargest = 1e38;
-  SinkhornArgs a{p, plan, 0, 0, 0, false, workspace};
-  a.scale = static_cast<float>(std::fmin(8 * kLog2E / p.epsilon, kLargest));
-  a.limit = static_cast<float>(std::fmin(16777216.0 / a.scale, kLargest));
-  if (p.loss) a.entropy_scale = static_cast<float>(std::fmin(8 * kLog2E / p.temperature, kLargest));
-  const int64_t bytes = 4 * element_bytes(p.dtype);
-  a.vectors = p.columns % 4 == 0 && aligned(p.scores, bytes) && aligned(p.codes, bytes) && aligned(p.gradient, bytes);
-  return a;
+template <class T, Narrow kFor>
+void (*narrow_kernel(const SinkhornPlan& plan))(SinkhornArgs) {
+  return plan.narrow_own == 1   ? stream_narrow<T, 4, 1, kFor>
+         : plan.narrow_own == 2 ? stream_narrow<T, 2, 2, kFor>
+                                : stream_narrow<T, 1, 4, kFor>;
 }
 
 // Launches of the streamed regime.
@@ -208,11 +194,88 @@ struct Sweeps {
   Launch one_block() const { return plain(1, plan.sweep_threads, 128, stream); }
 
   Launch pass() const { return planned(plan, plan.blocks, stream); }
+
+  Launch narrow() const {
+    Launch launch = plain(plan.narrow_blocks, plan.narrow_threads, 4 * narrow_floats(plan), stream);
+    launch.cluster = plan.narrow_cluster;
+    return launch;
+  }
 };
+
+// Whether the device can hold all blocks that wait for each other at one time.
+cudaError_t fits(void (*kernel)(SinkhornArgs), const SinkhornPlan& plan, const DeviceLimits& limits, bool* answer) {
+  cudaError_t error = allow_shared(kernel, plan.shared_bytes);
+  int count = 0;
+  const size_t bytes = static_cast<size_t>(plan.shared_bytes);
+  if (!error) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(plan.threads), bytes);
+  }
+  *answer = count * limits.multiprocessors >= plan.blocks;
+  return error;
+}
+
+// Whether it can hold one cluster, or all clusters of a cooperative grid.
+template <class... Parameters>
+cudaError_t fits_cluster(void (*kernel)(Parameters...), Launch launch, bool* answer) {
+  cudaError_t error = allow_shared(kernel, launch.shared_bytes);
+  // PTX of an older architecture holds no code for clusters, whatever the device can do.
+  cudaFuncAttributes compiled{};
+  if (!error) error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
+  int count = 0;
+  const int64_t wanted = launch.cooperative ? launch.grid.x / launch.cluster : 1;
+  if (!launch.cooperative) launch.grid = dim3(static_cast<unsigned>(launch.cluster));
+  const Configuration configuration(launch);
+  if (!error && compiled.ptxVersion >= 90) error = cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.config);
+  *answer = count >= wanted;
+  return error;
+}
+
+template <class T>
+cudaError_t fits(const SinkhornPlan& plan, const DeviceLimits& limits, bool* answer) {
+  *answer = true;
+  if (plan.regime == Regime::registers) {
+    if (plan.cluster > 1) return fits_cluster(registers_kernel(plan), planned(plan, plan.blocks, nullptr), answer);
+    return plan.blocks > 1 ? fits(registers_kernel(plan), plan, limits, answer) : cudaSuccess;
+  }
+  if (plan.regime == Regime::grid) return fits(sinkhorn_resident<T, Regime::grid>, plan, limits, answer);
+  if (plan.regime == Regime::cluster) {
+    return fits_cluster(sinkhorn_resident<T, Regime::cluster>, planned(plan, plan.blocks, nullptr), answer);
+  }
+  if (plan.regime != Regime::streamed) return cudaSuccess;
+  const Sweeps sweeps{plan, nullptr};
+  cudaError_t error = cudaSuccess;
+  if (plan.cluster > 1) error = fits_cluster(stream_pass<T, true>, sweeps.pass(), answer);
+  if (error || !*answer || plan.narrow_blocks == 0 || plan.narrow_cluster == 1) return error;
+  return fits_cluster(narrow_kernel<T, Narrow::sums>(plan), sweeps.narrow(), answer);
+}
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// What kernels want to know, ready for them.
+SinkhornArgs arguments(const SinkhornProblem& p, const SinkhornPlan& plan, float* workspace) {
+  constexpr double kLog2E = 1.4426950408889634, kLargest = 1e38;
+  SinkhornArgs a{p, plan, 0, 0, 0, 8 / p.epsilon, false, workspace};
+  a.scale = static_cast<float>(std::fmin(8 * kLog2E / p.epsilon, kLargest));
+  a.limit = static_cast<float>(std::fmin(16777216.0 / a.scale, kLargest));
+  if (p.loss) a.entropy_scale = static_cast<float>(std::fmin(8 * kLog2E / p.temperature, kLargest));
+  const int64_t bytes = 4 * element_bytes(p.dtype);
+  a.vectors = p.columns % 4 == 0 && aligned(p.scores, bytes) && aligned(p.codes, bytes) && aligned(p.gradient, bytes);
+  return a;
+}
+
+// The narrow pass, which does nothing where the scores' range is wide; the others do nothing where it is narrow.
+template <class T, Narrow kFor>
+cudaError_t enqueue_narrow(const SinkhornArgs& a, const Sweeps& sweeps) {
+  if (a.plan.narrow_blocks == 0) return cudaSuccess;
+  return enqueue(narrow_kernel<T, kFor>(a.plan), sweeps.narrow(), a);
+}
 
 template <class T>
 cudaError_t enqueue_iteration(const SinkhornArgs& a, const Sweeps& sweeps, bool start) {
-  cudaError_t error;
+  cudaError_t error = enqueue_narrow<T, Narrow::sums>(a, sweeps);
+  if (error) return error;
   if (a.plan.fused) {
     error = enqueue(a.plan.cluster > 1 ? stream_pass<T, true> : stream_pass<T, false>, sweeps.pass(), a, start);
   } else {
@@ -238,6 +301,8 @@ cudaError_t enqueue_streamed(const SinkhornArgs& a, cudaStream_t stream) {
   }
   if (!error && a.problem.num_iters == 1) error = enqueue(stream_sum_rows<T>, sweeps.rows(), a, true);
   if (!error) error = enqueue(stream_write<T>, sweeps.rows(), a);
+  if (!error && a.problem.loss) error = enqueue_narrow<T, Narrow::entropy>(a, sweeps);
+  if (!error && !a.problem.loss) error = enqueue_narrow<T, Narrow::codes>(a, sweeps);
   return error ? error : enqueue(stream_finish, sweeps.one_block(), a);
 }
 
@@ -258,39 +323,65 @@ SinkhornProblem one_group(SinkhornProblem p, int64_t group) {
 template <class T>
 cudaError_t enqueue_all(const SinkhornArgs& a, cudaStream_t stream) {
   const Regime regime = a.plan.regime;
-  if (regime == Regime::block || regime == Regime::cluster) {
-    return enqueue(resident_kernel<T>(regime), planned(a.plan, a.plan.blocks * a.problem.groups, stream), a);
+  if (regime != Regime::streamed && !waits_for_its_grid(a.plan)) {
+    const auto kernel = regime == Regime::registers ? registers_kernel(a.plan) : resident_kernel<T>(regime);
+    return enqueue(kernel, planned(a.plan, a.plan.blocks * a.problem.groups, stream), a);
   }
   for (int64_t group = 0; group < a.problem.groups; ++group) {
     SinkhornArgs one = a;
     one.problem = one_group(a.problem, group);
+    const auto kernel = regime == Regime::registers ? registers_kernel(a.plan) : resident_kernel<T>(regime);
     const cudaError_t error = regime == Regime::streamed
                                   ? enqueue_streamed<T>(one, stream)
-                                  : enqueue(resident_kernel<T>(regime), planned(a.plan, a.plan.blocks, stream), one);
+                                  : enqueue(kernel, planned(a.plan, a.plan.blocks, stream), one);
     if (error) return error;
   }
   return cudaSuccess;
 }
 
-}  // namespace
-
-const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* plan) {
+// The plan for the current device, as ambitious as it allows.
+cudaError_t plan_anew(const SinkhornProblem& problem, SinkhornPlan* plan) {
   DeviceLimits limits{};
   cudaError_t error = current_limits(&limits);
-  if (error) return message(error);
-  for (bool fit = false; !fit;) {
+  for (bool fit = false; !error && !fit;) {
     *plan = plan_sinkhorn(problem, limits);
     error = problem.dtype == Dtype::f32   ? fits<float>(*plan, limits, &fit)
             : problem.dtype == Dtype::f16 ? fits<__half>(*plan, limits, &fit)
                                           : fits<__nv_bfloat16>(*plan, limits, &fit);
-    if (error) return message(error);
     // Less ambitious until the device agrees; without clusters and cooperative launches nothing waits for anything.
-    if (plan->cluster > 1) {
+    if (waits_for_its_grid(*plan) && plan->cluster > 1 && limits.grid_clusters > 1) {
+      --limits.grid_clusters;
+    } else if (plan->cluster > 1 || plan->narrow_cluster > 1) {
       limits.clusters = false;
     } else {
       limits.cooperative = false;
     }
   }
+  return error;
+}
+
+}  // namespace
+
+const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* plan) {
+  // What a plan depends on, with the device. To ask for occupancy takes longer than to launch.
+  using Key = std::tuple<int, Dtype, int64_t, int64_t, int64_t>;
+  constexpr size_t kMost = 1024;
+  static std::mutex mutex;
+  static std::map<Key, SinkhornPlan> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error) return message(error);
+  const Key key{device, problem.dtype, problem.groups, problem.rows, problem.columns};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) {
+    *plan = found->second;
+    return nullptr;
+  }
+  error = plan_anew(problem, plan);
+  if (error) return message(error);
+  if (known.size() >= kMost) known.clear();
+  if (device < kDevices) known[key] = *plan;
   return nullptr;
 }
 

@@ -73,18 +73,27 @@ PROTO_REG_DEVICE void store_quad(float* to, const Quad& x) { *reinterpret_cast<Q
 
 PROTO_REG_DEVICE Quad filled(float value) { return Quad{{value, value, value, value}}; }
 
-// Scores of the columns from `first` on; -inf beyond the last. `vectors`: rows are whole, aligned quads.
+// Numbers of the columns from `first` on; -inf beyond the last. `vectors`: rows are whole, aligned quads.
 template <class T>
-PROTO_REG_DEVICE Quad read_scores(const T* row, int64_t first, int64_t columns, bool vectors) {
+PROTO_REG_DEVICE Quad read_quad(const T* row, int64_t first, int64_t columns, bool vectors) {
   Quad x;
   if (vectors) {
     const Packed<T> packed = *reinterpret_cast<const Packed<T>*>(row + first);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x.at[j] = kEighth * to_float(packed.at[j]);
+    for (int j = 0; j < 4; ++j) x.at[j] = to_float(packed.at[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x.at[j] = first + j < columns ? kEighth * to_float(row[first + j]) : -infinity();
+    for (int j = 0; j < 4; ++j) x.at[j] = first + j < columns ? to_float(row[first + j]) : -infinity();
   }
+  return x;
+}
+
+// The same in eighths.
+template <class T>
+PROTO_REG_DEVICE Quad read_scores(const T* row, int64_t first, int64_t columns, bool vectors) {
+  Quad x = read_quad(row, first, columns, vectors);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x.at[j] *= kEighth;
   return x;
 }
 
@@ -119,8 +128,11 @@ struct Add {
 };
 
 struct Max {
-  PROTO_REG_DEVICE Values<1> operator()(const Values<1>& a, const Values<1>& b) const {
-    return {{fmaxf(a.at[0], b.at[0])}};
+  template <int N>
+  PROTO_REG_DEVICE Values<N> operator()(Values<N> a, const Values<N>& b) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) a.at[j] = fmaxf(a.at[j], b.at[j]);
+    return a;
   }
 };
 
@@ -134,10 +146,11 @@ struct MergeExponentials {
   }
 };
 
-// Over `lanes` neighbouring lanes (a power of two up to a warp); every lane gets the result. Whole warps call this.
+// Over each `stride`-th of `lanes` neighbouring lanes (powers of two up to a warp); every lane gets the result. Whole
+// warps call this.
 template <int N, class Combine>
-PROTO_REG_DEVICE Values<N> reduce_lanes(Values<N> x, int lanes, Combine combine) {
-  for (int step = lanes / 2; step > 0; step /= 2) {
+PROTO_REG_DEVICE Values<N> reduce_lanes(Values<N> x, int lanes, Combine combine, int stride = 1) {
+  for (int step = lanes / 2; step >= stride; step /= 2) {
     Values<N> other;
 #pragma unroll
     for (int j = 0; j < N; ++j) other.at[j] = __shfl_xor_sync(0xffffffffu, x.at[j], step);

@@ -88,7 +88,7 @@ struct SweepRows {
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) stream_sum_rows(const SinkhornArgs a, bool start) {
   const StreamState state(a);
-  if (*state.settled != 0.0f) return;
+  if (*state.settled != 0.0f || state.narrow(a)) return;
   for (int64_t first = blockIdx.x * a.plan.sweep_rows; first < a.problem.rows;
        first += gridDim.x * a.plan.sweep_rows) {
     const SweepRows<T> batch(a, state, first);
@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_sum_rows(const SinkhornA
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) stream_write(const SinkhornArgs a) {
   const StreamState state(a);
+  if (state.narrow(a)) return;
   float loss = 0.0f;
   for (int64_t first = blockIdx.x * a.plan.sweep_rows; first < a.problem.rows;
        first += gridDim.x * a.plan.sweep_rows) {
@@ -253,9 +254,8 @@ struct FusedPass {
 
 template <class T, bool kCluster>
 __global__ void __launch_bounds__(kFusedThreads, 2) stream_pass(const SinkhornArgs a, bool start) {
-  if (kCluster && !kHasClusters) return;
   FusedPass<T, kCluster> pass(a);
-  if (*pass.state.settled == 0.0f) pass.run(start);
+  if (*pass.state.settled == 0.0f && !pass.state.narrow(a)) pass.run(start);
 }
 
 }  // namespace proto_reg

@@ -7,19 +7,20 @@
 
 namespace proto_reg {
 
-// Clusters and access to each other's shared memory come with compute capability 9.0; for less these do nothing, and
-// the planner asks for none.
+// Clusters and access to each other's shared memory come with compute capability 9.0. Code for less ends the launch with
+// an error; the launcher asks for none.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kHasClusters = true;
 PROTO_REG_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 PROTO_REG_DEVICE int cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 PROTO_REG_DEVICE const float* cluster_shared(float* mine, int rank) {  // what lies at `mine` here, of block `rank`
   return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
 }
 #else
-constexpr bool kHasClusters = false;
-PROTO_REG_DEVICE void cluster_sync() {}
-PROTO_REG_DEVICE int cluster_rank() { return 0; }
+PROTO_REG_DEVICE void cluster_sync() { __trap(); }
+PROTO_REG_DEVICE int cluster_rank() {
+  __trap();
+  return 0;
+}
 PROTO_REG_DEVICE const float* cluster_shared(float* mine, int) { return mine; }
 #endif
 

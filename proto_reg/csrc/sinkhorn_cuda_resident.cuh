@@ -7,10 +7,6 @@
 
 namespace proto_reg {
 
-// Once a column's scaling vector leaves [1 / kLargestScale, kLargestScale], it moves into the potentials and E is
-// computed anew from the scores: entries that had vanished count again, and nothing overflows.
-constexpr float kLargestScale = 1099511627776.0f;  // 2^40
-
 // Shared memory of a block, in the order of resident_floats().
 struct ResidentShared {
   float *tile, *scale, *rows, *scratch, *columns;
@@ -239,7 +235,6 @@ struct Resident {
 
 template <class T, Regime kRegime>
 __global__ void __launch_bounds__(kResidentThreads, 1) sinkhorn_resident(const SinkhornArgs a) {
-  if (kRegime == Regime::cluster && !kHasClusters) return;
   const int64_t group = kRegime == Regime::grid ? 0 : blockIdx.x / a.plan.blocks;
   float* const state = kRegime == Regime::grid ? a.workspace : ResidentShared(a.plan).columns;
   Resident<T, kRegime>(a, group, state).run();

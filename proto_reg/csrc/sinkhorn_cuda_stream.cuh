@@ -10,8 +10,10 @@ namespace proto_reg {
 struct StreamState {
   ColumnState columns;
   float* sums;      // of a column over all rows
+  float* folded;    // g minus the shift in the exponent: what a narrow pass adds to a score
   float* total;     // weight of all rows
   float* settled;   // not 0: within tol, nothing changes any more
+  float* bound;     // of the scores' absolute values but for -inf, in eighths; +inf where one is NaN
   float* weight;    // of a row; written and read only with `isolate`
   float* row_top;
   float* shift;     // f
@@ -22,13 +24,24 @@ struct StreamState {
     const int64_t stride = a.plan.stride, rows = a.problem.rows;
     columns = {a.workspace, a.workspace + stride};
     sums = columns.potential + stride;
-    total = sums + stride;
+    folded = sums + stride;
+    total = folded + stride;
     settled = total + 1;
+    bound = total + 2;
     weight = total + kStateFloats;
     row_top = weight + rows;
     shift = row_top + rows;
     losses = weight + round_up(3 * rows, 4);
-    partials = losses + round_up(a.plan.sweep_blocks, 4);
+    partials = losses + round_up(larger(a.plan.sweep_blocks, a.plan.narrow_blocks), 4);
+  }
+
+  // Whether no exponential needs its row's shift: exponents lie within twice the limit, and what follows from them.
+  PROTO_REG_DEVICE bool narrow(const SinkhornArgs& a) const {
+    return a.plan.narrow_blocks > 0 && *bound * fmaxf(a.scale, a.problem.loss ? a.entropy_scale : 0.0f) <= kNarrowLimit;
+  }
+
+  PROTO_REG_DEVICE void fold(const SinkhornArgs& a, int64_t k) const {
+    folded[k] = columns.potential[k] - columns.top[k] * a.scale;
   }
 
   PROTO_REG_DEVICE float row_weight(const SinkhornArgs& a, int64_t row) const {
@@ -67,7 +80,7 @@ __global__ void __launch_bounds__(1024) stream_total(const SinkhornArgs a) {
   total = sum_block(total, shared_floats());
   if (threadIdx.x == 0) {
     *state.total = total;
-    *state.settled = 0.0f;
+    *state.settled = *state.bound = 0.0f;
   }
 }
 
@@ -95,11 +108,17 @@ __global__ void __launch_bounds__(kSweepThreads) stream_start_columns(const Sink
   float* const out = state.partials + blockIdx.y * 2 * a.plan.stride + 4 * slab.first_quad;
   const MergeExponentials merge{a.scale};
   Quad top = filled(-infinity()), mass = filled(0.0f);
+  float bound = 0.0f;
   auto source = [&](int row, int quad) {
     return stream_score<T>(a, slab.first_row + row, 4 * (slab.first_quad + quad));
   };
   for_columns<kLoads>(slab.layout, source, [&](int row, int, const Quad& x) {
     const float weight = state.row_weight(a, slab.first_row + row);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float size = x.at[j] == -infinity() ? 0.0f : fabsf(x.at[j]);
+      bound = size <= bound ? bound : size == size ? size : infinity();
+    }
     if (!(weight > 0.0f)) return;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -110,6 +129,9 @@ __global__ void __launch_bounds__(kSweepThreads) stream_start_columns(const Sink
       mass.at[j] += weight * exp2_fast((x.at[j] - base) * a.scale);
     }
   });
+  bound = reduce_lanes<1>({{bound}}, 32, Max()).at[0];
+  // Not negative: such numbers are in the order of their bits.
+  if (threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<int*>(state.bound), __float_as_int(bound));
   reduce_groups<true>(slab.layout, top, shared_floats(), out);
   if (slab.layout.quad < slab.layout.quads) {
     const Quad highest = load_quad(out + 4 * slab.layout.quad);
@@ -123,7 +145,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_start_columns(const Sink
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) stream_sum_columns(const SinkhornArgs a) {
   const StreamState state(a);
-  if (*state.settled != 0.0f) return;
+  if (*state.settled != 0.0f || state.narrow(a)) return;
   const Slab slab(a);
   Quad sum = filled(0.0f);
   auto source = [&](int row, int quad) {
@@ -174,18 +196,21 @@ __global__ void __launch_bounds__(kSweepThreads) stream_first_potentials(const S
   gather_partials<2>(a, state.partials, a.plan.slabs, {{-infinity(), 0.0f}}, MergeExponentials{a.scale},
                      [&](int64_t k, const Values<2>& column) {
                        start_column(a.problem, 0, k, *state.total, column.at[0], column.at[1], state.columns);
+                       state.fold(a, k);
                      });
 }
 
 PROTO_REG_DEVICE void move_potential(const SinkhornArgs& a, const StreamState& state, int64_t k, float sum) {
   const float target = column_target(a.problem, 0, k, *state.total);
   state.columns.potential[k] = sum == 0.0f ? -infinity() : state.columns.potential[k] + log2f(divide(target, sum));
+  state.fold(a, k);
 }
 
-// Column sums over all rows, and without tol what follows from them.
+// Column sums over all rows, and without tol what follows from them. `count`: rows of partial sums.
 __global__ void __launch_bounds__(kSweepThreads) stream_gather(const SinkhornArgs a, int64_t count) {
   const StreamState state(a);
   if (*state.settled != 0.0f) return;
+  if (state.narrow(a)) count = a.plan.narrow_blocks / a.plan.narrow_cluster;
   gather_partials<1>(a, state.partials, count, {{0.0f}}, Add(), [&](int64_t k, const Values<1>& sum) {
     if (k >= a.problem.columns || *state.total == 0.0f) return;
     if (a.problem.tol >= 0.0) {
@@ -221,7 +246,8 @@ __global__ void __launch_bounds__(1024) stream_finish(const SinkhornArgs a) {
   }
   if (!a.problem.loss) return;
   float loss = 0.0f;
-  for (int64_t block = threadIdx.x; block < a.plan.sweep_blocks; block += blockDim.x) loss += state.losses[block];
+  const int64_t blocks = state.narrow(a) ? a.plan.narrow_blocks : a.plan.sweep_blocks;
+  for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x) loss += state.losses[block];
   loss = sum_block(loss, shared_floats());
   if (threadIdx.x == 0) *a.problem.loss = total > 0.0f ? divide(loss, total) : 0.0f;
 }

@@ -17,9 +17,14 @@ struct SinkhornArgs {
   float scale;          // log2(e) / epsilon, for an eighth of a unit
   float limit;          // for shifts of rows: see centre()
   float entropy_scale;  // log2(e) / temperature, for an eighth of a unit
+  double eighths;       // 8 / epsilon
   bool vectors;         // rows of all matrices are whole quads, aligned
   float* workspace;
 };
+
+// Once a column's scaling vector leaves [1 / kLargestScale, kLargestScale], it moves into the potentials and E is
+// computed anew from the scores: entries that had vanished count again, and nothing overflows.
+constexpr float kLargestScale = 1099511627776.0f;  // 2^40
 
 // Per row, in shared memory.
 struct RowState {
@@ -51,7 +56,7 @@ PROTO_REG_DEVICE float centre(float score, float column_top, float row_top, floa
 
 // Target mass of column k; `total`: the weight of all rows.
 PROTO_REG_DEVICE float column_target(const SinkhornProblem& p, int64_t group, int64_t k, float total) {
-  return total * (p.marginals ? p.marginals[group * p.marginals_stride + k] : 1.0f / p.columns);
+  return p.marginals ? total * p.marginals[group * p.marginals_stride + k] : divide(total, static_cast<float>(p.columns));
 }
 
 // g and shift of column k after the first column step, from the column's maximum and the sum of exponentials below it.
@@ -80,16 +85,21 @@ PROTO_REG_DEVICE void row_top_term(const Quad& scores, const float* column_top, 
   }
 }
 
+// exp2(x + g + f) of an entry. A row with a NaN or +inf spoils every column, or none where it does not count: then 0 / 0
+// makes its codes NaN.
+PROTO_REG_DEVICE float exponential(const SinkhornArgs& a, float score, float column_top, float potential, float row_top,
+                                   float shift, float weight) {
+  const float e = exp2_fast(centre(score, column_top, row_top, a.limit) * a.scale + (potential + shift));
+  return row_top == infinity() ? (weight > 0.0f ? nan() : 0.0f) : e;
+}
+
 // exp2(x + g + f) of a quad of a row.
 PROTO_REG_DEVICE Quad exponentials(const SinkhornArgs& a, const Quad& scores, const Quad& column_top,
                                    const Quad& potential, float row_top, float shift, float weight) {
   Quad e;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float x = centre(scores.at[j], column_top.at[j], row_top, a.limit);
-    e.at[j] = exp2_fast(x * a.scale + (potential.at[j] + shift));
-    // A row with a NaN or +inf spoils every column, or none where it does not count: then 0 / 0 makes its codes NaN.
-    if (row_top == infinity()) e.at[j] = weight > 0.0f ? nan() : 0.0f;
+    e.at[j] = exponential(a, scores.at[j], column_top.at[j], potential.at[j], row_top, shift, weight);
   }
   return e;
 }
@@ -213,7 +223,7 @@ PROTO_REG_DEVICE void write_rows(const SinkhornArgs& a, const Layout& l, int64_t
 PROTO_REG_DEVICE float public_potential(const SinkhornArgs& a, float potential, float top, float total) {
   if (total == 0.0f) return 0.0f;
   if (potential == -infinity()) return -infinity();
-  const double value = (potential - log2f(total)) * 0.6931471805599453 - top * (8.0 / a.problem.epsilon);
+  const double value = (potential - log2f(total)) * 0.6931471805599453 - top * a.eighths;
   constexpr double kLargest = 3.4028234663852886e38;
   return static_cast<float>(value > kLargest ? kLargest : value < -kLargest ? -kLargest : value);
 }

@@ -21,10 +21,12 @@ struct DeviceLimits {
   int64_t capability;                // 80, 90, ...
   bool cooperative;                  // a grid of one block per multiprocessor may wait for itself
   bool clusters;                     // blocks of a cluster reach each other's shared memory: capability 90 and above
+  int64_t grid_clusters;             // clusters of 8 that a cooperative grid may have; shrinks where a launch would not fit
 };
 
 // Where the matrix lives between the passes.
 enum class Regime : int32_t {
+  registers, // registers of one block, of a cluster or of a cooperative grid for each group
   block,     // shared memory of one block for each group
   cluster,   // shared memory of a cluster of at most 8 blocks for each group
   grid,      // shared memory of a cooperative grid, one group after the other
@@ -42,6 +44,10 @@ struct SinkhornPlan {
   int64_t shared_bytes;
   int64_t workspace_floats;
 
+  // Registers alone.
+  int64_t lanes;               // of a warp, for one row
+  int64_t rows_per_thread, columns_per_thread;
+
   // Streamed alone.
   bool fused;              // one kernel sums rows and columns in one read; false: a sweep for each
   int64_t local_columns;   // of a block of the cluster that shares a row
@@ -50,12 +56,25 @@ struct SinkhornPlan {
   int64_t sweep_segments;
   int64_t sweep_blocks;
   int64_t sweep_threads;
+
+  // Streamed, where the scores' range is narrow; 0 blocks: rows are too long for that.
+  int64_t narrow_blocks, narrow_threads;
+  int64_t narrow_cluster;           // blocks that share a row
+  int64_t narrow_lanes;             // threads of a block that share a row, if they are fewer than all
+  int64_t narrow_quads;             // of a row, for a block
+  int64_t narrow_rows, narrow_own;  // rows and quads of a thread
 };
 
+constexpr int64_t kRegisterThreads = 512;   // with at most 128 registers each
+constexpr int64_t kRegisterColumns = 12;   // of a thread
+constexpr int64_t kRegisterEntries = 20;    // of the matrix, of a thread
 constexpr int64_t kResidentThreads = 768;  // with at most 80 registers each
 constexpr int64_t kSweepThreads = 256;
 constexpr int64_t kFusedThreads = 384;  // two such blocks on a multiprocessor
 constexpr int64_t kClusterBlocks = 8;  // the most that every device with clusters grants
+constexpr int64_t kNarrowThreads = 512;
+constexpr int64_t kNarrowValues = 4;   // that are summed over a row at one time
+constexpr float kNarrowLimit = 40.0f;  // of exponents, base 2, without shifts
 constexpr int64_t kReserved = 1024;    // bytes of shared memory that the driver keeps of each block
 constexpr int64_t kStateFloats = 8;    // streamed: total weight, whether tol was met
 constexpr int64_t kScalars = 4;        // of a block's partial column sums: its weight, its loss
@@ -112,6 +131,45 @@ inline bool plan_resident(const SinkhornProblem& p, const DeviceLimits& d, Regim
   return plan->shared_bytes <= d.shared_per_block;
 }
 
+// How a row lies over lanes of a warp, an even number of columns to each: as few in vain as can be, and rather four. False:
+// it is too long.
+inline bool plan_lanes(const SinkhornProblem& p, SinkhornPlan* plan) {
+  int64_t best = INT64_MAX;
+  for (int64_t lanes = 1; lanes <= 32; lanes *= 2) {
+    const int64_t columns = round_up(ceil_div(p.columns, lanes), 2);
+    if (columns > kRegisterColumns) continue;
+    const int64_t cost = lanes * columns + 2 * larger(columns - 4, 4 - columns);
+    if (cost >= best) continue;
+    best = cost;
+    plan->lanes = lanes;
+    plan->columns_per_thread = columns;
+  }
+  return best < INT64_MAX;
+}
+
+// Registers of `blocks` blocks, in clusters of `cluster`, if they hold the matrix.
+inline bool plan_registers(const SinkhornProblem& p, const DeviceLimits& d, int64_t blocks, int64_t cluster,
+                           SinkhornPlan* plan) {
+  plan->regime = Regime::registers;
+  plan->cluster = cluster;
+  plan->rows_per_block = ceil_div(p.rows, blocks);
+  plan->blocks = round_up(ceil_div(p.rows, plan->rows_per_block), cluster);  // some may hold no row
+  if (!plan_lanes(p, plan)) return false;
+  const int64_t most = smaller(kRegisterThreads, d.threads_per_block) / 32, places = 32 / plan->lanes;
+  int64_t warps = INT64_MAX;
+  for (plan->rows_per_thread = 1;; plan->rows_per_thread *= 2) {
+    if (plan->rows_per_thread > 4 || plan->rows_per_thread * plan->columns_per_thread > kRegisterEntries) return false;
+    warps = ceil_div(plan->rows_per_block, places * plan->rows_per_thread);
+    if (warps <= most) break;
+  }
+  plan->threads = 32 * larger(2, warps);
+  const int64_t pitch = plan->lanes * plan->columns_per_thread;
+  plan->shared_bytes = 4 * (2 * (plan->threads / 32) * pitch + 8 * pitch + kScalars);
+  const int64_t clusters = plan->blocks / cluster;
+  plan->workspace_floats = clusters > 1 ? 4 * clusters * pitch : 0;
+  return plan->shared_bytes <= d.shared_per_block;
+}
+
 // Floats of shared memory of the fused pass: a tile, the column sums so far, per row what the pass needs.
 inline int64_t fused_floats(int64_t rows, int64_t local, int64_t threads, int64_t segments) {
   return rows * local + larger(local, 4 * threads) + round_up(7 * rows, 4) + scratch_floats(rows, threads, segments);
@@ -163,6 +221,37 @@ inline int64_t sweep_floats(int64_t rows, int64_t threads, int64_t segments) {
 // Columns that one block of the column sweep covers: a warp's worth of quads where there are that many.
 PROTO_REG_BOTH inline int64_t sweep_quads(int64_t quads) { return smaller(quads, 32); }
 
+// A row over as few lanes as hold it in one, two or four quads each, over a block, or over a cluster.
+inline void plan_narrow(const SinkhornProblem& p, const DeviceLimits& d, SinkhornPlan* plan) {
+  const int64_t quads = plan->stride / 4, most = smaller(kNarrowThreads, d.threads_per_block);
+  plan->narrow_blocks = 0;
+  plan->narrow_cluster = 1;
+  while (plan->narrow_cluster < (d.clusters ? kClusterBlocks : 1) && quads > 4 * most * plan->narrow_cluster) {
+    plan->narrow_cluster *= 2;
+  }
+  plan->narrow_quads = ceil_div(quads, plan->narrow_cluster);
+  if (plan->narrow_quads > 4 * most || (plan->narrow_cluster - 1) * plan->narrow_quads >= quads) return;
+  const bool in_a_warp = plan->narrow_quads <= 4 * 32;
+  plan->narrow_own = ceil_div(plan->narrow_quads, in_a_warp ? 32 : most);
+  if (plan->narrow_own == 3) plan->narrow_own = 4;
+  if (in_a_warp) {
+    for (plan->narrow_lanes = 1; plan->narrow_lanes * plan->narrow_own < plan->narrow_quads;) plan->narrow_lanes *= 2;
+    plan->narrow_threads = smaller(256, most);
+  } else {
+    plan->narrow_threads = plan->narrow_lanes = round_up(ceil_div(plan->narrow_quads, plan->narrow_own), 32);
+  }
+  plan->narrow_rows = plan->narrow_own > 2 ? 1 : plan->narrow_own == 2 ? 2 : 4;
+  const int64_t rows_at_once = plan->narrow_rows * (plan->narrow_threads / plan->narrow_lanes);
+  const int64_t together = d.multiprocessors * larger(1, 1024 / plan->narrow_threads) / plan->narrow_cluster;
+  plan->narrow_blocks = smaller(ceil_div(p.rows, rows_at_once), larger(1, together)) * plan->narrow_cluster;
+}
+
+// Floats of shared memory of a narrow pass: sums over rows, or over columns at its end.
+inline int64_t narrow_floats(const SinkhornPlan& plan) {
+  const int64_t sums = (2 * 32 + 2 + 2) * kNarrowValues;
+  return plan.narrow_threads > plan.narrow_lanes ? larger(sums, 4 * plan.narrow_own * plan.narrow_lanes) : sums;
+}
+
 inline void plan_streamed(const SinkhornProblem& p, const DeviceLimits& d, bool fuse, SinkhornPlan* plan) {
   plan->regime = Regime::streamed;
   plan->cluster = 1;
@@ -179,9 +268,31 @@ inline void plan_streamed(const SinkhornProblem& p, const DeviceLimits& d, bool 
   plan->sweep_rows = smaller(p.rows, quads >= 512 ? larger(1, 8192 / quads) : 4 * warps * per_warp);
   plan->sweep_segments = choose_segments(plan->sweep_rows, quads, plan->sweep_threads);
   plan->sweep_blocks = smaller(ceil_div(p.rows, plan->sweep_rows), 8 * d.multiprocessors);
-  const int64_t partials = larger(2 * plan->slabs, plan->blocks / plan->cluster) * plan->stride;
-  plan->workspace_floats =
-      3 * plan->stride + kStateFloats + round_up(3 * p.rows, 4) + partials + round_up(plan->sweep_blocks, 4);
+  plan_narrow(p, d, plan);
+  const int64_t rows_of_partials = larger(2 * plan->slabs, larger(plan->blocks / plan->cluster,
+                                                                  plan->narrow_blocks / plan->narrow_cluster));
+  plan->workspace_floats = 4 * plan->stride + kStateFloats + round_up(3 * p.rows, 4) + rows_of_partials * plan->stride +
+                           round_up(larger(plan->sweep_blocks, plan->narrow_blocks), 4);
+}
+
+// Where groups fill the device, as few blocks as hold one. Else one block or a cluster that leaves each thread one row; a
+// cluster of 8 that leaves two; the smallest cooperative grid of clusters with the fewest rows to a thread.
+inline bool choose_registers(const SinkhornProblem& p, const DeviceLimits& d, bool many, SinkhornPlan* plan) {
+  const SinkhornPlan before = *plan;
+  const int64_t most = d.clusters && p.rows > 1 ? kClusterBlocks : 1;
+  for (int64_t size = 1; size <= most; size *= 2) {
+    if (!plan_registers(p, d, size, size, plan)) continue;
+    if (many || plan->rows_per_thread == 1 || (size == most && plan->rows_per_thread == 2)) return true;
+  }
+  const bool grid = most == kClusterBlocks && d.cooperative && p.groups == 1;
+  for (int64_t rows = 1; grid && rows <= 4; rows *= 2) {
+    for (int64_t clusters = 2; clusters <= d.grid_clusters; ++clusters) {
+      if (plan_registers(p, d, clusters * most, most, plan) && plan->rows_per_thread == rows) return true;
+    }
+  }
+  if (plan_registers(p, d, most, most, plan)) return true;
+  *plan = before;
+  return false;
 }
 
 // Elements above which one block is slower than what exchanging sums with others costs.
@@ -192,7 +303,9 @@ inline SinkhornPlan plan_sinkhorn(const SinkhornProblem& p, const DeviceLimits& 
   SinkhornPlan plan{};
   plan.stride = round_up(p.columns, 4);
   const int64_t elements = p.rows * plan.stride;
+  plan.cluster = plan.segments = 1;
   const bool many = 2 * p.groups >= d.multiprocessors;  // groups fill the device: blocks that wait for nobody
+  if (allow <= Regime::registers && choose_registers(p, d, many, &plan)) return plan;
   const int64_t one_block = many ? INT64_MAX : d.clusters ? kBlockElements : kBlockElementsWithoutClusters;
   if (allow <= Regime::block && elements <= one_block && plan_resident(p, d, Regime::block, 1, &plan)) return plan;
   if (allow <= Regime::cluster && d.clusters && p.rows > 1) {

@@ -56,6 +56,7 @@ struct Thread {
 
 extern Thread* self;
 extern proto_reg::DeviceLimits device;  // what the device pretends to be
+extern int ptx_version;                 // what the kernels pretend to be compiled for
 
 int wait(Barrier& barrier, int value = 0);  // returns the disjunction of the values
 int launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative,
@@ -83,6 +84,13 @@ inline float __int_as_float(int bits) {
   return value;
 }
 
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline void atomicMax(int* at, int value) { *at = std::max(*at, value); }
 inline float __ldcg(const float* from) { return *from; }
 using std::max;
 using std::min;
@@ -112,6 +120,14 @@ inline cudaError_t cudaGetDevice(int* device) {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= emulation::device.shared_per_block ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = emulation::ptx_version;
+  return cudaSuccess;
 }
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };

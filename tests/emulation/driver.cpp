@@ -16,6 +16,7 @@ namespace emulation {
 
 Thread* self;
 proto_reg::DeviceLimits device;
+int ptx_version = 90;
 
 namespace {
 
@@ -214,13 +215,18 @@ float* proto_reg::shared_floats() { return emulation::self->block->shared; }
 
 extern "C" {
 
-// Plans the problem with nothing before regime `allow`; negative: as the launcher does. `fuse`: streamed in one kernel.
+void pretend_ptx(int version) { emulation::ptx_version = version; }
+
+// Plans the problem with nothing before regime `allow`; negative: as the launcher does. `fuse`: 0: streamed in two
+// kernels a pass; 1: in one; 2: in one that asks for a narrow range.
 const char* forced_plan(const proto_reg::SinkhornProblem* problem, const proto_reg::DeviceLimits* limits, int allow,
                           int fuse, proto_reg::SinkhornPlan* plan) {
   emulation::device = *limits;
   if (allow < 0) return proto_reg::plan_sinkhorn_cuda(*problem, plan);
   *plan = proto_reg::plan_sinkhorn(*problem, *limits, static_cast<proto_reg::Regime>(allow));
-  if (plan->regime == proto_reg::Regime::streamed && !fuse) plan_streamed(*problem, *limits, false, plan);
+  if (plan->regime != proto_reg::Regime::streamed) return nullptr;
+  if (!fuse) plan_streamed(*problem, *limits, false, plan);
+  if (fuse < 2) plan->narrow_blocks = 0;
   return nullptr;
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "proto_reg" / "csrc"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-REGIMES = ("block", "cluster", "grid", "streamed")
+REGIMES = ("registers", "block", "cluster", "grid", "streamed")
 GUARD = 64  # floats behind the workspace that nobody may touch
 
 int64 = ctypes.c_int64
@@ -56,6 +56,7 @@ class Limits(ctypes.Structure):
         ("capability", int64),
         ("cooperative", ctypes.c_bool),
         ("clusters", ctypes.c_bool),
+        ("grid_clusters", int64),
     )
 
 
@@ -72,6 +73,9 @@ class Plan(ctypes.Structure):
         ("segments", int64),
         ("shared_bytes", int64),
         ("workspace_floats", int64),
+        ("lanes", int64),
+        ("rows_per_thread", int64),
+        ("columns_per_thread", int64),
         ("fused", ctypes.c_bool),
         ("local_columns", int64),
         ("slabs", int64),
@@ -79,20 +83,31 @@ class Plan(ctypes.Structure):
         ("sweep_segments", int64),
         ("sweep_blocks", int64),
         ("sweep_threads", int64),
+        ("narrow_blocks", int64),
+        ("narrow_threads", int64),
+        ("narrow_cluster", int64),
+        ("narrow_lanes", int64),
+        ("narrow_quads", int64),
+        ("narrow_rows", int64),
+        ("narrow_own", int64),
     )
 
     @property
     def name(self) -> str:
-        """block, cluster, grid, fused (streamed in one kernel a pass) or sweeps (streamed in two)."""
+        """registers, block, cluster, grid; narrow, fused (streamed in one kernel a pass) or sweeps (in two)."""
         name = REGIMES[self.regime]
-        return name if name != "streamed" else "fused" if self.fused else "sweeps"
+        if name == "streamed":
+            return "narrow" if self.narrow_blocks else "fused" if self.fused else "sweeps"
+        return name
 
 
 def device(multiprocessors=4, threads=64, shared=48, clusters=True, cooperative=True) -> Limits:
     """A small device: few multiprocessors, ``shared`` KB of shared memory each, blocks of few threads."""
     size = shared * 1024
     capability = 90 if clusters else 80
-    return Limits(multiprocessors, threads, size, 2 * size + 4096, capability, cooperative, clusters)
+    return Limits(
+        multiprocessors, threads, size, 2 * size + 4096, capability, cooperative, clusters, multiprocessors // 2
+    )
 
 
 @dataclass
@@ -140,7 +155,7 @@ def solve(
     with_codes: bool = True,
     limits: Limits | None = None,
     allow: int = 0,
-    fuse: bool = True,
+    fuse: int = 2,
     order: int = 0,
 ) -> Result:
     """One launch on the library's device, with arguments and results on the CPU.

@@ -8,7 +8,9 @@ const char* forced_plan(const proto_reg::SinkhornProblem* problem, const proto_r
                         int fuse, proto_reg::SinkhornPlan* plan) {
   if (allow < 0) return proto_reg::plan_sinkhorn_cuda(*problem, plan);
   *plan = proto_reg::plan_sinkhorn(*problem, *limits, static_cast<proto_reg::Regime>(allow));
-  if (plan->regime == proto_reg::Regime::streamed && !fuse) plan_streamed(*problem, *limits, false, plan);
+  if (plan->regime != proto_reg::Regime::streamed) return nullptr;
+  if (!fuse) plan_streamed(*problem, *limits, false, plan);
+  if (fuse < 2) plan->narrow_blocks = 0;
   return nullptr;
 }
 

@@ -22,7 +22,7 @@ step() { # NAME COMMAND...
 test_gpu() { python3 -m pytest -q --tb=short -p no:cacheprovider "$@"; }
 export -f test_gpu
 
-sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_sinkhorn_cuda.py -k "$2"; }
+sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 python3 -m pytest -q -x -p no:cacheprovider "tests/gpu/test_sinkhorn_cuda.py" -k "$2"; }
 export -f sanitize
 
 step card nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
@@ -44,7 +44,7 @@ fi
 if [[ $wanted == *sanitize* ]]; then
   LIMIT=200
   for tool in memcheck racecheck synccheck; do
-    step "$tool" bash -c "sanitize $tool 'ragged and float32'" &
+    step "$tool" bash -c "sanitize $tool 'ragged and dtype0'" &
   done
   wait
 fi
