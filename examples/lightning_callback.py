@@ -41,7 +41,13 @@ args = parser.parse_args()
 L.seed_everything(0)
 data, model = load_digits(), Autoencoder()
 prototypes = PrototypeCallback(
-    "encoder", latent_dim=32, num_prototypes=30, decode="decode", image_shape=data.shape, every_n_epochs=args.epochs
+    "encoder",
+    latent_dim=32,
+    num_prototypes=30,
+    decode="decode",
+    image_shape=data.shape,
+    every_n_epochs=args.epochs,
+    folder="prototypes",  # without it TensorBoard or W&B take the picture, where they are the logger
 )
 trainer = L.Trainer(max_epochs=args.epochs, accelerator="cpu", callbacks=[prototypes], gradient_clip_val=1.0)
 trainer.fit(model, DataLoader(TensorDataset(data.train), batch_size=48, shuffle=True))

@@ -22,12 +22,13 @@ def log_metrics(accelerator: Accelerator, model: nn.Module, step: int | None = N
     Call it on every process, at the end of an epoch.
 
     Returns:
-        ``{"prototypes/perplexity": ..., ...}``, the layers' names before the slash.
+        ``{"prototypes/perplexity": ..., ...}``: before the slash the layer's name, or the paths of several.
     """
-    values = {}
-    for name, layer in accelerator.unwrap_model(model).named_modules():
-        if isinstance(layer, PrototypicalRegularizer):
-            values |= {f"{name}/{key}": value for key, value in layer.metrics().items()}
-            layer.reset_metrics()
+    values, modules = {}, accelerator.unwrap_model(model).named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, PrototypicalRegularizer)}
+    for path, layer in layers.items():
+        name = path.rpartition(".")[2] if len(layers) == 1 else path
+        values |= {f"{name}/{key}": value for key, value in layer.metrics().items()}
+        layer.reset_metrics()
     accelerator.log(values, step)
     return values

@@ -38,9 +38,9 @@ class PrototypeCallback(Callback):
         module.load_state_dict(torch.load(path)["state_dict"])
 
     Args:
-        encode: name of the submodule whose output is the latent. For ``"vae.encoder"`` the layer is ``vae.prototypes``,
-            which an optimizer of ``self.vae.parameters()`` knows too. None if the module has a layer of its own: then
-            it is only logged and drawn.
+        encode: name of the submodule whose output is the latent: ``"encoder"``, ``"vae.encoder"``. The layer lives
+            there, so an optimizer of its parameters alone knows it. None if the module has a layer of its own: then it
+            is only logged and drawn.
         decode: latents (n, D) -> images in [0, 1], or the name of a method or submodule of the module that does it.
         image_shape: (C, H, W), if ``decode`` returns flat images.
         every_n_epochs: between pictures.
@@ -76,9 +76,8 @@ class PrototypeCallback(Callback):
             if not _layers(pl_module):
                 raise ValueError("encode: expected the name of a submodule, or a module with a layer. Got neither.")
             return
-        owner, encode = _owner(pl_module, self.encode)
-        if not isinstance(getattr(owner, self.options.get("name", "prototypes"), None), PrototypicalRegularizer):
-            attach(owner, encode, **self.options)
+        if not isinstance(getattr(pl_module, self.options.get("name", "prototypes"), None), PrototypicalRegularizer):
+            attach(pl_module, self.encode, **self.options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the layers the length of the training, if it has one."""
@@ -165,8 +164,9 @@ class PrototypicalModuleMixin(PrototypicalTrainerMixin):
 
 
 def _layers(module: nn.Module) -> dict[str, PrototypicalRegularizer]:
-    """The layers in ``module`` by their names."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, PrototypicalRegularizer)}
+    """The layers in ``module``: the only one by its own name, several by their paths."""
+    found = {name: m for name, m in module.named_modules() if isinstance(m, PrototypicalRegularizer)}
+    return {name.rpartition(".")[2]: m for name, m in found.items()} if len(found) == 1 else found
 
 
 @contextmanager
@@ -179,12 +179,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-def _owner(module: nn.Module, encode: str) -> tuple[nn.Module, str]:
-    """Where the layer goes, and the name of the encoder from there."""
-    first, _, rest = encode.partition(".")
-    child = getattr(module, first, None)
-    if rest and isinstance(child, nn.Module) and not isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return child, rest
-    return module, encode

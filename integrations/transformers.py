@@ -91,5 +91,7 @@ class PrototypeTrainerCallback(TrainerCallback):
         control.should_log = wanted  # the Trainer's own log is still to come
 
     def _layers(self) -> dict[str, PrototypicalRegularizer]:
+        """The layers in the model: the only one by its own name, several by their paths."""
         modules = self.trainer.model.named_modules()
-        return {name: module for name, module in modules if isinstance(module, PrototypicalRegularizer)}
+        found = {name: module for name, module in modules if isinstance(module, PrototypicalRegularizer)}
+        return {name.rpartition(".")[2]: m for name, m in found.items()} if len(found) == 1 else found

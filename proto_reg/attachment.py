@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
+import warnings
+import weakref
 from collections.abc import Mapping
 from itertools import chain
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,9 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from ._checks import check_instance
+from ._warnings import PrototypeWarning, _callers_level
+from .kernels.once import transforming
 from .regularizer import PrototypicalRegularizer, RegularizerOutput
 
 Select = int | str | slice | None
+PATIENCE = 10  # training passes without a gradient at the latents, after which we say so
 
 
 def attach(
@@ -31,21 +38,28 @@ def attach(
 ) -> Attachment:
     """Regularise the latents of ``model`` without touching its source; ``model.prototypes`` is the layer.
 
-    A forward hook passes what the submodule ``encode`` returns through a :class:`PrototypicalRegularizer`, which is now
-    a submodule of ``model``: part of its parameters, its ``state_dict``, its copies and pickles. Attach before the
-    optimizer is built, before DistributedDataParallel and before ``torch.compile``; for an optimizer that is there
-    already, ``optimizer.add_param_group({"params": attachment.layer.parameters()})``. To load what was saved, build the
-    model, attach, then ``load_state_dict``: the class alone, or ``from_pretrained``, does not know the layer.
+    A forward hook passes what the submodule ``encode`` returns through a :class:`PrototypicalRegularizer`. The layer
+    lives in that submodule (in the last module of an nn.Sequential): it is part of the parameters, the ``state_dict``,
+    the copies and pickles of the submodule and of the model. So an optimizer of ``model.encoder.parameters()`` alone
+    knows it.
+
+    Attach before the optimizer is built, before DistributedDataParallel and before ``torch.compile``; for an optimizer
+    that is there already, ``optimizer.add_param_group({"params": attachment.layer.parameters()})``. To load what was
+    saved, build the model, attach, then ``load_state_dict``. A class that builds itself (``from_pretrained``, scvi's
+    ``load``) does not know the layer, unless it attaches in its ``__init__``.
+
+    Under PEFT attach first, and name the layer in ``modules_to_save=["prototypes"]``: it is then trained and saved with
+    the adapter. ``attachment.layer`` is the one at work.
 
     Every call of ``encode`` is a step of its own: called twice in a forward pass it counts two, and ``output`` and
     ``loss`` are those of the last. So is its second run in a backward pass, where ``torch.utils.checkpoint`` has it:
     checkpoint the blocks inside it instead.
 
     Args:
-        model: the autoencoder; no nn.Sequential, which would run the layer as one more of its own.
+        model: the autoencoder.
         encode: the submodule whose output is the latent, or its name: ``"encoder"``, ``"encoder.mu"``.
         latent_dim, num_prototypes, options: of :class:`PrototypicalRegularizer`.
-        name: the layer's name in ``model``.
+        name: the layer's name in ``model``, and in the submodule.
         select: where in the output the latent is: the index in a tuple or list, the key in a mapping or the name of an
             attribute, or, for mu and log variance in one tensor, a slice of the axis d of the layout.
 
@@ -55,43 +69,53 @@ def attach(
     Raises:
         TypeError, ValueError: an argument out of its range, named. The model is unchanged then.
     """
-    target = _find(model, encode)
+    target, path = _find(model, encode)
     if not isinstance(select, (int, str, slice, type(None))) or isinstance(select, bool):
         raise TypeError(
             f"select: expected an int, str or slice, got {type(select).__name__}. Leave it out for a tensor."
         )
     if isinstance(select, slice) and select.step not in (None, 1):
         raise ValueError(f"select: expected a slice without a step, got {select}. Choose neighbouring entries.")
-    if not name.isidentifier() or hasattr(model, name):
-        raise ValueError(f"name: expected a new attribute of the model, got {name!r}. Choose another, such as 'prior'.")
+    owner = _owner(target)
+    if not name.isidentifier() or hasattr(model, name) or hasattr(owner, name):
+        raise ValueError(
+            f"name: expected a new attribute of the model and of {path or 'itself'!r}, got {name!r}. Choose another, "
+            "such as 'prior'."
+        )
     layer = PrototypicalRegularizer(latent_dim, num_prototypes, **options)
     here = next(chain(target.parameters(), model.parameters()), None)
     layer.to(None if here is None else here.device).train(model.training)
-    hook = _LatentHook(layer, select)
+    owner.add_module(name, layer)
+    model.__dict__[name] = layer  # plain access: the layer is registered once, in its owner
+    hook = _LatentHook(model, path, owner, name, select)
     hook.handle = target.register_forward_hook(hook)
-    model.add_module(name, layer)
-    return Attachment(model, name, hook)
+    _say_what_comes_back_without(model)
+    return Attachment(model, hook)
 
 
 class Attachment:
-    """What :func:`attach` did to a model; as a context manager it takes that back at the end.
+    """What :func:`attach` did to a model; as a context manager it takes that back at the end."""
 
-    Attributes:
-        layer: the :class:`PrototypicalRegularizer`.
-    """
-
-    def __init__(self, model: nn.Module, name: str, hook: _LatentHook) -> None:
-        self._model, self._name, self._hook = model, name, hook
-        self.layer = hook.layer
+    def __init__(self, model: nn.Module, hook: _LatentHook) -> None:
+        self._model, self._hook = model, hook
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "prototypes") -> Self:
         """The attachment in a copy of a model, or in one that was unpickled. ValueError if there is none."""
-        layer = getattr(model, name, None)
-        for hook in _hooks(model):
-            if hook.layer is layer:
-                return cls(model, name, hook)
-        raise ValueError(f"name: expected a layer that attach() put into the model, got {name!r}. Attach one first.")
+        hooks = [hook for hook in _hooks(model) if hook.name == name]
+        if len(hooks) > 1:
+            layer = getattr(model, name, None)
+            hooks = [hook for hook in hooks if hook.layer is layer]
+        if len(hooks) != 1:
+            raise ValueError(
+                f"name: expected a layer that attach() put into the model, got {name!r}. Attach one first."
+            )
+        return cls(model, hooks[0])
+
+    @property
+    def layer(self) -> PrototypicalRegularizer:
+        """The layer at work, or what a wrapper such as PEFT's put in its place."""
+        return self._hook.layer
 
     @property
     def output(self) -> RegularizerOutput:
@@ -110,10 +134,12 @@ class Attachment:
 
     def detach(self) -> None:
         """Restore the model: hook and submodule are gone, the ``state_dict`` has the keys it had."""
-        if self._hook.handle is not None:
-            self._hook.handle.remove()
-        if getattr(self._model, self._name, None) is self.layer:
-            delattr(self._model, self._name)
+        hook = self._hook
+        if hook.handle is not None:
+            hook.handle.remove()
+        if hook.name in hook.owner._modules:
+            delattr(hook.owner, hook.name)
+        self._model.__dict__.pop(hook.name, None)
 
     def __enter__(self) -> Self:
         return self
@@ -122,51 +148,100 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"Attachment({self._name!r}, {self.layer})"
+        return f"Attachment({self._hook.name!r}, {self.layer})"
 
 
 class _LatentHook:
-    """Forward hook that knows its layer: a copy or pickle of the model carries both, and they stay together."""
+    """Forward hook that looks its layer up by name, so that a wrapper may replace it.
 
-    def __init__(self, layer: PrototypicalRegularizer, select: Select) -> None:
-        self.layer, self.select = layer, select
+    The owner is the submodule, or inside it. So a copy or pickle of the submodule carries all of it, and nothing else.
+    """
+
+    def __init__(self, model: nn.Module, path: str, owner: nn.Module, name: str, select: Select) -> None:
+        self.owner, self.name, self.select = owner, name, select
         self.output: RegularizerOutput | None = None
         # Kept here for its pickled form, which reserves the hook's id in the process that unpickles it.
         self.handle: RemovableHandle | None = None
+        self.passes: int | None = 0  # training passes so far; None once a gradient has come back
+        self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self.path = path
+
+    @property
+    def layer(self) -> PrototypicalRegularizer:
+        return getattr(self.owner, self.name)
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
-        axis = self.layer.layout.latent_axis
-        z, self.output = self.layer(_take(output, self.select, axis))
+        layer = self.layer
+        axis = layer.layout.latent_axis
+        latent = _take(output, self.select, axis)
+        if self.passes is not None and layer.training:
+            self._first_passes(module, latent)
+        z, self.output = layer(latent)
         return _put(output, self.select, axis, z)
 
+    def _first_passes(self, module: nn.Module, latent: Tensor) -> None:
+        """Look at the wiring until a gradient has come back to the latents."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming():
+            return
+        model = None if self.model is None else self.model()
+        if model is not None and _is_wrapped(model, self.path, module):
+            raise ValueError(
+                f"encode: expected {self.path!r} as it was, got it inside an adapter, which adds to the latent behind "
+                "the layer. Attach to a submodule around it, or leave it out of the adapter's target_modules."
+            )
+        if not latent.requires_grad:  # a frozen encoder
+            return
+        if self.passes == PATIENCE:
+            self.passes = None
+            warnings.warn(
+                f"No gradient has come back to the latents in {PATIENCE} training passes: neither the encoder nor the "
+                f"prototypes learn from the decoder. Decode what {self.path!r} returns, without detach() or rounding.",
+                PrototypeWarning,
+                stacklevel=_callers_level(),
+            )
+            return
+        self.passes = (self.passes or 0) + 1
+        latent.register_hook(self._arrived)
+
+    def _arrived(self, gradient: Tensor) -> None:
+        self.passes = None
+
     def __getstate__(self) -> dict:
-        """Without the last output: it may hold a graph, which cannot be copied."""
-        return self.__dict__ | {"output": None}
+        """Without the last output, whose graph cannot be copied, and without the model, of which this is a part."""
+        return self.__dict__ | {"output": None, "model": None}
 
 
-def _find(model: nn.Module, encode: str | nn.Module) -> nn.Module:
-    """The submodule ``encode`` of ``model``, free of hooks of ours; TypeError or ValueError if that cannot be."""
+def _find(model: nn.Module, encode: str | nn.Module) -> tuple[nn.Module, str]:
+    """The submodule ``encode`` of ``model`` and its name; TypeError or ValueError if no layer can go there."""
     check_instance("model", model, nn.Module)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         raise ValueError(f"model: expected one that is not wrapped yet, got {type(model).__name__}. Attach, then wrap.")
-    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(
-            f"model: expected a module with a forward of its own, got {type(model).__name__}, which would take the "
-            "layer for one more of its members. Wrap it in a module: self.encoder, self.decoder = ..."
-        )
-    names = [name for name, _ in model.named_modules() if name]
+    modules = dict(model.named_modules())
+    names = [name for name in modules if name]
     if isinstance(encode, nn.Module):
-        if not any(encode is module for module in model.modules()):
+        path = next((name for name, module in modules.items() if module is encode), None)
+        if path is None:
             raise ValueError(f"encode: expected a submodule of the model, got another module. Choose from {names}.")
-        target = encode
     elif encode in names:
-        target = model.get_submodule(encode)
+        path = encode
     else:
         raise ValueError(f"encode: expected the name of a submodule, got {encode!r}. Choose from {names}.")
+    target = modules[path]
+    if isinstance(target, (nn.ModuleList, nn.ModuleDict)) or (isinstance(target, nn.Sequential) and not len(target)):
+        raise ValueError(
+            f"encode: expected a submodule that computes the latent, got {target}. Choose the one that the model calls."
+        )
     if any(isinstance(hook, _LatentHook) for hook in target._forward_hooks.values()):
         raise ValueError(
             "encode: expected a submodule without a layer, got one with. Call detach() on the other first."
         )
+    return target, path
+
+
+def _owner(target: nn.Module) -> nn.Module:
+    """Where the layer lives: in ``target``, but for an nn.Sequential, which would call it, in its last module."""
+    while isinstance(target, nn.Sequential) and len(target):
+        target = target[-1]
     return target
 
 
@@ -175,8 +250,41 @@ def _hooks(model: nn.Module) -> list[_LatentHook]:
     return [hook for hook in hooks if isinstance(hook, _LatentHook)]
 
 
+def _is_wrapped(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether what is now at ``path`` is one of PEFT's adapters around ``module``."""
+    try:
+        return getattr(model.get_submodule(path), "base_layer", None) is module
+    except AttributeError:
+        return False
+
+
+def _say_what_comes_back_without(model: nn.Module) -> None:
+    """Warn of ``from_pretrained``, unless ``model`` is attaching in its own ``__init__``."""
+    if not hasattr(model, "from_pretrained"):
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and any(value is model for value in frame.f_locals.values()):
+            return
+        frame = frame.f_back
+    ours = ", or use proto_reg.integrations.diffusers.PrototypicalAutoencoder, which saves and loads both"
+    diffusers = type(model).__module__.startswith("diffusers.")
+    warnings.warn(
+        f"{type(model).__name__}.from_pretrained builds the model without the layer and drops the layer's weights, "
+        "which save_pretrained writes. Attach in the model's __init__, or attach again and load a state_dict of your "
+        f"own{ours if diffusers else ''}.",
+        PrototypeWarning,
+        stacklevel=_callers_level(),
+    )
+
+
 def _take(output: Any, select: Select, axis: int) -> Tensor:
     """The latent in ``output``. TypeError if it is not where ``select`` says."""
+    if isinstance(output, tuple) and any(isinstance(entry, RegularizerOutput) for entry in output):
+        raise TypeError(
+            "encode: expected a submodule that calls its members by name, got one that calls every child, and so the "
+            "layer too. Attach to a submodule around it or inside it."
+        )
     found = output
     if isinstance(select, int) and isinstance(output, (tuple, list)) and -len(output) <= select < len(output):
         found = output[select]

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import NamedTuple
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from proto_reg import Attachment, PrototypeHead, PrototypicalRegularizer, attach
+from proto_reg import Attachment, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, attach
 
 DIM, K = 8, 4
 
@@ -62,8 +64,9 @@ def train(model: nn.Module, loss_of=lambda: 0.0, steps: int = 6) -> None:
 
 
 def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
-    first, second = a.state_dict(), b.state_dict()
-    assert list(first) == list(second)
+    # Attached, the layer lives in the encoder; by hand, beside it.
+    first, second = ({k.replace("encoder.2.prot", "prot"): v for k, v in m.state_dict().items()} for m in (a, b))
+    assert set(first) == set(second)
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
 
@@ -91,12 +94,12 @@ def test_detach_restores_the_model() -> None:
     keys, x = list(model.state_dict()), torch.rand(5, 12)
     before = model(x)
     with attach(model, "encoder.2", DIM, K, name="prior") as attachment:
-        assert any(key.startswith("prior.head") for key in model.state_dict())
+        assert any(key.startswith("encoder.2.prior.head") for key in model.state_dict())
         model(x)
         assert attachment.output.assignments.shape == (5,)
     assert list(model.state_dict()) == keys
     assert not model.encoder[2]._forward_hooks
-    assert not hasattr(model, "prior")
+    assert not hasattr(model, "prior") and not hasattr(model.encoder[2], "prior")
     assert torch.equal(model(x), before)
     attachment.detach()  # nothing left to take back
     attach(model, model.encoder[2], DIM, K, name="prior")
@@ -261,9 +264,12 @@ def test_components_are_options() -> None:
 def test_errors_name_the_cure_and_change_nothing() -> None:
     model = Model()
     keys = list(model.state_dict())
+    listed = nn.Module()
+    listed.parts, listed.empty = nn.ModuleList([nn.Linear(2, 2)]), nn.Sequential()
     wrong = {
         "model: expected a Module": (nn.Linear, "encoder", DIM, K, {}),
-        "model: expected a module with a forward of its own, got Sequential": (nn.Sequential(model), "0", DIM, K, {}),
+        "encode: expected a submodule that computes the latent, got ModuleList": (listed, "parts", DIM, K, {}),
+        "encode: expected a submodule that computes the latent, got Sequential": (listed, "empty", DIM, K, {}),
         "not wrapped yet, got OptimizedModule": (torch.compile(model), "_orig_mod.encoder", DIM, K, {}),
         r"encode: expected the name of a submodule, got 'encode'. Choose from \['encoder'": (
             model,
@@ -275,7 +281,20 @@ def test_errors_name_the_cure_and_change_nothing() -> None:
         "encode: expected a submodule of the model, got another": (model, nn.Linear(2, 2), DIM, K, {}),
         "select: expected an int, str or slice, got list": (model, "encoder", DIM, K, {"select": [0]}),
         "select: expected a slice without a step": (model, "encoder", DIM, K, {"select": slice(0, 8, 2)}),
-        "name: expected a new attribute of the model, got 'decoder'": (model, "encoder", DIM, K, {"name": "decoder"}),
+        "name: expected a new attribute of the model and of 'encoder', got 'decoder'": (
+            model,
+            "encoder",
+            DIM,
+            K,
+            {"name": "decoder"},
+        ),
+        "name: expected a new attribute of the model and of 'encoder.0', got 'bias'": (
+            model,
+            "encoder.0",
+            DIM,
+            K,
+            {"name": "bias"},
+        ),
         "name: expected a new attribute": (model, "encoder", DIM, K, {"name": "a.b"}),
         "num_prototypes: expected an int >= 1, got 0": (model, "encoder", DIM, 0, {}),
         "mode: expected one of": (model, "encoder", DIM, K, {"mode": "heavy"}),
@@ -307,6 +326,213 @@ def test_errors_of_the_first_forward_pass() -> None:
     recurrent.encoder = nn.LSTM(12, DIM)
     with attach(recurrent, "encoder", DIM, K), pytest.raises(TypeError, match=r"got tuple of 2\. Say where"):
         recurrent.encoder(torch.rand(5, 12))
+
+
+class Walking(nn.Module):
+    """Calls whatever children it has."""
+
+    def __init__(self, *children: nn.Module) -> None:
+        super().__init__()
+        for i, child in enumerate(children):
+            self.add_module(f"part_{i}", child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+@pytest.mark.parametrize("select", [None, 0])
+def test_an_encoder_that_calls_every_child_is_named(select: int | None) -> None:
+    model = Model()
+    model.encoder = Walking(nn.Linear(12, DIM))
+    with attach(model, "encoder", DIM, K, select=select), pytest.raises(TypeError, match="calls every child"):
+        model.encoder(torch.rand(5, 12))
+    attach(model, "encoder.part_0", DIM, K)
+    model(torch.rand(32, 12)).sum().backward()
+    assert model.prototypes.steps == 1
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(12, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+ENCODERS = {
+    "sequential": lambda: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, DIM)),
+    "nested": lambda: nn.Sequential(nn.Linear(12, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, DIM))),
+    "linear": lambda: nn.Linear(12, DIM),
+    "own": Inner,
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_optimizer_of_the_encoder_alone_moves_the_prototypes(kind: str) -> None:
+    model = Model()
+    model.encoder = ENCODERS[kind]()
+    keys = list(model.state_dict())
+    attachment = attach(model, "encoder", DIM, K)
+    before = model.prototypes.head.prototypes.detach().clone()
+    optimizers = [torch.optim.Adam(part.parameters(), lr=0.05) for part in (model.encoder, model.decoder)]
+    for x in torch.rand(3, 32, 12):
+        loss = (model(x) - x).square().mean()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert model.prototypes.steps == 3
+    assert not torch.equal(model.prototypes.head.prototypes, before)
+    assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
+    layers = [m for m in model.modules() if isinstance(m, PrototypicalRegularizer)]
+    assert layers == [model.prototypes] == [attachment.layer]
+    attachment.detach()
+    assert list(model.state_dict()) == keys
+
+
+def test_a_sequential_model_and_a_dictionary_of_modules() -> None:
+    for model, encode in (
+        (nn.Sequential(nn.Linear(12, DIM), nn.Linear(DIM, 12)), "0"),
+        (nn.ModuleDict({"encoder": nn.Linear(12, DIM), "decoder": nn.Linear(DIM, 12)}), "encoder"),
+    ):
+        attach(model, encode, DIM, K)
+        x = torch.rand(32, 12)
+        for part in model.children():
+            x = part(x)
+        assert x.shape == (32, 12)
+        x.sum().backward()
+        assert model.prototypes.head.prototypes.grad.abs().sum() > 0
+
+
+def test_a_copy_of_the_encoder_alone_has_a_layer_of_its_own() -> None:
+    model, attachment = attached()
+    train(model)
+    twin = copy.deepcopy(model.encoder)
+    assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in model.encoder.parameters())
+    twin(torch.rand(32, 12)).sum().backward()
+    assert (Attachment.of(twin).layer.steps, attachment.layer.steps) == (7, 6)
+
+
+def test_two_layers_of_one_name_are_told_apart_or_refused() -> None:
+    outer = nn.Module()
+    outer.a, outer.b = Model(), Model()
+    first, second = attach(outer.a, "encoder", DIM, K), attach(outer.b, "encoder", DIM, K)
+    assert Attachment.of(outer.a).layer is first.layer
+    assert Attachment.of(outer.b).layer is second.layer
+    with pytest.raises(ValueError, match="name: expected a layer"):
+        Attachment.of(outer)
+
+
+class Wrapper(nn.Module):
+    """As PEFT's for modules_to_save: the original, frozen, and a copy that is trained and called."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original, self.copy = original.requires_grad_(False), copy.deepcopy(original).requires_grad_()
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["copy"], name)
+
+    def forward(self, *arguments):
+        return self.copy(*arguments)
+
+
+def test_what_replaces_the_layer_is_called() -> None:
+    model, attachment = attached()
+    original = attachment.layer
+    model.encoder[2].prototypes = Wrapper(original)
+    train(model)
+    assert (original.steps, attachment.layer.copy.steps) == (0, 6)
+    assert not torch.equal(original.head.prototypes, attachment.layer.copy.head.prototypes)
+
+
+def test_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, attachment = attached()
+    config = peft.LoraConfig(target_modules=["encoder.0"], modules_to_save=["prototypes"])
+    adapted = peft.get_peft_model(model, config)
+    before = attachment.layer.head.prototypes.detach().clone()
+    train(adapted)
+    assert attachment.layer.steps == 6
+    assert not torch.equal(attachment.layer.head.prototypes, before)
+    # The layer sees the latent with what the adapter adds to it.
+    z = adapted.eval().encoder(torch.rand(9, 12))
+    assert torch.equal(attachment.output.scores, attachment.layer.head(z))
+    adapted.save_pretrained(tmp_path)
+    twin, theirs = attached()
+    peft.PeftModel.from_pretrained(twin, tmp_path)
+    assert torch.equal(theirs.layer.head.prototypes, attachment.layer.head.prototypes)
+    assert theirs.layer.steps == 6
+
+
+def test_an_adapter_around_the_latents_own_module_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = Model()
+    attach(model, "encoder.2", DIM, K)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["encoder.2"]))
+    with pytest.raises(ValueError, match=r"encode: expected 'encoder\.2' as it was, got it inside an adapter"):
+        model(torch.rand(32, 12))
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_latents_without_a_gradient_are_told_within_a_few_steps(mode: str) -> None:
+    model, attachment = attached(mode=mode)
+    model.decoder.register_forward_pre_hook(lambda module, inputs: inputs[0].detach())
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step() -> None:
+        loss = model(torch.rand(32, 12)).square().mean() + (attachment.loss if mode == "weighted" else 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            step()
+    if mode == "weighted":  # the layer's own loss is a gradient
+        return
+    with pytest.warns(PrototypeWarning, match="No gradient has come back to the latents in 10 training passes"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(12):
+            step()
+
+
+class Hub(Model, PyTorchModelHubMixin):
+    """Builds itself from its arguments, as on the hub."""
+
+    def __init__(self, num_prototypes: int | None = None) -> None:
+        super().__init__()
+        if num_prototypes is not None:
+            attach(self, "encoder", DIM, num_prototypes)
+
+
+def test_a_model_of_the_hub_that_attaches_itself_comes_back(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Hub(num_prototypes=K)
+    train(model)
+    model.save_pretrained(tmp_path)
+    loaded = Hub.from_pretrained(tmp_path)
+    assert_equal_states(model, loaded)
+    x = torch.rand(9, 12)
+    assert torch.equal(model.eval()(x), loaded.eval()(x))
+    assert Attachment.of(loaded).layer is loaded.prototypes
+
+
+def test_a_model_of_the_hub_is_told_what_comes_back_without_the_layer(tmp_path: Path) -> None:
+    model = Hub()
+    with pytest.warns(PrototypeWarning, match=r"Hub\.from_pretrained builds the model without the layer"):
+        attach(model, "encoder", DIM, K)
 
 
 def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:

@@ -202,18 +202,18 @@ def test_the_layer_goes_where_the_users_optimizer_finds_it(tmp_path: Path) -> No
             return self.vae.reconstruction(batch[0])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.vae.parameters())
+            return torch.optim.Adam([*self.vae.encoder.parameters(), *self.vae.decoder.parameters()])
 
     module = Wrapping()
     run = trainer(tmp_path, PrototypeCallback("vae.encoder", latent_dim=DIM, num_prototypes=K), max_epochs=1)
     run.fit(module, loader())
-    assert module.vae.prototypes.head.prototypes in run.optimizers[0].state
-    assert "vae.prototypes/perplexity" in run.callback_metrics
+    assert module.prototypes.head.prototypes in run.optimizers[0].state
+    assert "prototypes/perplexity" in run.callback_metrics
     inner = AE()
     trainer(tmp_path, PrototypeCallback("encoder.2", latent_dim=DIM, num_prototypes=K), max_epochs=1).fit(
         inner, loader()
     )
-    assert inner.prototypes.steps == 10  # the encoder is an nn.Sequential: no place for the layer
+    assert inner.prototypes.steps == 10
 
 
 class FolderOfFigures(Logger):
