@@ -8,17 +8,19 @@ images = PrototypeSampler(model, PrototypeSamplerConfig(prototype=3)).sample(8)
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proto_reg import PrototypeHead, PrototypeWarning, PrototypicalRegularizer
+from proto_reg import PrototypeHead, PrototypeWarning, PrototypicalRegularizer, RegularizerOutput
 
 try:
     from pydantic.dataclasses import dataclass
-    from pythae.models import AE, AEConfig
+    from pythae.models import AE, AEConfig, AutoModel
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
     from pythae.samplers import BaseSampler, BaseSamplerConfig
@@ -61,10 +63,15 @@ class PrototypicalAE(AE):
     trainers pass it. So neither the trainer's sanity check, nor ``reconstruct``, ``embed`` and ``interpolate`` of a
     model in training mode teach the prototypes anything. A loop of your own passes ``epoch`` too.
 
-    ``AutoModel.load_from_folder`` knows pythae's own models only: load with ``PrototypicalAE.load_from_folder``.
+    A forward pass returns what ``AE`` returns; ``info`` has what the layer computed. ``AutoModel`` loads the model too,
+    once this module is imported.
 
     Args:
         model_config, encoder, decoder: as pythae's ``AE`` takes them.
+
+    Attributes:
+        info: what the layer computed in the last forward pass, without gradients; None before the first. See
+            :class:`proto_reg.RegularizerOutput`.
 
     Raises:
         TypeError, ValueError: an option of the layer out of its range.
@@ -78,6 +85,7 @@ class PrototypicalAE(AE):
     ) -> None:
         super().__init__(model_config, encoder=encoder, decoder=decoder)
         self.model_name = "PrototypicalAE"
+        self.info: RegularizerOutput | None = None
         c = model_config
         self.regularizer = PrototypicalRegularizer(
             c.latent_dim,
@@ -98,8 +106,7 @@ class PrototypicalAE(AE):
     def forward(self, inputs: dict[str, Tensor], **kwargs: Any) -> ModelOutput:
         """Encode and decode ``inputs["data"]`` (B, *input_dim).
 
-        Returns pythae's ModelOutput: ``loss``, ``recon_loss``, ``prototype_loss``, ``mmd_loss`` (), ``recon_x``
-        (B, *input_dim), ``z`` (B, D) and ``assignments`` (B,).
+        Returns pythae's ModelOutput, as ``AE`` does: ``loss`` (), ``recon_x`` (B, *input_dim) and ``z`` (B, D).
         """
         x = inputs["data"]
         z = self.encoder(x).embedding
@@ -108,16 +115,11 @@ class PrototypicalAE(AE):
             z.register_hook(_own_loop)
         z, info = self.regularizer(z)
         recon_x = self.decoder(z)["reconstruction"]
-        recon_loss = self.loss_function(recon_x, x)
-        return ModelOutput(
-            loss=recon_loss + info.loss if self.regularizer.mode == "weighted" else recon_loss,
-            recon_loss=recon_loss,
-            prototype_loss=info.prototype_loss,
-            mmd_loss=info.mmd_loss,
-            recon_x=recon_x,
-            z=z,
-            assignments=info.assignments,
-        )
+        loss = self.loss_function(recon_x, x)
+        if self.regularizer.mode == "weighted":
+            loss = loss + info.loss
+        self.info = RegularizerOutput(*(value.detach() for value in info))  # a graph would forbid copies
+        return ModelOutput(loss=loss, recon_x=recon_x, z=z)
 
     @classmethod
     def _load_model_config_from_folder(cls, dir_path: str) -> PrototypicalAEConfig:
@@ -125,8 +127,29 @@ class PrototypicalAE(AE):
         return PrototypicalAEConfig.from_json_file(str(Path(dir_path, "model_config.json")))
 
 
+def _knowing_ours(load: Callable) -> classmethod:
+    """``load`` of AutoModel, which tells a model by the name of its config, for our config too."""
+
+    @wraps(load)
+    def knowing(cls: type[AutoModel], path: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return load.__func__(cls, path, *arguments, **options)
+        except NameError as error:
+            if PrototypicalAEConfig.__name__ not in str(error):
+                raise
+        return getattr(PrototypicalAE, load.__name__)(path, *arguments, **options)
+
+    return classmethod(knowing)
+
+
+# pythae has no register to enter a model in.
+if not hasattr(AutoModel.load_from_folder, "__wrapped__"):
+    AutoModel.load_from_folder = _knowing_ours(AutoModel.load_from_folder)
+    AutoModel.load_from_hf_hub = _knowing_ours(AutoModel.load_from_hf_hub)
+
+
 def _own_loop(gradient: Tensor) -> None:
-    """What a backward pass through a forward that did not count has to say."""
+    """Warn of a backward pass through a forward that did not count."""
     warnings.warn(
         "A backward pass went through PrototypicalAE without epoch= in its forward: the prototypes learn nothing. In a "
         "loop of your own call model(inputs, epoch=epoch).",

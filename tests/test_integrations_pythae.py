@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from importlib import import_module
@@ -10,17 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 from pythae.data.datasets import BaseDataset, DatasetOutput
-from pythae.models import AE, AEConfig
+from pythae.models import AE, Adversarial_AE, Adversarial_AE_Config, AEConfig, AutoModel, BaseAE
 from pythae.models.base.base_utils import ModelOutput
 from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.pipelines import TrainingPipeline
 from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig, NormalSampler
-from pythae.trainers import BaseTrainer, BaseTrainerConfig
+from pythae.trainers import (
+    AdversarialTrainer,
+    AdversarialTrainerConfig,
+    BaseTrainer,
+    BaseTrainerConfig,
+    CoupledOptimizerTrainer,
+    CoupledOptimizerTrainerConfig,
+)
 from sklearn.datasets import load_digits
 from test_examples import run
 from torch import Tensor, nn
 
-from proto_reg import PrototypeWarning
+from proto_reg import PrototypeWarning, attach
 from proto_reg.integrations.pythae import PrototypeSampler, PrototypeSamplerConfig, PrototypicalAE, PrototypicalAEConfig
 
 
@@ -53,7 +61,7 @@ def test_two_epochs_are_two_epochs_of_steps_and_the_loss_falls(digits: Tensor, t
     assert model.regularizer.steps == 2 * len(trainer.train_loader)  # neither the sanity check nor eval counts
     test = {"data": digits[1536:]}
     with torch.no_grad():
-        assert model.eval()(test).recon_loss < 0.5 * small().eval()(test).recon_loss
+        assert model.eval()(test).loss < 0.5 * small().eval()(test).loss
 
 
 def test_the_sanity_check_teaches_nothing(digits: Tensor, tmp_path: Path) -> None:
@@ -105,6 +113,14 @@ class Encoder(BaseEncoder):
 
     def forward(self, x: Tensor) -> ModelOutput:
         return ModelOutput(embedding=self.net(x))
+
+
+class VariationalEncoder(Encoder):
+    """With a log variance, as the variational models want it."""
+
+    def forward(self, x: Tensor) -> ModelOutput:
+        z = self.net(x)
+        return ModelOutput(embedding=z, log_covariance=torch.zeros_like(z))
 
 
 class Decoder(BaseDecoder):
@@ -161,10 +177,70 @@ def test_a_loop_of_ones_own_passes_the_epoch(digits: Tensor) -> None:
 def test_weighted_mode_adds_its_loss(digits: Tensor) -> None:
     model = small(mode="weighted", prototype_weight=2.0, mmd_weight=3.0)
     out = model(DatasetOutput(data=digits[:64]), epoch=1)
-    expected = out.recon_loss + 2 * out.prototype_loss + 3 * out.mmd_loss
-    torch.testing.assert_close(out.loss, expected)
+    error = (out.recon_x - digits[:64]).square().sum() / 64
+    torch.testing.assert_close(out.loss, error + 2 * model.info.prototype_loss + 3 * model.info.mmd_loss)
     balanced = small()(DatasetOutput(data=digits[:64]), epoch=1)
-    assert balanced.loss is balanced.recon_loss
+    torch.testing.assert_close(balanced.loss, (balanced.recon_x - digits[:64]).square().sum() / 64)
+
+
+def test_output_is_aes_and_info_has_the_rest(digits: Tensor) -> None:
+    model, x = small(), DatasetOutput(data=digits[:32])
+    assert list(model(x, epoch=1).keys()) == list(AE(AEConfig(input_dim=(1, 8, 8), latent_dim=8))(x).keys())
+    assert model.info.assignments.shape == (32,)
+    assert not any(value.requires_grad for value in model.info)
+    copy.deepcopy(model)
+
+
+def test_automodel_knows_it_and_its_own(digits: Tensor, tmp_path: Path) -> None:
+    plain = AEConfig(input_dim=(1, 8, 8), latent_dim=8)
+    for model in (small().eval(), AE(plain).eval()):
+        folder = str(tmp_path / model.model_name)
+        model.save(folder)
+        loaded = AutoModel.load_from_folder(folder).eval()
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded.reconstruct(digits[:9]), model.reconstruct(digits[:9]))
+    (tmp_path / "AE" / "model_config.json").write_text('{"name": "NoConfig"}')
+    with pytest.raises(NameError, match="Got NoConfig"):
+        AutoModel.load_from_folder(str(tmp_path / "AE"))
+
+
+class Both(BaseAE):
+    """A model whose trainer builds one optimizer of the encoder and one of the decoder."""
+
+    def __init__(self, config: AEConfig) -> None:
+        super().__init__(config)
+        self.model_name = "Both"
+        self.set_encoder(Encoder())
+        self.set_decoder(Decoder())
+
+    def forward(self, inputs: DatasetOutput, **kwargs) -> ModelOutput:
+        z = self.encoder(inputs["data"]).embedding
+        recon_x = self.decoder(z).reconstruction
+        error = (recon_x - inputs["data"]).square().sum((1, 2, 3)).mean()
+        return ModelOutput(
+            loss=error,
+            encoder_loss=error,
+            decoder_loss=error,
+            recon_x=recon_x,
+            z=z,
+            update_encoder=True,
+            update_decoder=True,
+        )
+
+
+def test_prototypes_move_where_optimizers_are_of_encoder_and_decoder(digits: Tensor, tmp_path: Path) -> None:
+    adversarial = Adversarial_AE_Config(input_dim=(1, 8, 8), latent_dim=8)
+    sizes = {"output_dir": str(tmp_path), "num_epochs": 1, "no_cuda": True, "per_device_train_batch_size": 64}
+    data = BaseDataset(digits[:256], torch.ones(256))
+    for model, trainer, config in (
+        (Both(AEConfig(input_dim=(1, 8, 8), latent_dim=8)), CoupledOptimizerTrainer, CoupledOptimizerTrainerConfig),
+        (Adversarial_AE(adversarial, encoder=VariationalEncoder()), AdversarialTrainer, AdversarialTrainerConfig),
+    ):
+        layer = attach(model, "encoder", 8, 6, select="embedding").layer
+        before = layer.head.prototypes.detach().clone()
+        trainer(model, data, training_config=config(**sizes)).train()
+        assert layer.steps >= 4
+        assert not torch.equal(layer.head.prototypes, before)
 
 
 def test_samplers(digits: Tensor, trained, tmp_path: Path) -> None:
