@@ -1,6 +1,6 @@
 """Prototypes in the latents of a diffusers autoencoder, saved in its folder (extra ``diffusers``).
 
-model = PrototypicalAutoencoder(vae, num_prototypes=64)  # vae: AutoencoderKL, AutoencoderKLWan, ...
+model = PrototypicalAutoencoder(vae, num_prototypes=64)  # vae: AutoencoderKL, AutoencoderKLWan, AutoencoderTiny, ...
 optimizer = torch.optim.AdamW(model.parameters())        # was vae.parameters()
 loss = F.mse_loss(model(x).sample, x)                    # was vae(x).sample; no KL term, no sampling noise
 
@@ -39,7 +39,7 @@ class PrototypicalAutoencoderOutput(NamedTuple):
 
     Attributes:
         sample: (B, C, H, W) or (B, C, T, H, W) reconstructions, as in diffusers' ``DecoderOutput``.
-        latents: what was decoded, in the shape of ``vae.encode(x).latent_dist.mode()``.
+        latents: what was decoded, in the shape of the latents that ``vae.encode(x)`` returns.
         info: what the layer computed, see :class:`proto_reg.RegularizerOutput`.
     """
 
@@ -51,8 +51,10 @@ class PrototypicalAutoencoderOutput(NamedTuple):
 class PrototypicalAutoencoder(nn.Module):
     """A diffusers autoencoder and the prototypes of its latents: ``model(x).sample`` instead of ``vae(x).sample``.
 
-    The layer sits on the mode of the posterior; train without the KL term and without the noise. Give the optimizer,
-    and DDP, this module. What a latent is, is yours to choose:
+    The layer sits on the mode of the posterior (train without the KL term and without the noise), or on the latents of
+    autoencoders without a posterior, such as AutoencoderTiny and AutoencoderDC. VQModel is decoded without its
+    quantiser: the codebook stays as it is, frozen, and ``VQModel.from_pretrained`` of the saved folder quantises with
+    it. Give the optimizer, and DDP, this module. What a latent is, is yours to choose:
 
     - By default **every position of the map** is one, and prototypes are typical positions (patches). ``sample`` then
       draws each position on its own: a texture, not a picture. Pictures are redrawn by ``sample_like``, which takes the
@@ -65,12 +67,14 @@ class PrototypicalAutoencoder(nn.Module):
     standard deviation of the latents, as for any autoencoder.
 
     Args:
-        vae: the autoencoder; ``vae.encode(x).latent_dist`` and ``vae.decode(z).sample`` are what is asked of it.
+        vae: the autoencoder; ``vae.encode(x)`` has ``latent_dist``, ``latents`` or ``latent``, ``vae.decode(z)`` has
+            ``sample``.
         num_prototypes: K.
         map_size: (h, w) or (t, h, w) of the latent maps, for prototypes of whole maps.
         layout: einops pattern of the latents: ``"b d h w"``, or ``"b d t h w"`` of video autoencoders. Follows from
             ``map_size`` where that is given.
-        latent_dim: channels of the latents; None takes ``latent_channels`` or ``z_dim`` from the autoencoder's config.
+        latent_dim: channels of the latents; None takes ``vq_embed_dim``, ``latent_channels`` or ``z_dim`` from the
+            autoencoder's config.
         options: of :class:`proto_reg.PrototypicalRegularizer`, such as ``max_tokens`` or ``warmup_steps``.
 
     Raises:
@@ -96,6 +100,8 @@ class PrototypicalAutoencoder(nn.Module):
         inner = layout if self.map_size is None else "b d"
         self.regularizer = PrototypicalRegularizer(size, num_prototypes, layout=inner, **options)
         self.vae: Any = vae
+        if isinstance(vae, diffusers.VQModel):  # without gradient, of which DDP would complain
+            vae.quantize.requires_grad_(False)
         self._components = [name for name in ("head", "assigner", "mmd") if options.pop(name, None) is not None]
         sizes = {"latent_dim": channels, "map_size": None if map_size is None else list(map_size), "layout": layout}
         self._config = {"num_prototypes": num_prototypes, **sizes, **options}
@@ -113,13 +119,14 @@ class PrototypicalAutoencoder(nn.Module):
         Raises:
             TypeError, ValueError: an autoencoder without a posterior, or maps of another size than was declared.
         """
-        posterior = getattr(self.vae.encode(x), "latent_dist", None)
-        if posterior is None:
+        output = self.vae.encode(x)
+        posterior = getattr(output, "latent_dist", None)
+        z = getattr(output, "latents", getattr(output, "latent", None)) if posterior is None else posterior.mode()
+        if z is None:
             raise TypeError(
-                f"vae: expected vae.encode(x).latent_dist, {type(self.vae).__name__} has none. Call "
-                "PrototypicalRegularizer on its latents instead."
+                f"vae: expected latent_dist, latents or latent in what {type(self.vae).__name__}.encode(x) returns, "
+                f"got {type(output).__name__}. Call PrototypicalRegularizer on its latents instead."
             )
-        z = posterior.mode()
         if self.map_size is None:
             return self.regularizer(z, mask)
         if z.shape[2:] != self.map_size:
@@ -132,7 +139,10 @@ class PrototypicalAutoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures of latents ``z``, in the shape that :meth:`encode` returns; any floating-point dtype."""
-        return self.vae.decode(z.to(self.vae.dtype)).sample
+        vae, z = self.vae, z.to(self.vae.dtype)
+        if isinstance(vae, diffusers.VQModel):
+            return vae.decoder(vae.post_quant_conv(z), z if vae.config.norm_type == "spatial" else None)
+        return vae.decode(z).sample
 
     @torch.no_grad()
     def sample(
@@ -243,10 +253,10 @@ class PrototypicalAutoencoder(nn.Module):
 def _latent_channels(vae: nn.Module) -> int:
     """Channels of the latents, as the config of ``vae`` has them; ValueError if it does not say."""
     config = getattr(vae, "config", {})
-    for name in ("latent_channels", "z_dim"):
-        if name in config:
+    for name in ("vq_embed_dim", "latent_channels", "z_dim"):
+        if config.get(name) is not None:
             return config[name]
     raise ValueError(
         f"latent_dim: expected the channels of the latents, got None, and the config of {type(vae).__name__} names "
-        "neither latent_channels nor z_dim. Pass vae.encode(x).latent_dist.mode().shape[1]."
+        "neither latent_channels nor z_dim. Pass the channels of what vae.encode(x) returns."
     )

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan, AutoencoderTiny, VQModel
 from sklearn.datasets import load_digits
 from test_examples import run
 from torch import Tensor
 
-from proto_reg import PrototypeHead
+from proto_reg import PrototypeHead, PrototypeWarning, attach
 from proto_reg.integrations.diffusers import PrototypicalAutoencoder
 
 
@@ -265,17 +265,68 @@ def test_what_is_wrong_is_named(call, error: type[Exception], message: str) -> N
         call()
 
 
-def test_autoencoders_that_need_more_words() -> None:
-    blocks = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,))
-    blocks |= dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1,))
-    without = AutoencoderTiny(in_channels=1, out_channels=1, **blocks)
-    with pytest.raises(TypeError, match="AutoencoderTiny has none"):
-        positions(without)(torch.rand(2, 1, 8, 8))
+def without_posterior(kind: str) -> torch.nn.Module:
+    """Autoencoders that return latents, of 4 channels and half the size, instead of a distribution."""
+    torch.manual_seed(1)
+    if kind == "tiny":
+        sizes = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8))
+        blocks = dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1, 1))
+        return AutoencoderTiny(in_channels=1, out_channels=1, **sizes, **blocks)
+    if kind == "dc":
+        sizes = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 16))
+        sizes |= dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), (1, 1))
+        blocks = dict.fromkeys(("encoder_block_types", "decoder_block_types"), "ResBlock")
+        norms = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
+        scales = dict.fromkeys(("encoder_qkv_multiscales", "decoder_qkv_multiscales"), ((), ()))
+        return AutoencoderDC(in_channels=1, latent_channels=4, **sizes, **blocks, **norms, **scales)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 6, "vq_embed_dim": 4}
+    looks_up = {"num_vq_embeddings": 8, "lookup_from_codebook": kind == "vq that looks up"}
+    spatial = {"norm_type": "spatial", "block_out_channels": (32, 32)} if kind == "vq, spatial" else {}
+    return VQModel(in_channels=1, out_channels=1, **blocks, **(sizes | spatial), **looks_up)
 
+
+@pytest.mark.parametrize("kind", ["tiny", "dc", "vq", "vq, spatial", "vq that looks up"])
+def test_autoencoders_without_a_posterior(kind: str, digits: Tensor, tmp_path: Path) -> None:
+    model = positions(without_posterior(kind))
+    before = model.regularizer.head.prototypes.detach().clone()
+    losses = train(model, adam(model), list(digits[:960].split(48)))
+    assert losses[-1] < 0.8 * losses[0]
+    assert model.regularizer.steps == len(losses)
+    assert not torch.equal(model.regularizer.head.prototypes, before)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # as DDP wants it
+    model.save_pretrained(tmp_path)
+    loaded = PrototypicalAutoencoder.from_pretrained(tmp_path)
+    x = digits[960:970]
+    with torch.no_grad():
+        ours, theirs = model.eval()(x), loaded(x)
+    assert ours.latents.shape == (10, 4, 4, 4)
+    assert torch.equal(ours.sample, theirs.sample)
+    assert torch.equal(ours.info.assignments, theirs.info.assignments)
+    assert loaded.sample(3, 2, size=(4, 4)).shape == (3, 1, 8, 8)
+
+
+def test_attached_the_layer_is_told_of_what_will_not_come_back_or_learn(digits: Tensor) -> None:
+    vae = without_posterior("tiny")
+    with pytest.warns(PrototypeWarning, match=r"AutoencoderTiny\.from_pretrained builds .*PrototypicalAutoencoder"):
+        attach(vae, "encoder", 4, 6, layout="b d h w")
+
+    def step() -> None:
+        F.mse_loss(vae(digits[:32]).sample, digits[:32]).backward()  # rounds its latents to bytes
+
+    for _ in range(10):
+        step()
+    with pytest.warns(PrototypeWarning, match="No gradient has come back to the latents in 10 training passes"):
+        step()
+
+
+def test_autoencoders_that_need_more_words() -> None:
     class Nameless(torch.nn.Module):
         def encode(self, x): ...
         def decode(self, z): ...
 
+    with pytest.raises(TypeError, match=r"latent in what Nameless\.encode\(x\) returns, got NoneType"):
+        positions(Nameless(), latent_dim=8)(torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match="latent_dim: expected the channels"):
         positions(Nameless())
     assert positions(Nameless(), latent_dim=8).regularizer.head.latent_dim == 8
