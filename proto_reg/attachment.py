@@ -270,9 +270,9 @@ def _say_what_comes_back_without(model: nn.Module) -> None:
     ours = ", or use proto_reg.integrations.diffusers.PrototypicalAutoencoder, which saves and loads both"
     diffusers = type(model).__module__.startswith("diffusers.")
     warnings.warn(
-        f"{type(model).__name__}.from_pretrained builds the model without the layer, and drops the layer's weights that "
-        "save_pretrained writes. Attach in the model's __init__, or attach again and load a state_dict of your own"
-        f"{ours if diffusers else ''}.",
+        f"{type(model).__name__}.from_pretrained builds the model without the layer, and drops the layer's weights "
+        "that save_pretrained writes. Attach in the model's __init__, or attach again and load a state_dict of your "
+        f"own{ours if diffusers else ''}.",
         PrototypeWarning,
         stacklevel=_callers_level(),
     )

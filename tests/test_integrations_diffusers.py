@@ -282,7 +282,9 @@ def without_posterior(kind: str) -> torch.nn.Module:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 6, "vq_embed_dim": 4}
     looks_up = {"num_vq_embeddings": 8, "lookup_from_codebook": kind == "vq that looks up"}
-    spatial = {"norm_type": "spatial", "block_out_channels": (32, 32)} if kind == "vq, spatial" else {}
+    spatial = (
+        {"norm_type": "spatial", "block_out_channels": (32, 32), "latent_channels": 4} if kind == "vq, spatial" else {}
+    )
     return VQModel(in_channels=1, out_channels=1, **blocks, **(sizes | spatial), **looks_up)
 
 
