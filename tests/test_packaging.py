@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from proto_reg.kernels import build
 
@@ -66,6 +67,24 @@ def test_torch_is_no_build_requirement() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     requires = next(line for line in text.splitlines() if line.startswith("requires ="))
     assert "torch" not in requires
+
+
+def test_floors_are_the_lower_bounds_of_the_extras() -> None:
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib")
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    users = [line for extra, lines in extras.items() if extra not in ("test", "bench") for line in lines]
+    bounds = {}
+    for requirement in map(Requirement, [*users, project["dependencies"][1]]):
+        if requirement.name != "proto_reg":
+            bounds[requirement.name] = next(s.version for s in requirement.specifier if s.operator == ">=")
+    lines = (ROOT / "tests" / "floors.txt").read_text().splitlines()[1:]
+    floors = dict(line.split("==") for line in lines)
+    assert floors.pop("peft") in next(line for line in extras["test"] if line.startswith("peft"))
+    assert floors == bounds
 
 
 @pytest.fixture(scope="module")
