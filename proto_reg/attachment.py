@@ -23,6 +23,8 @@ from .kernels.once import transforming
 from .regularizer import PrototypicalRegularizer, RegularizerOutput
 
 Select = int | str | slice | None
+# What saves and loads the layer too, where a library builds its models anew.
+OURS = {"diffusers": "diffusers.PrototypicalAutoencoder", "scvi": "scvi.PrototypicalSCVI"}
 PATIENCE = 10  # training passes without a gradient at the latents, after which we say so
 
 
@@ -259,20 +261,20 @@ def _is_wrapped(model: nn.Module, path: str, module: nn.Module) -> bool:
 
 
 def _say_what_comes_back_without(model: nn.Module) -> None:
-    """Warn of ``from_pretrained``, unless ``model`` is attaching in its own ``__init__``."""
-    if not hasattr(model, "from_pretrained"):
+    """Warn where a library will build the model anew, unless ``model`` is attaching in its own ``__init__``."""
+    libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if not hasattr(model, "from_pretrained") and "scvi" not in libraries:
         return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__" and any(value is model for value in frame.f_locals.values()):
             return
         frame = frame.f_back
-    ours = ", or use proto_reg.integrations.diffusers.PrototypicalAutoencoder, which saves and loads both"
-    diffusers = type(model).__module__.startswith("diffusers.")
+    builder = "scvi's load" if "scvi" in libraries else f"{type(model).__name__}.from_pretrained"
+    ours = next((f", or use proto_reg.integrations.{OURS[name]}" for name in libraries if name in OURS), "")
     warnings.warn(
-        f"{type(model).__name__}.from_pretrained builds the model without the layer, and drops the layer's weights "
-        "that save_pretrained writes. Attach in the model's __init__, or attach again and load a state_dict of your "
-        f"own{ours if diffusers else ''}.",
+        f"{builder} builds the model without the layer, and the layer's weights that were saved do not come back. "
+        f"Attach in the model's __init__, or attach again and load a state_dict of your own{ours}.",
         PrototypeWarning,
         stacklevel=_callers_level(),
     )

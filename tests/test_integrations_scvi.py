@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +19,7 @@ scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed: pip inst
 from scvi.data import synthetic_iid  # noqa: E402
 from scvi.model import SCVI  # noqa: E402
 
-from proto_reg import Attachment  # noqa: E402
+from proto_reg import Attachment, PrototypeWarning, attach  # noqa: E402
 from proto_reg.integrations.scvi import PrototypicalSCVI  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]
@@ -206,6 +207,16 @@ def test_a_query_leaves_the_prototypes_where_they_are() -> None:
     assert torch.equal(mapped.prototypes.head.prototypes, model.prototypes.head.prototypes)
     mapped.assign_prototypes()
     assert mapped.get_prototype_expression(transform_batch="batch_0 new").shape == (100, K)
+
+
+def test_attached_to_plain_scvi_it_is_told_that_load_does_not_know_the_layer() -> None:
+    adata = cells()
+    SCVI.setup_anndata(adata)
+    with pytest.warns(PrototypeWarning, match=r"scvi's load builds the model without .*scvi\.PrototypicalSCVI"):
+        attach(SCVI(adata).module, "z_encoder.mean_encoder", 10, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrototypeWarning)
+        PrototypicalSCVI(adata, num_prototypes=K)
 
 
 def test_what_is_wrong_is_named() -> None:
