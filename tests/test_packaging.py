@@ -78,11 +78,12 @@ def test_floors_are_the_lower_bounds_of_the_extras() -> None:
     extras = project["optional-dependencies"]
     users = [line for extra, lines in extras.items() if extra not in ("test", "bench") for line in lines]
     bounds = {}
-    for requirement in map(Requirement, [*users, project["dependencies"][1]]):
+    for requirement in map(Requirement, users):
         if requirement.name != "proto_reg":
             bounds[requirement.name] = next(s.version for s in requirement.specifier if s.operator == ">=")
     lines = (ROOT / "tests" / "floors.txt").read_text().splitlines()[1:]
     floors = dict(line.split("==") for line in lines)
+    assert floors.pop("einops") == "0.8.1"  # what the extra vq asks for; the library itself holds at 0.8.0
     assert floors.pop("peft") in next(line for line in extras["test"] if line.startswith("peft"))
     assert floors == bounds
 
