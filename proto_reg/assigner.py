@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_number, check_positive_int
-from ._distributed import Group, Ranks
+from ._distributed import Group, Ranks, sum_
 from ._state import WideState
 from .functional.problem import NAN_POLICIES, as_marginals, check_marginals
 from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
 from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
+from .kernels.snapshot import snapshot
+
+ADAPTIVE = "adaptive"
+RATE = 0.01  # of adaptive marginals: a memory of a hundred steps
 
 
 class SinkhornAssigner(WideState):
@@ -23,7 +27,11 @@ class SinkhornAssigner(WideState):
         epsilon: entropic regularisation, > 0, in units of the scores.
         num_iters: Sinkhorn iterations, >= 1.
         tol: stop once every column is within this relative error of its marginal.
-        marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default.
+        marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default. ``"adaptive"``: they are
+            estimated in training, for data whose kinds are not equally frequent; see :meth:`observe`.
+        num_prototypes: K, for adaptive marginals alone.
+        smoothing: in (0, 1], how far adaptive marginals are drawn to uniform ones: no prototype's share falls below
+            ``smoothing / K``, and with 1 all shares are equal.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
         backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
         group: the processes whose rows are balanced as one batch in training mode: ``"default"`` (the default process
@@ -41,7 +49,9 @@ class SinkhornAssigner(WideState):
         num_iters: int = 3,
         *,
         tol: float | None = None,
-        marginals: Tensor | Sequence[float] | None = None,
+        marginals: Tensor | Sequence[float] | str | None = None,
+        num_prototypes: int | None = None,
+        smoothing: float = 0.1,
         nan_policy: str = "propagate",
         backend: str = "auto",
         group: Group = "default",
@@ -53,7 +63,20 @@ class SinkhornAssigner(WideState):
         self.nan_policy = check_choice("nan_policy", nan_policy, NAN_POLICIES)
         self.backend = check_choice("backend", backend, BACKENDS)
         self.ranks = Ranks(group)
-        if marginals is not None:
+        self.adaptive = isinstance(marginals, str)
+        self.smoothing = check_number("smoothing", smoothing, above=0)
+        if self.smoothing > 1:
+            raise ValueError(f"smoothing: expected a number in (0, 1], got {smoothing}. With 1 all shares are equal.")
+        if (num_prototypes is not None) != self.adaptive:
+            raise ValueError(
+                f"num_prototypes: expected a number with marginals='adaptive' and None otherwise, got {num_prototypes}. "
+                "Other marginals tell their number themselves."
+            )
+        if isinstance(marginals, str):
+            check_choice("marginals", marginals, (ADAPTIVE,))
+            count = check_positive_int("num_prototypes", num_prototypes)
+            marginals = torch.full((count,), 1 / count, dtype=torch.float32)
+        elif marginals is not None:
             marginals = as_marginals(marginals).to(torch.float32)
             check_marginals(marginals, None)
         self.register_buffer("marginals", marginals)
@@ -61,7 +84,7 @@ class SinkhornAssigner(WideState):
     def _options(self) -> dict[str, Any]:
         return {
             "tol": self.tol,
-            "marginals": self.marginals,
+            "marginals": snapshot(self.marginals) if self.marginals is not None and self.adaptive else self.marginals,
             "nan_policy": self.nan_policy,
             "backend": self.backend,
             "group": self.ranks.active(self.training),
@@ -104,6 +127,36 @@ class SinkhornAssigner(WideState):
             scores, self.epsilon, self.num_iters, temperature, mask=mask, **self._options()
         )
 
+    @torch.no_grad()
+    def observe(self, scores: Tensor, temperature: float, counted: Tensor | None = None) -> None:
+        """Move adaptive marginals by a hundredth of the way to the shares of ``scores`` (B, K), over all processes.
+
+        The shares are the mean responsibilities of the mixture that has the marginals as its weights:
+        softmax(S / tau + log marginals). That is a step of EM for its weights (Dempster, Laird, Rubin, 1977), drawn to
+        uniform ones by ``smoothing``. The layer calls this in each training step in which the prototype loss is at work.
+
+        Args:
+            counted: (B,) or () bool, False leaves the row out, as a row that is not finite is left out.
+        """
+        marginals = self.marginals
+        if not self.adaptive or marginals is None:
+            return
+        logits = scores.to(marginals.dtype) / temperature + marginals.log()
+        usable = logits.isfinite().all(1)
+        usable = usable if counted is None else usable & counted
+        responsibilities = torch.where(usable[:, None], logits.softmax(1), 0.0)
+        both = torch.cat([responsibilities.sum(0), usable.sum(0, keepdim=True).to(marginals.dtype)])
+        both = sum_(both, self.ranks.active(self.training))
+        sums, count = both[:-1], both[-1]
+        target = (1 - self.smoothing) * sums / count.clamp_min(1) + self.smoothing / len(marginals)
+        moved = marginals.lerp(target, torch.where(count > 0, RATE, 0.0).to(marginals.dtype))
+        marginals.copy_(moved / moved.sum())
+
+    def reset_parameters(self) -> None:
+        """Adaptive marginals are uniform again."""
+        if self.adaptive and self.marginals is not None:
+            self.marginals.fill_(1 / len(self.marginals))
+
     def _assigns_otherwise(self) -> bool:
         return type(self).forward is not SinkhornAssigner.forward
 
@@ -112,5 +165,6 @@ class SinkhornAssigner(WideState):
 
     def extra_repr(self) -> str:
         given = "" if self.marginals is None else f", marginals=({len(self.marginals)},)"
+        given = f", marginals={ADAPTIVE!r}, smoothing={self.smoothing:g}" if self.adaptive else given
         tol = "" if self.tol is None else f", tol={self.tol:g}"
         return f"epsilon={self.epsilon:g}, num_iters={self.num_iters}{tol}{given}"

@@ -179,11 +179,18 @@ class Lifecycle(nn.Module):
         if self.prototype_weight:
             counted = followed(output.prototype_loss, self._active(), keep)
             self.follower.observe(tokens, output.assignments, self.head.prototypes.detach(), counted, self.head.std)
+            self._adapt(output, counted, self._sharpness() if self.temperature_steps else None)
         losses = output.prototype_loss, output.mmd_loss
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:
             self.queue.push(tokens, keep)
         self.steps.add_(1)
+
+    def _adapt(self, output: RegularizerOutput, counted: Tensor, sharpness: Tensor | None) -> None:
+        """Adaptive marginals follow the scores of a training forward: the rows that are ``counted``, (N,) or ()."""
+        if self.assigner.adaptive:
+            scores = output.scores.detach() if sharpness is None else output.scores.detach() * sharpness
+            self.assigner.observe(scores, self.temperature, counted)
 
     def _look(self, tokens: Tensor, keep: Tensor | None, share: Share, output: RegularizerOutput) -> None:
         """Have the watch look at a training forward of ``tokens`` (N, D)."""

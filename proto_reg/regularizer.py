@@ -18,6 +18,7 @@ from .functional.noise import with_noise
 from .functional.problem import usable
 from .fused import fused_step
 from .head import PrototypeHead
+from .kernels.follow import followed
 from .kernels.once import transforming
 from .kernels.rows import at_work, loss_of_active
 from .layout import Layout
@@ -238,8 +239,11 @@ class PrototypicalRegularizer(Lifecycle):
                 tokens, keep, head, self.assigner, self.mmd, counters, active, sharpness, self.temperature, *weights
             )
             if fused is not None:
-                direction, step, *output = fused
-                return direction, [(head.prototypes, step)], RegularizerOutput._make(output)
+                direction, step, *rest = fused
+                output = RegularizerOutput._make(rest)
+                if tracking and self.assigner.adaptive and self.prototype_weight:
+                    self._adapt(output, followed(output.prototype_loss, active, keep), sharpness)
+                return direction, [(head.prototypes, step)], output
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.detach()
             if tracking:

@@ -244,11 +244,18 @@ def one_against_two(weighted: bool = False, masked: bool = False, **options) -> 
     part_masks = [mask if mask is None else own(mask, (32, 32)) for mask in masks]
     losses = train(DistributedDataParallel(model, **ddp), parts, part_masks, weighted)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    for name, value in whole.named_buffers():
+        if name.endswith("marginals"):
+            torch.testing.assert_close(dict(model.named_buffers())[name], value, atol=1e-6, rtol=0)
     start = built(group=None, **components(None), **options)
     for (name, value), first in zip(whole.named_parameters(), start.parameters(), strict=True):
         assert not torch.equal(value, first), name
         torch.testing.assert_close(dict(model.named_parameters())[name], value, atol=1e-5, rtol=1e-5, msg=name)
     stay_equal(model)
+
+
+def adaptive(group: str | None) -> SinkhornAssigner:
+    return SinkhornAssigner(marginals="adaptive", num_prototypes=K, group=group)
 
 
 def stay_equal(model: nn.Module) -> None:
@@ -267,6 +274,8 @@ def layer() -> None:
         regularizer.GATHERED = limit
         one_against_two()
         one_against_two(masked=True, max_tokens=24)
+        for weighted in (False, True):
+            one_against_two(weighted, components=lambda group: {"assigner": adaptive(group)})
         an_uneven_end()
         an_empty_rank()
     # A bucket for each parameter: DDP's all-reduces before and after the layer's own in the backward pass.
