@@ -1,9 +1,10 @@
-"""The measurements behind four choices: how prototypes learn, a VAE's KL term and noise, a queue, the latents' scale.
+"""The measurements behind five choices: how prototypes learn, a VAE's KL term and noise, a queue, scale, and shares.
 
 python examples/ablations.py prototypes --data-dir DIR        # V by gradient, faster, from data, following its latents
 python examples/ablations.py kl --data-dir DIR                # the layer on mu or on the sample, KL dropped or kept
 python examples/ablations.py queue --data-dir DIR             # batches of 16 latents, with and without past ones
 python examples/ablations.py scale --data-dir DIR             # a linear output under a squared error: latents too close
+python examples/ablations.py shares --data-dir DIR --long-tail  # equal or adaptive shares; each class half the one before
 
 One line a run, then the mean over seeds of each variant. Without --data-dir: scikit-learn's digits.
 """
@@ -152,7 +153,53 @@ def scale_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
     }
 
 
-STUDIES = {"prototypes": prototype_variants, "kl": kl_variants, "queue": queue_variants, "scale": scale_variants}
+def share_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
+    """Prototypes with equal shares of a batch, and with those that training finds."""
+
+    def build(smoothing: float | None) -> Callable[[], Variant]:
+        def make() -> Variant:
+            chosen = {"marginals": "adaptive", "num_prototypes": args.prototypes, "smoothing": smoothing}
+            assigner = proto_reg.SinkhornAssigner(**(chosen if smoothing else {}))
+            return Variant(pixels, args, on="mu", noise=False, kl=False, assigner=assigner)
+
+        return make
+
+    return {
+        "autoencoder": lambda: Variant(pixels, args, on=None, noise=False, kl=False),
+        "equal": build(None),
+        "adaptive, smoothing .1": build(0.1),
+        "adaptive, smoothing .3": build(0.3),
+    }
+
+
+STUDIES = {
+    "prototypes": prototype_variants,
+    "kl": kl_variants,
+    "queue": queue_variants,
+    "scale": scale_variants,
+    "shares": share_variants,
+}
+
+
+def long_tail(data: Images) -> Images:
+    """Of each class half as many images as of the one before, at random; training and test images alike."""
+    generator = torch.Generator().manual_seed(0)
+
+    def kept(labels: Tensor) -> Tensor:
+        most = int(torch.bincount(labels).min())
+        of_class = [(labels == c).nonzero()[:, 0] for c in range(int(labels.max()) + 1)]
+        drawn = [index[torch.randperm(len(index), generator=generator)] for index in of_class]
+        return torch.cat([index[: max(1, most >> c)] for c, index in enumerate(drawn)])
+
+    train, test = kept(data.train_labels), kept(data.test_labels)
+    return Images(
+        f"{data.name}, long tail",
+        data.train[train],
+        data.train_labels[train],
+        data.test[test],
+        data.test_labels[test],
+        data.shape,
+    )
 
 
 @torch.no_grad()
@@ -199,6 +246,7 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=30)
     parser.add_argument("--prototype-weight", type=float, default=0.03)
     parser.add_argument("--batch-size", type=int, help="default: 64 for the digits, 256 for larger data; queue: 16")
+    parser.add_argument("--long-tail", action="store_true", help="each class has half the images of the one before")
     parser.add_argument("--only", nargs="*", help="names of the variants to run")
     args = parser.parse_args()
     data = load_for(parser, args.data_dir)
@@ -210,6 +258,8 @@ def main() -> None:
     torch.manual_seed(0)  # of the judge's weights
     judge = train_judge(data, 60 if small else 5, torch.Generator().manual_seed(0))
 
+    if args.long_tail:  # the judge has seen all images
+        data = long_tail(data)
     variants = STUDIES[args.what](data.train.shape[1], args)
     means: list[dict[str, float | str]] = []
     for name in args.only or variants:

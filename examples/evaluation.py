@@ -86,6 +86,7 @@ COLUMNS = {
     "mse": ("test MSE", ".5f"),
     "kmeans_purity": ("k-means purity", ".3f"),
     "purity": ("purity", ".3f"),
+    "nmi": ("NMI", ".3f"),
     "prototypes_right": ("prototypes right", ".2f"),
     "control": ("control", ".3f"),
     "r2_per_dim": ("r^2/D", ".2f"),

@@ -22,6 +22,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
+from proto_reg import SinkhornAssigner
 from proto_reg.integrations.scvi import PrototypicalSCVI
 
 K = 20
@@ -53,6 +54,10 @@ def agreement(clusters: np.ndarray, adata: AnnData) -> tuple[float, float]:
     return purity, normalized_mutual_info_score(types, clusters)
 
 
+def adaptive() -> SinkhornAssigner:
+    return SinkhornAssigner(marginals="adaptive", num_prototypes=K)
+
+
 def compare(seeds: int, epochs: int) -> None:
     """Print purity, NMI and the error of held-out cells: k-means on plain scVI's latents, and prototypes."""
     adata, rows = cells(), {}
@@ -60,6 +65,7 @@ def compare(seeds: int, epochs: int) -> None:
         for name, model_class, options in (
             ("scVI", scvi.model.SCVI, {}),
             ("with prototypes", PrototypicalSCVI, {"num_prototypes": K}),
+            ("of adaptive shares", PrototypicalSCVI, {"num_prototypes": K, "prototype_kwargs": {"assigner": adaptive()}}),
         ):
             model = train(model_class, adata, seed, epochs, **options)
             error = model.get_reconstruction_error(indices=model.validation_indices)["reconstruction_loss"].item()

@@ -51,7 +51,7 @@ def test_quickstart_is_deterministic(tmp_path: Path) -> None:
 
 
 def test_ablations_run(tmp_path: Path) -> None:
-    for what, names in (("prototypes", 8), ("kl", 7), ("queue", 6)):
+    for what, names in (("prototypes", 8), ("kl", 7), ("queue", 6), ("shares", 4)):
         out = run("ablations.py", what, "--epochs", "1", "--seeds", "1", cwd=tmp_path)
         assert len(out.split("mean of 1 seeds")[1].strip().splitlines()) == names + 1
 
