@@ -122,7 +122,7 @@ def row_counts(count: int, group: dist.ProcessGroup | None, device: torch.device
         return [count]
     where = "cpu" if "cpu" in dist.get_backend_config(group) else device
     counts = torch.empty(size(group), dtype=torch.int64, device=where)
-    _all_gather(counts, torch.tensor([count], device=where), group=group)
+    _all_gather(counts, torch.tensor([count], dtype=torch.int64, device=where), group=group)
     return counts.tolist()
 
 

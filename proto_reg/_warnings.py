@@ -168,7 +168,8 @@ class LayerWatch:
             self._pending = figures.cpu(), None
             self._read()
             return
-        host = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
+        host = torch.empty(figures.shape, dtype=figures.dtype, device="cpu", pin_memory=True)
+        host.copy_(figures, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._pending = host, event

@@ -59,7 +59,10 @@ class Result:
 def cosine_scores(rows: int, columns: int, device: str | torch.device = "cpu") -> Tensor:
     """(B, K) cosines of random vectors: in 16 dimensions, so that they span -.9 to .9. The same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    z, v = (normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (rows, columns))
+    z, v = (
+        normalize(torch.randn(n, 16, dtype=torch.float32, device="cpu", generator=generator), dim=1)
+        for n in (rows, columns)
+    )
     return (z @ v.T).to(device)
 
 

@@ -78,7 +78,7 @@ class PrototypeHead(nn.Module):
         stored = check_number("std", state.item(), above=0)
         if self.get_extra_state().item() != stored:
             decimals = (float(f"{stored:.{digits}g}") for digits in range(1, 10))
-            self.std = next(x for x in decimals if torch.tensor(x, dtype=torch.float32).item() == stored)
+            self.std = next(x for x in decimals if torch.tensor(x, dtype=torch.float32, device="cpu").item() == stored)
 
     def reset_parameters(self) -> None:
         """Draw the prototypes anew from N(0, init_std^2 I)."""
@@ -184,7 +184,7 @@ class PrototypeHead(nn.Module):
         if prototype is None:
             index = torch.randint(self.num_prototypes, (num_samples,), device=device, generator=generator)
         else:
-            index = torch.full((num_samples,), self.check_index(prototype), device=device)
+            index = torch.full((num_samples,), self.check_index(prototype), dtype=torch.int64, device=device)
         return self.around(index, std, generator)
 
     @torch.no_grad()

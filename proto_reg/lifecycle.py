@@ -227,12 +227,12 @@ class Lifecycle(nn.Module):
         if not end:
             return None
         if self._past(end):
-            return torch.ones(2 if self.prototype_warmup_steps else ()) if saved else None
+            return self.steps.new_ones(2 if self.prototype_warmup_steps else (), dtype=torch.float32) if saved else None
         if not self.prototype_warmup_steps:
             return self._ramp(self.warmup_steps)
         alone = self.mmd_warmup_weight / self.mmd_weight if self.mmd_weight else 0.0
-        pull = torch.where(self._now() < self._begin(), alone, 1.0)
-        return torch.stack([self._ramp(self._begin()), pull * self._ramp(self.warmup_steps)])
+        pull = self._ramp(self.warmup_steps)
+        return torch.stack([self._ramp(self._begin()), torch.where(self._now() < self._begin(), alone * pull, pull)])
 
     def _noise(self) -> Tensor | float:
         """Size of the noise at this step: none in warm-up, then more, up to all of it; none after ``noise_steps``."""

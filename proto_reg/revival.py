@@ -63,7 +63,7 @@ def superfluous(prototypes: Tensor, usage: Tensor, alive: Tensor) -> Tensor:
     """(K,) bool: living ``prototypes`` (K, D), in units of std, within 2 of one that has more latents and stays."""
     v = prototypes.float().cpu()
     near = torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist") < SEPARATION
-    alive, stays = alive.cpu(), torch.zeros(len(v), dtype=torch.bool)
+    alive, stays = alive.cpu(), torch.zeros(len(v), dtype=torch.bool, device=v.device)
     for k in usage.cpu().argsort(descending=True, stable=True).tolist():
         stays[k] = bool(alive[k]) and not bool((near[k] & stays).any())
     return (alive & ~stays).to(prototypes.device)
@@ -83,7 +83,7 @@ def draw_far(
     count = int(gone.sum())
     latents = latents[latents.isfinite().all(1)].to(prototypes.device)
     # What one cannot do alone, all must refuse together, or the others wait for ever.
-    too_few = torch.tensor(float(len(latents) < count), device=latents.device)
+    too_few = torch.tensor(float(len(latents) < count), dtype=torch.float32, device=latents.device)
     if sum_(too_few, group):
         raise ValueError(
             f"z: expected at least {count} finite latents, one for each prototype to revive, got {len(latents)}. "

@@ -87,7 +87,7 @@ def _exchange(
     Every block begins with the count, as the bits of an int64.
     """
     count, width = tokens.shape[0], tokens.shape[1] + 1
-    head = torch.tensor([2 * count + (keep is not None)]).view(tokens.dtype)
+    head = torch.tensor([2 * count + (keep is not None)], dtype=torch.int64, device=tokens.device).view(tokens.dtype)
     sent = min(count, capacity)
     rows = _with_flags(tokens[:sent], None if keep is None else keep[:sent]).flatten()
     block = torch.cat([head, rows, rows.new_zeros((capacity - sent) * width)])

@@ -63,7 +63,7 @@ class UsageMeter(Record):
     @property
     def usage(self) -> Tensor:
         """(K,) float32 share of the latents at each prototype; zeros where none was counted."""
-        return self.counts / self.counts.sum().clamp_min(1)
+        return self.counts.to(torch.float32) / self.counts.sum().clamp_min(1)
 
     @torch.no_grad()
     def metrics(self, prototypes: Tensor, std: float, **others: Tensor) -> dict[str, float]:
@@ -76,7 +76,7 @@ class UsageMeter(Record):
             "prototype_loss": prototype_loss / passes,
             "mmd_loss": mmd_loss / passes,
             "perplexity": torch.where(nothing, torch.nan, torch.special.entr(usage).sum().exp()),
-            "dead": torch.where(nothing, torch.nan, (self.counts == 0).sum()),
+            "dead": torch.where(nothing, torch.nan, (self.counts == 0).sum(dtype=torch.float32)),
             "duplicates": (apart < SEPARATION).sum(),
             "separation": apart.amin(),
             "r2_per_dim": distance / latents / std**2,

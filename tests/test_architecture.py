@@ -140,6 +140,33 @@ print((end - between) / (between - start))
     assert best < 0.035, f"{best:.1%} of what importing torch takes"
 
 
+# What torch makes out of nothing; the second by whole numbers, whose dtype is no matter of taste.
+FACTORIES = {"ones", "zeros", "full", "empty", "empty_strided", "tensor", "as_tensor", "asarray", "scalar_tensor"}
+FACTORIES |= {"rand", "randn", "normal", "eye", "linspace", "logspace", "hann_window", "from_numpy"}
+COUNTING = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
+
+
+def test_every_tensor_is_told_its_device_and_dtype() -> None:
+    """But what a module registers: there the defaults rule, as in torch's own modules."""
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+        registered = {
+            id(inner)
+            for call in calls
+            if call.func.attr in ("register_buffer", "Parameter")
+            for inner in ast.walk(call)
+            if inner is not call
+        }
+        for call in calls:
+            of_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+            if not of_torch or call.func.attr not in FACTORIES | COUNTING or id(call) in registered:
+                continue
+            told = {keyword.arg for keyword in call.keywords}
+            needed = {"device", "dtype"} if call.func.attr in FACTORIES else {"device"}
+            assert needed <= told, f"{path.name}:{call.lineno}: {ast.unparse(call)}"
+
+
 def test_the_wheels_package_list_is_the_tree() -> None:
     if sys.version_info < (3, 11):
         pytest.skip("tomllib")

@@ -124,7 +124,7 @@ def as_marginals(marginals: Tensor | Sequence[float]) -> Tensor:
     if isinstance(marginals, Tensor) and marginals.is_floating_point():
         return marginals.detach().clone()
     try:
-        return torch.tensor([float(share) for share in marginals], dtype=torch.float64)
+        return torch.tensor([float(share) for share in marginals], dtype=torch.float64, device="cpu")
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"marginals: expected K numbers or a floating-point tensor (K,), got {type(marginals).__name__}. Pass a "
