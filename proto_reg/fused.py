@@ -52,6 +52,7 @@ def fused_step(
         usage, totals = meter.counts, meter.totals
         if follower is not None:
             sums, mass, seen, rate = follower.sums, follower.mass, follower.seen, follower.rate
+            head.to_write_to()
     # State is wider after .double(), and strided where the prototypes are.
     if not ordinary(z, prototypes) or any(
         x is not None and x.dtype != torch.float32 for x in (marginals, sums, totals)

@@ -80,9 +80,22 @@ class PrototypeHead(nn.Module):
             decimals = (float(f"{stored:.{digits}g}") for digits in range(1, 10))
             self.std = next(x for x in decimals if torch.tensor(x, dtype=torch.float32, device="cpu").item() == stored)
 
+    def to_write_to(self) -> Tensor:
+        """The parameter ``prototypes`` itself. RuntimeError where it is not: what is written to a copy is lost."""
+        own = self._parameters.get("prototypes")
+        if own is None or not own.is_leaf or getattr(own, "_fsdp_flattened", False):  # the last: FSDP1's flat parameter
+            raise RuntimeError(
+                "head.prototypes: expected a parameter that the layer can write to, got a tensor that is computed from "
+                "others. A parametrization such as weight_norm, pruning, functional_call, DataParallel and "
+                "FullyShardedDataParallel put one there, and what is written to it is lost. Build the layer with "
+                "follow_rate=0, call init_from and revive before, or leave the prototypes out of it; of the last two "
+                "use DistributedDataParallel and fully_shard."
+            )
+        return own
+
     def reset_parameters(self) -> None:
         """Draw the prototypes anew from N(0, init_std^2 I)."""
-        nn.init.normal_(self.prototypes, std=self.std / 2 if self.init_std is None else self.init_std)
+        nn.init.normal_(self.to_write_to(), std=self.std / 2 if self.init_std is None else self.init_std)
 
     def forward(self, z: Tensor) -> Tensor:
         """Scores (..., K) of latents ``z`` (..., D). TypeError or ValueError for integer latents or another D."""
@@ -154,12 +167,13 @@ class PrototypeHead(nn.Module):
     @torch.no_grad()
     def place(self, index: Tensor | slice, points: Tensor) -> None:
         """Put the prototypes ``index`` on ``points`` (n, D), in this rank's shard where FSDP2 has cut them."""
-        if is_sharded(self.prototypes):
-            every = whole(self.prototypes)
+        prototypes = self.to_write_to()
+        if is_sharded(prototypes):
+            every = whole(prototypes)
             every[index] = points.to(every.dtype)
-            cast(Any, self.prototypes).to_local().copy_(local_part(every, self.prototypes))
+            cast(Any, prototypes).to_local().copy_(local_part(every, prototypes))
         else:
-            self.prototypes[index] = points.to(self.prototypes.dtype)
+            prototypes[index] = points.to(prototypes.dtype)
 
     def mixture(self, std: float | None = None) -> PrototypeMixture:
         """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``; None: the head's std."""

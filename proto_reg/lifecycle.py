@@ -171,7 +171,8 @@ class Lifecycle(nn.Module):
     def _move(self) -> None:
         """Prototypes follow the latents that were counted before."""
         head = self.head
-        self.follower.move(head.prototypes, head.shards)
+        if self.follower.rate and any(parameter.requires_grad for parameter in head.parameters()):
+            self.follower.move(head.to_write_to(), head.shards)
 
     @torch.no_grad()
     def _count(self, tokens: Tensor, keep: Tensor | None, output: RegularizerOutput) -> None:

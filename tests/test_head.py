@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
+from torch import nn
 
-from proto_reg import PrototypeHead
+from proto_reg import PrototypeHead, PrototypicalRegularizer
 
 
 def test_scores_by_their_formulas() -> None:
@@ -119,3 +123,81 @@ def test_bad_arguments() -> None:
         PrototypeHead(4, 3, scores="l2")
     with pytest.raises(ValueError, match="std: expected a finite number > 0"):
         head.mixture(0.0)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def parametrized(kind: str, **options) -> PrototypicalRegularizer:
+    """A layer whose ``head.prototypes`` are computed from other parameters."""
+    layer = PrototypicalRegularizer(8, 4, **options)
+    if kind == "weight_norm":
+        nn.utils.parametrizations.weight_norm(layer.head, "prototypes")
+    elif kind == "own":
+        nn.utils.parametrize.register_parametrization(layer.head, "prototypes", Doubled())
+    else:
+        nn.utils.prune.l1_unstructured(layer.head, "prototypes", amount=0.2)
+    return layer
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.parametrize("kind", ["weight_norm", "own", "prune"])
+def test_prototypes_that_are_computed_are_not_written_to_in_silence(kind: str, mode: str) -> None:
+    """A write would go to a temporary."""
+    layer, z = parametrized(kind, mode=mode), torch.randn(32, 8, requires_grad=True)
+    before = copy.deepcopy(layer.state_dict())
+    for act in (
+        lambda: layer(z),
+        lambda: layer.head.init_from(z.detach()),
+        lambda: layer.head.place(slice(0, 1), z[:1].detach()),
+        layer.head.reset_parameters,
+    ):
+        with pytest.raises(RuntimeError, match=r"head\.prototypes: expected a parameter .* follow_rate=0"):
+            act()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.parametrize("kind", ["weight_norm", "own", "prune"])
+def test_prototypes_that_are_computed_learn_without_the_follower(kind: str, mode: str) -> None:
+    layer = parametrized(kind, mode=mode, follow_rate=0.0).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        leaf = torch.randn(32, 8, dtype=torch.float64, requires_grad=True)
+        probe = layer.losses(leaf)
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+        (by_z, *expected) = torch.autograd.grad(probe.prototype_loss, [leaf, *parameters])
+        out, info = layer(leaf)
+        g = torch.randn_like(leaf)
+        factor = layer.prototype_weight * (g.norm() / by_z.norm() if mode == "balanced" else 1.0)
+        optimizer.zero_grad()
+        ((out * g).sum() + (info.loss if mode == "weighted" else 0.0)).backward()
+        for name, parameter, gradient in zip(names, parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, factor * gradient, msg=name)
+        optimizer.step()
+    assert layer.steps == 3
+    assert layer.metrics()["prototype_loss"] > 0
+
+
+def test_frozen_prototypes_may_be_computed() -> None:
+    layer = parametrized("weight_norm")
+    layer.head.requires_grad_(False)
+    layer(torch.randn(32, 8, requires_grad=True))[0].sum().backward()
+    assert layer.steps == 1
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_functional_call_with_computed_prototypes(mode: str) -> None:
+    """With a leaf it moves that, as torch writes to the buffers that it is given; what is computed would be lost."""
+    layer, z = PrototypicalRegularizer(8, 4, mode=mode, follow_rate=0.5), torch.randn(32, 8, requires_grad=True)
+    given = layer.head.prototypes.detach().clone().requires_grad_()
+    for _ in range(3):
+        torch.func.functional_call(layer, {"head.prototypes": given}, (z,))
+        with torch.no_grad():
+            given += 1e-3
+    assert not torch.equal(given, layer.head.prototypes + 3e-3)
+    with pytest.raises(RuntimeError, match="functional_call"):
+        torch.func.functional_call(layer, {"head.prototypes": 1.0 * given}, (z,))
