@@ -22,6 +22,7 @@ from .layout import Layout
 from .mmd import AnchoredMMDLoss
 from .output import RegularizerOutput
 from .queue import LatentQueue
+from .replay import Buffers, Replay
 from .revival import revive
 from .schedule import check_temperature, ramp, sharpness
 from .tokens import Share
@@ -74,6 +75,7 @@ class Lifecycle(nn.Module):
         self.follower = PrototypeFollower(head.prototypes, follow_rate, group=group)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.watch = LayerWatch()
+        self.replay = Replay()
 
     def expect(self, total_steps: int | None) -> None:
         """Say how many training steps there will be, which frameworks know later; a warm-up as long is warned of."""
@@ -167,6 +169,11 @@ class Lifecycle(nn.Module):
         self.follower.forget(index, whole(self.head.prototypes))
         self.reset_metrics()
         return index
+
+    def _changing(self) -> Buffers:
+        """What a forward both depends on and changes."""
+        queue = self.queue
+        return [(self, "steps")] + ([] if queue is None else [(queue, name) for name in queue._buffers])
 
     def _move(self) -> None:
         """Prototypes follow the latents that were counted before."""

@@ -25,6 +25,7 @@ from .layout import Layout
 from .lifecycle import Lifecycle
 from .mmd import AnchoredMMDLoss
 from .output import RegularizerOutput
+from .replay import saving_hooks
 from .tokens import Gatherer, Share, subsample, undivided
 
 MODES = ("balanced", "weighted")
@@ -167,9 +168,19 @@ class PrototypicalRegularizer(Lifecycle):
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
         """
         learning = self.training and torch.is_grad_enabled()
+        tracking = learning and self.tracking
+        hooks = saving_hooks() if tracking else None
+        if hooks is None:
+            return self._forward(z, mask, learning, tracking)
+        with self.replay.state(hooks, self._changing()) as again:
+            return self._forward(z, mask, learning, not again)
+
+    def _forward(
+        self, z: Tensor, mask: Tensor | None, learning: bool, tracking: bool
+    ) -> tuple[Tensor, RegularizerOutput]:
+        """:meth:`forward`, which says whether there is anything to learn, and whether to count it."""
         balanced = learning and self.mode == "balanced"
         tokens, keep, share = self._tokens(z, mask, balanced)
-        tracking = learning and self.tracking
         self._check_transforms(tracking)
         noise = self._noise() if learning and self.noise else None  # before the step is counted
         if balanced:
@@ -305,10 +316,18 @@ class PrototypicalRegularizer(Lifecycle):
 
         ``count``: as a training forward does, with ``tracking``; but prototypes are not moved.
         """
+        count = count and self.tracking
+        hooks = saving_hooks() if self.tracking else None
+        if hooks is None:
+            return self._both_losses(z, mask, count)
+        with self.replay.state(hooks, self._changing()) as again:
+            return self._both_losses(z, mask, count and not again)
+
+    def _both_losses(self, z: Tensor, mask: Tensor | None, count: bool) -> RegularizerOutput:
         tokens, keep, share = self._tokens(z, mask)
         with torch.autocast(z.device.type, enabled=False):
             output = self._losses(tokens, keep, share)
-        if count and self.tracking:
+        if count:
             self._count(tokens.detach(), keep, output)
             self._look(tokens, keep, share, output)
         return self._to_layout(output, z)

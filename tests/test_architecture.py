@@ -38,6 +38,7 @@ ROOMS = [
     "output",
     "revival",
     "schedule",
+    "replay",
     "_warnings",
     "components",
     "lifecycle",

@@ -1,0 +1,95 @@
+"""Forwards that run again in a backward pass, as ``torch.utils.checkpoint`` has them: they find what they found before.
+
+A checkpoint takes what autograd would save, and runs its function again when the backward pass asks for it. A layer that
+counts must not count again then, and has to see the state that it saw the first time, or it computes something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+Hooks: TypeAlias = tuple[Callable, Callable]
+Buffers: TypeAlias = Sequence[tuple[nn.Module, str]]
+
+
+def saving_hooks() -> Hooks | None:
+    """What packs and unpacks the tensors that autograd saves now, as a checkpoint does; None while a graph is traced."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+class Calls:
+    """What each of a layer's calls in one checkpoint found, and how many of them a backward pass has run again."""
+
+    def __init__(self) -> None:
+        self.found: list[list[Tensor]] = []
+        self.backward, self.again = -1, 0
+
+    def next(self, backward: int) -> list[Tensor]:
+        """What the call found that runs again now, in the ``backward`` pass of that number."""
+        if self.backward != backward:
+            self.backward, self.again = backward, 0
+        self.again += 1
+        return self.found[(self.again - 1) % len(self.found)]
+
+
+class Replay:
+    """What a layer's forwards found in its buffers, for as long as the checkpoints last that they ran in.
+
+    It is no state: copies and pickles start without.
+    """
+
+    def __init__(self) -> None:
+        self._calls: WeakKeyDictionary[object, Calls] = WeakKeyDictionary()
+        self._last: list[Tensor] | None = None
+
+    def __reduce__(self) -> tuple:
+        return Replay, ()
+
+    @contextmanager
+    def state(self, hooks: Hooks, buffers: Buffers) -> Iterator[bool]:
+        """Whether a forward under ``hooks`` runs again; while it does, ``buffers`` are what they were the first time."""
+        before = self._before(hooks)
+        if before is None:
+            self._keep(hooks, [getattr(module, name).clone() for module, name in buffers])
+            yield False
+            return
+        now = [getattr(module, name) for module, name in buffers]
+        _put(buffers, before)
+        try:
+            yield True
+        finally:
+            _put(buffers, now)
+
+    def _before(self, hooks: Hooks) -> list[Tensor] | None:
+        backward = torch._C._current_graph_task_id()  # -1 outside a backward pass
+        if backward == -1 or self._last is None:
+            return None
+        calls = self._calls.get(_checkpoint(hooks))
+        # In a checkpoint within one that runs again the call has no record of its own.
+        return self._last if calls is None else calls.next(backward)
+
+    def _keep(self, hooks: Hooks, found: list[Tensor]) -> None:
+        self._last = found
+        checkpoint = _checkpoint(hooks)
+        if checkpoint is not None:
+            self._calls.setdefault(checkpoint, Calls()).found.append(found)
+
+
+def _put(buffers: Buffers, values: Sequence[Tensor]) -> None:
+    for (module, name), value in zip(buffers, values, strict=True):
+        module._buffers[name] = value
+
+
+def _checkpoint(hooks: Hooks) -> object | None:
+    """Torch's own record of the checkpoint that set ``hooks``, the same in both runs; None for hooks of others."""
+    pack = inspect.unwrap(hooks[0])
+    seen = inspect.getclosurevars(pack).nonlocals if inspect.isfunction(pack) else {}
+    again = seen.get("target_frame_ref")  # weak, in the hooks of the second run
+    return seen.get("frame") if again is None else again()

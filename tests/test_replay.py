@@ -1,0 +1,182 @@
+"""A forward that torch.utils.checkpoint runs again in the backward pass counts once, and computes the same."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+
+PIXELS, DIM, K, BATCH = 12, 8, 5, 32
+OPTIONS: dict[str, Callable[[], dict]] = {
+    "plain": dict,
+    "schedules": lambda: {"warmup_steps": 2, "prototype_warmup_steps": 3, "ramp_steps": 3},
+    "temperature": lambda: {"temperature": (0.3, 0.1), "temperature_steps": 5},
+    "noise": lambda: {"noise": 0.1, "noise_steps": 6, "ramp_steps": 4},
+    "queue": lambda: {"queue_size": 40},
+    "queue_mmd": lambda: {"queue_size": 40, "queue_mmd": True, "max_tokens": 16},
+    "max_tokens": lambda: {"max_tokens": 16},
+    "soft": lambda: {"soft": True},
+    "features": lambda: {"mmd": AnchoredMMDLoss(features=8)},
+    "sampled": lambda: {"mmd": AnchoredMMDLoss(target="sampled")},
+    "isolate": lambda: {"assigner": SinkhornAssigner(nan_policy="isolate", marginals=[0.2] * K)},
+    "dot": lambda: {"head": PrototypeHead(DIM, K, scores="dot")},
+    "torch": lambda: {"assigner": SinkhornAssigner(backend="torch")},
+    "maps": lambda: {"layout": "b d n"},
+    "without tracking": lambda: {"tracking": False, "max_tokens": 16},
+}
+everything = pytest.mark.parametrize("options", OPTIONS)
+modes = pytest.mark.parametrize("mode", ["balanced", "weighted"])
+
+
+class Model(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(PIXELS, DIM), nn.Sequential(nn.Linear(DIM, PIXELS), nn.Sigmoid())
+        self.regularizer = PrototypicalRegularizer(DIM, K, follow_rate=0.3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The loss of ``x`` (B, PIXELS); what the layer found is a part of it, whatever the mode."""
+        z = self.encoder(x)
+        if self.regularizer.layout.pattern == "b d n":
+            z, info = self.regularizer(z.reshape(4, -1, DIM).transpose(1, 2))
+            z = z.transpose(1, 2).reshape(-1, DIM)
+        else:
+            z, info = self.regularizer(z)
+        seen = (info.codes * z.square().sum(1).mean()).square().mean()
+        return (self.decoder(z) - x).square().mean() + info.loss + seen
+
+
+def two(mode: str = "balanced", options: str = "queue_mmd") -> list[Model]:
+    """Two equal models."""
+    model = Model(mode=mode, **OPTIONS[options]())
+    return [model, copy.deepcopy(model)]
+
+
+def trained(model: Model, losses: Callable[[Model, Tensor], list[Tensor]], steps: int = 8) -> list[Tensor]:
+    """Every gradient of a training, a backward pass for each of the ``losses``, and the state that it ends with."""
+    generator = torch.Generator().manual_seed(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for loss in losses(model, torch.rand(BATCH, PIXELS, generator=generator)):
+            loss.backward()
+        found += [parameter.grad.clone() for parameter in model.parameters()]
+        optimizer.step()
+    return [*found, *model.state_dict().values()]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def again(model: Model, x: Tensor) -> Tensor:
+    return checkpoint(model, x, use_reentrant=False)
+
+
+@pytest.mark.warm_up
+@everything
+@modes
+def test_a_checkpoint_changes_nothing(mode: str, options: str) -> None:
+    plain, held = two(mode, options)
+    torch.manual_seed(3)
+    expected = trained(plain, lambda model, x: [model(x)])
+    torch.manual_seed(3)
+    assert_same(trained(held, lambda model, x: [again(model, x)]), expected)
+    steps = 8 if plain.regularizer.tracking else 0
+    assert held.regularizer.steps == steps
+
+
+@everything
+@modes
+@pytest.mark.parametrize("order", ["first", "last", "sum", "twice"])
+def test_several_forwards_before_a_backward(order: str, mode: str, options: str) -> None:
+    """Each runs again with the state, and the draws, of its own first time."""
+
+    def losses(run: Callable[[Model, Tensor], Tensor]) -> Callable[[Model, Tensor], list[Tensor]]:
+        def of(model: Model, x: Tensor) -> list[Tensor]:
+            if order == "twice":  # in one checkpoint
+                both = lambda x: model(x[::2]) + model(x[1::2])  # noqa: E731
+                return [both(x) if run is Model.__call__ else checkpoint(both, x, use_reentrant=False)]
+            parts = [run(model, part) for part in x.split(BATCH // 2)]
+            return [sum(parts)] if order == "sum" else parts if order == "first" else parts[::-1]
+
+        return of
+
+    plain, held = two(mode, options)
+    torch.manual_seed(3)
+    expected = trained(plain, losses(Model.__call__))
+    torch.manual_seed(3)
+    assert_same(trained(held, losses(again)), expected)
+
+
+@modes
+def test_a_checkpoint_in_a_checkpoint(mode: str) -> None:
+    plain, held = two(mode)
+    expected = trained(plain, lambda model, x: [model(x)])
+    inner = lambda model, x: checkpoint(again, model, x, use_reentrant=False)  # noqa: E731
+    assert_same(trained(held, lambda model, x: [inner(model, x)]), expected)
+
+
+@modes
+def test_both_losses_in_a_checkpoint(mode: str) -> None:
+    """As Algorithm 1 takes them."""
+
+    def loss(model: Model, x: Tensor) -> Tensor:
+        return model.regularizer.losses(model.encoder(x), count=True).loss + model.decoder(model.encoder(x)).mean()
+
+    plain, held = two(mode)
+    expected = trained(plain, lambda model, x: [loss(model, x)])
+    held_loss = lambda model, x: [checkpoint(loss, model, x, use_reentrant=False)]  # noqa: E731
+    assert_same(trained(held, held_loss), expected)
+    assert held.regularizer.steps == 8
+
+
+def test_other_hooks_and_a_retained_graph() -> None:
+    """Whoever else handles what autograd saves runs nothing again; a graph that is kept may run again twice."""
+    plain, held = two()
+    expected = trained(plain, lambda model, x: [model(x)])
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(trained(held, lambda model, x: [model(x)]), expected)
+    model, x = Model(queue_size=40, max_tokens=16), torch.rand(BATCH, PIXELS)
+    gradients = []
+    loss = again(model, x)
+    for _ in range(2):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert_same(*gradients)
+    assert model.regularizer.steps == 1
+
+
+@modes
+def test_the_reentrant_form_counts_the_run_that_has_a_graph(mode: str) -> None:
+    """Its first run is under no_grad, where the layer only looks on."""
+    model, x = Model(mode=mode), torch.rand(BATCH, PIXELS, requires_grad=True)
+    for _ in range(3):
+        checkpoint(model, x, use_reentrant=True).backward()
+    assert model.regularizer.steps == 3
+
+
+def test_what_a_checkpoint_found_goes_with_it_and_is_in_no_copy() -> None:
+    model, x = Model(queue_size=40), torch.rand(BATCH, PIXELS)
+    losses = [again(model, x) for _ in range(3)]
+    replay = model.regularizer.replay
+    assert len(replay._calls) == 3
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(twin.regularizer.replay._calls) == 0
+        again(twin, x).backward()
+        assert twin.regularizer.steps == 4
+    sum(losses).backward()
+    del losses
+    gc.collect()
+    assert len(replay._calls) == 0
