@@ -54,8 +54,7 @@ def attach(
     the adapter. ``attachment.layer`` is the one at work.
 
     Every call of ``encode`` is a step of its own: called twice in a forward pass it counts two, and ``output`` and
-    ``loss`` are those of the last. So is its second run in a backward pass, where ``torch.utils.checkpoint`` has it:
-    checkpoint the blocks inside it instead.
+    ``loss`` are those of the last. A second run in a backward pass, by ``torch.utils.checkpoint``, is not a step.
 
     Args:
         model: the autoencoder.

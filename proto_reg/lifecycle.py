@@ -192,7 +192,10 @@ class Lifecycle(nn.Module):
         self.meter.observe(tokens, output.scores, self.head.prototypes, losses, keep)
         if self.queue is not None:
             self.queue.push(tokens, keep)
-        self.steps.add_(1)
+        if torch.compiler.is_compiling():
+            self.steps.copy_(snapshot(self.steps) + 1)  # raises where a checkpoint runs the graph again
+        else:
+            self.steps.add_(1)
 
     def _adapt(self, output: RegularizerOutput, counted: Tensor, sharpness: Tensor | None) -> None:
         """Adaptive marginals follow the scores of a training forward: the rows that are ``counted``, (N,) or ()."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import check_positive_int
 from ._distributed import Group, Ranks, size, sum_
 from ._state import Record
+from .kernels.snapshot import snapshot
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,7 +51,7 @@ class LatentQueue(Record):
     @property
     def in_use(self) -> Tensor:
         """(Q,) bool: slots that hold a latent."""
-        return torch.arange(self.size, device=self.filled.device) < self.filled
+        return torch.arange(self.size, device=self.filled.device) < snapshot(self.filled)
 
     def part(self, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
         """Latents (q, D) that this process adds to a batch of ``group``, each latent by one of them; which are in use.
@@ -58,9 +59,9 @@ class LatentQueue(Record):
         All slots where there is no group.
         """
         if group is None:
-            return self.latents, self.in_use
+            return snapshot(self.latents), self.in_use
         first, step = dist.get_rank(group), dist.get_world_size(group)
-        return self.latents[first::step], self.in_use[first::step]
+        return snapshot(self.latents)[first::step], self.in_use[first::step]
 
     def below(
         self,

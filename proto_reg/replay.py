@@ -1,7 +1,8 @@
 """Forwards that run again in a backward pass, as ``torch.utils.checkpoint`` has them: they find what they found before.
 
-A checkpoint takes what autograd would save, and runs its function again when the backward pass asks for it. A layer that
-counts must not count again then, and has to see the state that it saw the first time, or it computes something else.
+A checkpoint takes what autograd would save, and runs its function again when the backward pass asks for it. A layer
+that counts must not count again then. And it has to see the state that it saw the first time, or it computes something
+else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Buffers: TypeAlias = Sequence[tuple[nn.Module, str]]
 
 
 def saving_hooks() -> Hooks | None:
-    """What packs and unpacks the tensors that autograd saves now, as a checkpoint does; None while a graph is traced."""
+    """What packs and unpacks tensors that autograd saves now, as checkpoints do; None while a graph is traced."""
     return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
@@ -54,7 +55,7 @@ class Replay:
 
     @contextmanager
     def state(self, hooks: Hooks, buffers: Buffers) -> Iterator[bool]:
-        """Whether a forward under ``hooks`` runs again; while it does, ``buffers`` are what they were the first time."""
+        """Whether a forward under ``hooks`` runs again; while it does, ``buffers`` are as they were the first time."""
         before = self._before(hooks)
         if before is None:
             self._keep(hooks, [getattr(module, name).clone() for module, name in buffers])

@@ -180,3 +180,25 @@ def test_what_a_checkpoint_found_goes_with_it_and_is_in_no_copy() -> None:
     del losses
     gc.collect()
     assert len(replay._calls) == 0
+
+
+@modes
+@pytest.mark.parametrize("options", ["plain", "queue", "max_tokens", "schedules"])
+@pytest.mark.parametrize("compiled", ["inside", "around"])
+def test_a_compiled_layer_in_a_checkpoint_is_right_or_raises(compiled: str, options: str, mode: str) -> None:
+    """A compiled graph that runs again reads state that has changed since: it says so where that state counts."""
+    torch._dynamo.reset()
+    plain, held = two(mode, options)
+    expected = trained(plain, lambda model, x: [model(x)], steps=3)
+    if compiled == "inside":
+        graph = torch.compile(held, fullgraph=True, backend="aot_eager")
+        call = lambda model, x: [checkpoint(graph, x, use_reentrant=False)]  # noqa: E731
+    else:
+        graph = torch.compile(again, fullgraph=True, backend="aot_eager")
+        call = lambda model, x: [graph(model, x)]  # noqa: E731
+        if options == "plain":
+            for ours, theirs in zip(trained(held, call, steps=3), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            return
+    with pytest.raises(RuntimeError, match="Checkpoint the encoder without the layer"):
+        trained(held, call, steps=3)

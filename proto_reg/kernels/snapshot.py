@@ -15,6 +15,17 @@ def snapshot(value: Tensor) -> Tensor:
     return torch.ops.proto_reg.snapshot(value) if torch.compiler.is_compiling() else value
 
 
+def _copy(value: Tensor) -> Tensor:
+    """A copy of ``value``. RuntimeError in a backward pass: a graph that is run again there reads what has changed."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "PrototypicalRegularizer: expected a compiled layer to run once, got a second run in a backward pass, from "
+            "torch.utils.checkpoint. It would compute something else than the first. Checkpoint the encoder without "
+            "the layer, or do not compile the layer."
+        )
+    return value.clone()
+
+
 torch.library.define("proto_reg::snapshot", "(Tensor value) -> Tensor")
-torch.library.impl("proto_reg::snapshot", "CompositeExplicitAutograd")(torch.clone)
+torch.library.impl("proto_reg::snapshot", "CompositeExplicitAutograd")(_copy)
 torch.library.register_fake("proto_reg::snapshot", torch.empty_like)
