@@ -60,6 +60,16 @@ class AttachDirection(torch.autograd.Function):
         return None, by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
 
 
+def of_a_leaf(z: Tensor) -> bool:
+    """Whether ``z`` is a leaf that requires a gradient, or a view of one: torch lets nobody write to it in place.
+
+    A graph that is traced cannot tell: True.
+    """
+    if torch.compiler.is_compiling() or not z.requires_grad:
+        return z.requires_grad
+    return z.is_leaf or (z._base is not None and z._base.is_leaf)
+
+
 def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     """|gradient| of each, over its rows on all ranks."""
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]

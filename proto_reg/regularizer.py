@@ -12,7 +12,7 @@ from typing_extensions import Self
 from ._checks import check_choice, check_number, check_positive_int, compute_dtype
 from ._distributed import Group, alone
 from .assigner import SinkhornAssigner
-from .balance import AttachDirection, add_up
+from .balance import AttachDirection, add_up, of_a_leaf
 from .components import components
 from .functional.noise import with_noise
 from .functional.problem import usable
@@ -47,6 +47,10 @@ class PrototypicalRegularizer(Lifecycle):
     |g|/|g_p|`` times theirs. No loss is added and no weight depends on the size of the reconstruction loss.
     ``mode="weighted"`` leaves gradients alone: add ``info.loss`` to your own. Under ``no_grad``, in eval and during
     warm-up the layer is the identity in both passes.
+
+    In balanced mode call ``backward`` once for each forward, on the sum of your losses. Two backward passes through one
+    forward are scaled by their own norms, |g_a| + |g_b|, which is more than the |g_a + g_b| of their sum. If you need
+    two, ``mode="weighted"`` gives the same gradient either way.
 
     Args:
         latent_dim: D.
@@ -160,9 +164,9 @@ class PrototypicalRegularizer(Lifecycle):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Regularise latents ``z``, shaped as ``layout`` says; ``mask``, z's shape without d, is True where they count.
 
-        Returns z itself (in balanced training: the same memory; with ``noise``: another tensor, z and the noise) and
-        what was computed: losses of the batch of all processes of the group; scores, codes and assignments of this
-        one's.
+        Returns z itself (in balanced training: the same memory, or a copy of a leaf that requires a gradient; with
+        ``noise``: another tensor, z and the noise) and what was computed: losses of the batch of all processes of the
+        group; scores, codes and assignments of this one's.
 
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or an empty batch.
@@ -234,6 +238,8 @@ class PrototypicalRegularizer(Lifecycle):
         counted = None if keep is None else self.layout.restore(keep[:, None], z)
         direction = direction if self.layout.is_rows else self.layout.restore(direction, z)
         attached = direction if self.prototype_weight or self.mmd_weight else None
+        if of_a_leaf(z):
+            z = z.clone()  # whoever writes to what is returned must not write to a parameter
         parameters, by_parameters = zip(*steps, strict=True)
         return AttachDirection.apply(share.group, z, attached, counted, *by_parameters, *parameters), output
 

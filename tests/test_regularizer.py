@@ -120,6 +120,34 @@ def test_accumulation_adds_up_and_a_fresh_forward_can_go_back_again() -> None:
     torch.testing.assert_close(layer.head.prototypes.grad, sum(by_v for _, by_v in expected))
 
 
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_two_backward_passes_through_one_forward_are_scaled_by_their_own_norms(mode: str) -> None:
+    """In balanced mode, as documented; weighted, they are those of the sum."""
+    layer = PrototypicalRegularizer(DIM, K, mode=mode, follow_rate=0.0).double()
+    z, a, b = torch.randn(3, BATCH, DIM, dtype=torch.float64)
+
+    def gradient(*weights: torch.Tensor) -> list[torch.Tensor]:
+        layer.zero_grad()
+        leaf = z.clone().requires_grad_()
+        out, info = layer(leaf)
+        losses = [(out * weight).sum() for weight in weights]
+        losses[0] = losses[0] + (info.loss if mode == "weighted" else 0.0)
+        for loss in losses:
+            loss.backward(retain_graph=True)
+        return [leaf.grad, layer.head.prototypes.grad.clone()]
+
+    once, twice = gradient(a + b), gradient(a, b)
+    if mode == "balanced":
+        direction = (once[0] - (a + b)) / (a + b).norm()
+        factor = a.norm() + b.norm()
+        expected = [a + b + factor * direction, factor / (a + b).norm() * once[1]]
+        assert factor > 1.3 * (a + b).norm()
+    else:
+        expected = once
+    for ours, theirs in zip(twice, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_all_forwards_before_any_backward() -> None:
     layer = PrototypicalRegularizer(DIM, K).double()
     parts = torch.randn(2, BATCH, DIM, dtype=torch.float64).requires_grad_()
@@ -435,6 +463,26 @@ def test_decoders_may_begin_in_place() -> None:
     z += torch.randn(BATCH, DIM)
     z.sum().backward()
     assert encoder.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("which", ["parameter", "view", "encoded"])
+def test_what_comes_back_may_be_written_to_and_a_parameter_is_not(which: str, compiled: bool) -> None:
+    """Latents that are parameters themselves, as an auto-decoder has them, or rows of one."""
+    torch._dynamo.reset()
+    layer = PrototypicalRegularizer(DIM, K)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    latents = nn.Parameter(torch.randn(2 * BATCH, DIM))
+    before = latents.detach().clone()
+    z = {"parameter": latents, "view": latents[:BATCH].view(BATCH, DIM), "encoded": 1 * latents}[which]
+    out, _ = call(z)
+    assert torch.equal(out, z)
+    out.relu_().sum().backward()
+    assert torch.equal(latents, before)
+    twin = PrototypicalRegularizer(DIM, K, head=copy.deepcopy(layer.head))
+    leaf = before.clone().requires_grad_()
+    twin(leaf[: len(z)] * 1)[0].relu().sum().backward()
+    torch.testing.assert_close(latents.grad, leaf.grad)
 
 
 def test_checkpointing_and_saved_tensor_hooks() -> None:
