@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from proto_reg import PrototypicalRegularizer
@@ -52,23 +53,47 @@ class VectorPrototypes(nn.Module):
         layout = maps or ("b n d" if channel_last else "b d n")
         self.regularizer = PrototypicalRegularizer(dim, codebook_size, layout=layout, **options)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents ``x``, unchanged but for ``noise``; indices, x's shape without D, int64, -1 where ``mask`` is False;
-        and a loss ().
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents ``x``, unchanged but for ``noise``; indices, x's shape without D, int64; and a loss ().
 
-        ``mask``, x's shape without D, is True where latents count. The others are returned as they came.
+        Args:
+            x: latents.
+            mask: x's shape without D, True where latents count. The others come back as 0, their indices as -1.
+            lens: (B,) int64, in the place of a mask: how many latents of each sequence count, from the first on.
 
         Raises:
-            TypeError, ValueError: latents or mask of another rank, size or dtype.
+            TypeError, ValueError: latents, mask or lens of another rank, size or dtype, or both mask and lens.
         """
         single = x.ndim == 2 and not self.takes_maps
+        if lens is not None:
+            mask = self._counted(lens, x, mask)
         if single:
             axis = 1 if self.latent_axis == -1 else 2
             x, mask = x.unsqueeze(axis), None if mask is None else mask.unsqueeze(1)
         z, info = self.regularizer(x, mask)
         loss = info.loss if self.regularizer.mode == "weighted" else info.loss.new_zeros(())
-        indices = info.assignments if mask is None else info.assignments.masked_fill(~mask, -1)
+        indices = info.assignments
+        if mask is not None:
+            z, indices = torch.where(mask.unsqueeze(self.latent_axis), z, 0.0), indices.masked_fill(~mask, -1)
         return (z.squeeze(axis), indices.squeeze(1), loss) if single else (z, indices, loss)
+
+    def _counted(self, lens: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N) bool: the first ``lens`` (B,) positions of each sequence of ``x``."""
+        if mask is not None:
+            raise ValueError("lens: expected None beside a mask, got both. Pass one of them.")
+        if x.ndim != 3 or self.takes_maps:
+            raise ValueError(f"lens: expected sequences (B, N, D), got latents {tuple(x.shape)}. Pass a mask.")
+        if not isinstance(lens, Tensor) or lens.is_floating_point() or lens.dtype == torch.bool:
+            came = f"dtype {lens.dtype}" if isinstance(lens, Tensor) else type(lens).__name__
+            raise TypeError(f"lens: expected a tensor of ints, got {came}. Pass torch.tensor([...]).")
+        if lens.shape != x.shape[:1]:
+            raise ValueError(
+                f"lens: expected shape ({x.shape[0]},), one for each sequence, got {tuple(lens.shape)}. Pass (B,)."
+            )
+        positions = x.shape[1 if self.latent_axis == -1 else 2]
+        return torch.arange(positions, device=x.device) < lens.to(x.device)[:, None]
 
     @property
     def codebook(self) -> Tensor:

@@ -58,9 +58,42 @@ def test_mask() -> None:
     _, q_indices, _ = theirs(x, mask=mask)
     z, indices, _ = ours(x, mask=mask)
     assert torch.equal(q_indices == -1, indices == -1)
-    assert torch.equal(z, x)
-    _, single, _ = ours(x[:, 0], mask=mask[:, 4])
+    assert torch.equal(z, torch.where(mask[:, :, None], x, 0.0))
+    only, single, _ = ours(x[:, 0], mask=mask[:, 4])
     assert torch.equal(single == -1, ~mask[:, 4])
+    assert torch.equal(only, torch.where(mask[:, 4:], x[:, 0], 0.0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("by", ["mask", "lens"])
+def test_padding_is_what_it_is_in_vector_quantize(by: str, training: bool) -> None:
+    x, lens = torch.randn(4, 6, 8), torch.tensor([6, 2, 0, 9])
+    x[1, 3] = torch.nan  # padding may hold anything
+    given = {"lens": lens} if by == "lens" else {"mask": torch.arange(6) < lens[:, None]}
+    theirs, ours = (kind(dim=8, codebook_size=4).train(training) for kind in (VectorQuantize, VectorPrototypes))
+    (q, q_indices, _), (z, indices, _) = theirs(x.nan_to_num(), **given), ours(x.requires_grad_(), **given)
+    assert torch.equal(indices == -1, q_indices == -1)
+    padding = (q == 0).all(2)
+    assert torch.equal((z == 0).all(2), padding)
+    assert torch.equal(z[~padding], x[~padding])
+    z.sum().backward()
+    assert not x.grad[padding].any()
+    assert x.grad[~padding].isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"channel_last": False}, {"accept_image_fmap": True}], ids=str)
+def test_padding_where_the_latent_axis_is_not_the_last(options: dict) -> None:
+    """VectorQuantize takes a mask for neither."""
+    vq, x = VectorPrototypes(8, 4, **options), torch.randn(2, 8, 3, 5)
+    x = x if "accept_image_fmap" in options else x.flatten(2)
+    mask = torch.rand(x[:, 0].shape) > 0.3
+    z, indices, _ = vq(x, mask=mask)
+    assert torch.equal(z, torch.where(mask[:, None], x, 0.0))
+    assert torch.equal(indices == -1, ~mask)
+    if x.ndim == 3:
+        z, indices, _ = vq(x, lens=torch.tensor([15, 4]))
+        assert torch.equal((indices == -1).sum(1), torch.tensor([0, 11]))
+        assert not z[1, :, 4:].any()
 
 
 def test_balanced_acts_on_gradients_and_weighted_on_the_loss() -> None:
@@ -114,6 +147,17 @@ def test_what_is_wrong_is_named() -> None:
         VectorPrototypes(8, 4, decay=0.8)
     with pytest.raises(ValueError, match="z: expected a 'b d h w' tensor"):
         VectorPrototypes(8, 4, accept_image_fmap=True)(torch.randn(4, 8))
+    x, lens = torch.randn(4, 5, 8), torch.tensor([5, 4, 3, 2])
+    with pytest.raises(ValueError, match="lens: expected None beside a mask"):
+        VectorPrototypes(8, 4)(x, lens=lens, mask=torch.ones(4, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="lens: expected sequences"):
+        VectorPrototypes(8, 4)(x[:, 0], lens=lens)
+    with pytest.raises(TypeError, match="lens: expected a tensor of ints, got list"):
+        VectorPrototypes(8, 4)(x, lens=[5, 4, 3, 2])
+    with pytest.raises(TypeError, match=r"lens: expected a tensor of ints, got dtype torch\.float32"):
+        VectorPrototypes(8, 4)(x, lens=lens.float())
+    with pytest.raises(ValueError, match=r"lens: expected shape \(4,\)"):
+        VectorPrototypes(8, 4)(x, lens=lens[:3])
     with pytest.raises(ValueError, match="mask: expected shape"):
         VectorPrototypes(8, 4)(torch.randn(4, 5, 8), mask=torch.ones(4, dtype=torch.bool))
 
