@@ -80,6 +80,7 @@ class PrototypicalRegularizer(Lifecycle):
         layout: einops pattern of the latents with the axis ``d``; every other position is a latent of its own:
             ``"b d"``, ``"b n d"``, ``"b d h w"``, ``"b d t h w"``.
         max_tokens: at most this many latents enter the MMD, a new subsample each step, fixed by ``seed`` and the step.
+            A program of ``torch.export`` takes all of them.
         seed: of the subsample.
         follow_rate: share of the way to the most typical of their latents that prototypes go with each optimizer step,
             on top of it; 0 leaves them to the optimizer. See :class:`proto_reg.follower.PrototypeFollower`.
@@ -400,7 +401,8 @@ class PrototypicalRegularizer(Lifecycle):
 
     def _subsample(self, count: int, keep: Tensor | None, share: Share) -> tuple[Tensor | None, Tensor | None]:
         """Indices of the tokens that may enter the MMD, None for all, and which of these do; None for all of them."""
-        if share.total <= self.max_tokens:
+        # An exporter would take the comparison for a bound on the number of latents.
+        if torch.compiler.is_exporting() or share.total <= self.max_tokens:
             return None, keep
         return subsample(count, keep, share, self.max_tokens, self._now(), self.seed)
 

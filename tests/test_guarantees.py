@@ -86,13 +86,41 @@ def test_compiles_as_one_graph_with_everything_on(mode: str, masked: bool) -> No
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_torch_export(options: dict) -> None:
-    model = Assigning(**options).eval()
-    batch = torch.export.Dim("batch", min=2, max=1024)
-    program = torch.export.export(model, (torch.rand(7, PIXELS),), dynamic_shapes={"x": {0: batch}})
-    x = torch.rand(33, PIXELS)
-    for ours, theirs in zip(program.module()(x), model(x), strict=True):
+OPEN = {"named": torch.export.Dim("batch"), "auto": torch.export.Dim.AUTO}
+EXPORTED = {
+    "plain": {},
+    "everything": EVERYTHING,
+    "few": {"max_tokens": 16},
+    "soft": {"soft": True},
+    "isolate": {"assigner": SinkhornAssigner(marginals=[0.2] * K, nan_policy="isolate", tol=1e-3)},
+    "features": {"mmd": AnchoredMMDLoss(features=8)},
+    "sampled": {"mmd": AnchoredMMDLoss(target="sampled")},
+    "maps": {"layout": "b d n"},
+}
+
+
+@pytest.mark.parametrize("batch", OPEN)
+@pytest.mark.parametrize("options", EXPORTED)
+def test_torch_export(options: str, batch: str) -> None:
+    """With any number of latents: ``max_tokens`` is no bound."""
+    model = Assigning(**EXPORTED[options]).eval()
+    if options == "maps":
+        model.encoder = nn.Conv1d(PIXELS, DIM, 1)
+    shape = (PIXELS, 3) if options == "maps" else (PIXELS,)
+    program = torch.export.export(model, (torch.rand(7, *shape),), dynamic_shapes=({0: OPEN[batch]},))
+    (bounds,) = program.range_constraints.values()
+    assert bounds.upper == torch.utils._sympy.numbers.int_oo
+    for rows in (1, 33, 5000):
+        x = torch.rand(rows, *shape)
+        for ours, theirs in zip(program.module()(x), model(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_an_exported_loss_is_that_of_all_latents() -> None:
+    model = PrototypicalRegularizer(DIM, K, max_tokens=8).eval()
+    program = torch.export.export(model, (torch.rand(7, DIM),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    model.max_tokens, z = BATCH, torch.randn(BATCH, DIM)
+    for ours, theirs in zip(program.module()(z)[1], model(z)[1], strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -101,16 +129,17 @@ def test_torch_export(options: dict) -> None:
 def test_onnx(options: dict, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = Assigning(**options).eval()
-    batch = torch.export.Dim("batch", min=2, max=1024)
+    batch = torch.export.Dim("batch")
     program = torch.onnx.export(
         model, (torch.rand(7, PIXELS),), dynamo=True, dynamic_shapes={"x": {0: batch}}, verbose=False
     )
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    x = torch.rand(33, PIXELS)
-    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    for ours, theirs in zip(outputs, model(x), strict=True):
-        torch.testing.assert_close(torch.from_numpy(ours), theirs)
+    for rows in (33, 5000):
+        x = torch.rand(rows, PIXELS)
+        outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for ours, theirs in zip(outputs, model(x), strict=True):
+            torch.testing.assert_close(torch.from_numpy(ours), theirs)
 
 
 @pytest.mark.parametrize(

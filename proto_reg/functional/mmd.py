@@ -224,7 +224,8 @@ def _alone(
     arguments = (assignments, mask, scales, unbiased, by_mass)
     samples = None
     if sampled:
-        samples = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        # Not torch.randn, which takes no generator where a graph leaves the number of latents open.
+        samples = torch.empty(z.shape, dtype=z.dtype, device=z.device).normal_(generator=generator)
     if transforming():
         with torch.no_grad():
             loss, gradient = anchored_mmd_loss_plain(
