@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+import weakref
+from collections import deque
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._distributed import is_sharded
 from .functional.metrics import SEPARATION
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
-MANY = 2048  # of more prototypes only so many are compared with each other
+MANY = 2048  # at most so many prototypes, entries of a parameter or nodes of a graph are looked at
 SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
 # r^2/D so many times too small or too large does not mend by itself: after SETTLED steps, and after four times as many.
 # Fashion-MNIST comes to 1 from .14 at SETTLED steps; where it did not come, it was .06 to .10.
 FAR, FAR_LATER = 8.0, 2.0
+GUESSING = 0.9  # share of ln K: predictions of a larger entropy tell no prototype from another
 
 
 class PrototypeWarning(UserWarning):
@@ -31,15 +35,16 @@ class LayerWatch:
     def __init__(self) -> None:
         self.said: set[str] = set()
         self.weighted = False
-        self.std = 1.0
-        self._small = False  # the last batch had fewer latents than there are prototypes
+        self.std, self.temperature, self.kernel = 1.0, 1.0, ""
+        self._small = 0  # so many more passes had fewer latents than there are prototypes than had enough
         self.looks = 0
         self._last: Tensor | None = None  # the prototypes at the last look
+        self._behind: tuple[weakref.ref, Tensor] | None = None  # a parameter of the encoder, and what it was then
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
         self.active_steps = -math.inf  # after the warm-up, at the last look that has arrived
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"said": set(self.said), "_last": None, "_pending": None}
+        return self.__dict__ | {"said": set(self.said), "_last": None, "_behind": None, "_pending": None}
 
     def forget(self) -> None:
         """The layer's steps are no longer those that were seen."""
@@ -99,8 +104,8 @@ class LayerWatch:
         """
         if torch.compiler.is_compiling():
             return False
-        small, self._small = self._small, total < num_prototypes
-        if small and self._small:  # one alone may be the last of an epoch
+        self._small = max(self._small + (1 if total < num_prototypes else -1), -FIRST_LOOK)
+        if self._small > 1:  # the last batch of an epoch may be smaller than the others
             self.say(
                 "batch",
                 f"{total} latents for {num_prototypes} prototypes in a training step: most prototypes get one "
@@ -118,13 +123,17 @@ class LayerWatch:
         keep: Tensor | None,
         prototypes: Tensor,
         std: float,
+        temperature: float,
+        kernel: str,
+        logits: Tensor,
         assignments: Tensor,
         prototype_loss: Tensor,
         active_steps: Tensor,
     ) -> None:
         """Look at latents (N, D), of which ``keep`` (N,) count, ``active_steps`` () after the warm-up.
 
-        ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D).
+        ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D), ``kernel`` the MMD's, and the
+        softmax of ``logits`` (N, K), scores over ``temperature``, what is predicted.
         """
         if not tokens.requires_grad:
             self.say(
@@ -132,32 +141,52 @@ class LayerWatch:
                 "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
                 "detach(), unless the encoder is to stay as it is.",
             )
-        self.std = std
-        self._measure(tokens.detach(), keep, prototypes, assignments, prototype_loss.detach(), active_steps)
+        self.std, self.temperature, self.kernel = std, temperature, kernel
+        idle = self._no_optimizer_steps(tokens)
+        figures = logits.detach(), assignments, prototype_loss.detach(), active_steps, idle
+        self._measure(tokens.detach(), keep, prototypes, *figures)
+
+    def _no_optimizer_steps(self, tokens: Tensor) -> Tensor | None:
+        """() bool: whether the encoder is what it was at the last look, as in accumulation; None: nobody knows."""
+        parameter, before = _parameter_behind(tokens), self._behind
+        self._behind = None
+        # FSDP frees the memory of parameters that it has sharded again.
+        if parameter is None or is_sharded(parameter) or not parameter.untyped_storage().size():
+            return None
+        shown = parameter.detach().flatten()[:MANY]
+        self._behind = weakref.ref(parameter), shown.clone()
+        known = before is not None and before[0]() is parameter and before[1].device == shown.device
+        return torch.eq(cast(tuple, before)[1], shown).all() if known else None
 
     def _measure(
         self,
         tokens: Tensor,
         keep: Tensor | None,
         prototypes: Tensor,
+        logits: Tensor,
         assignments: Tensor,
         prototype_loss: Tensor,
         active_steps: Tensor,
+        idle: Tensor | None,
     ) -> None:
         """Queue the figures to look at; on a GPU they arrive while it works on."""
         learns, prototypes = prototypes.requires_grad, prototypes.detach()
         several, shown = len(prototypes) > 1, prototypes[:MANY]
         last, self._last = self._last, shown.clone()
         known = learns and several and last is not None and last.device == shown.device
-        untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros(())
+        untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros((), dtype=torch.bool)
+        untouched = untouched if idle is None else untouched & ~idle
         keep = torch.ones_like(assignments, dtype=torch.bool) if keep is None else keep
         lowest = torch.where(keep, tokens.amin(1), torch.inf)
         radius = torch.where(keep, ((tokens - prototypes[assignments]) / self.std).square().mean(1), 0.0)
+        entropy = torch.where(keep, torch.special.entr(logits.float().softmax(1)).sum(1), 0.0)
+        unit = math.log(max(2, len(prototypes)))
         figures = torch.stack(
             [
-                prototype_loss / math.log(max(2, len(prototypes))),
+                prototype_loss / unit,
+                entropy.sum() / keep.sum() / unit,
                 lowest.amin(),
-                radius.sum() / keep.sum(),  # NaN, of which nothing is said, where none counts
+                radius.sum() / keep.sum(),  # NaN where no latent counts: nothing is said of it
                 torch.pdist(shown.float() / self.std).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
                 untouched,
@@ -185,6 +214,7 @@ class LayerWatch:
     def _judge(
         self,
         loss: float,
+        entropy: float,
         lowest: float,
         radius: float,
         separation: float,
@@ -210,12 +240,20 @@ class LayerWatch:
                 "the z that the layer returns: its gradient comes back through it.",
             )
         if active_steps >= SETTLED and loss > 0.98:
-            self.say(
-                "loss",
-                f"The prototype loss is still {loss:.2f} ln K after {active_steps:.0f} steps: latents know their "
-                "prototypes no better than by chance. Lower the temperature, start from data (head.init_from) or use "
-                "fewer prototypes.",
-            )
+            found = f"The prototype loss is still {loss:.2f} ln K after {active_steps:.0f} steps"
+            if entropy > GUESSING:
+                self.say(
+                    "loss",
+                    f"{found}: latents know their prototypes no better than by chance. Lower the temperature, start "
+                    "from data (head.init_from) or use fewer prototypes.",
+                )
+            else:
+                higher = f"{2 * loss * self.temperature:.2g}"
+                self.say(
+                    "sure",
+                    f"{found}: latents are surer of their prototypes than they are right; a guess would cost as much. "
+                    f"Raise the temperature, for example to {higher}, and the assigner's epsilon to half of it.",
+                )
         if 0 <= lowest < math.inf:
             self.say(
                 "sign",
@@ -228,11 +266,12 @@ class LayerWatch:
         """Say which std would fit latents whose r^2/D is far from 1, or prototypes that are too close."""
         factor = max(radius, 1e-6) ** 0.5
         std = f"std={self.std * factor:.2g}"
-        if 50 < radius < math.inf:
+        gaussian = self.kernel == "gaussian"
+        if gaussian and 50 < radius < math.inf:
             self.say(
                 "radius",
-                f"{self._measured(radius, active_steps)}: the Gaussian kernel has next to no gradient there. Use "
-                f"AnchoredMMDLoss('energy'), or aim at wider distributions: build the layer with {std}.",
+                f"{self._measured(radius, active_steps)}: the Gaussian kernel has next to no gradient there. Aim "
+                f"at wider distributions: build the layer with {std}. Or use AnchoredMMDLoss('energy').",
             )
         if active_steps < SETTLED:
             return
@@ -243,7 +282,7 @@ class LayerWatch:
                 f"{self._measured(radius, active_steps)}: samples around prototypes would be noise to the decoder. "
                 f"Aim at narrower distributions, which costs nothing: build the layer with {std}.",
             )
-        elif far < radius <= 50:
+        elif far < radius < (50 if gaussian else math.inf):
             self.say(
                 f"wide at {self.std}",
                 f"{self._measured(radius, active_steps)}: samples around prototypes would be less varied than the "
@@ -262,6 +301,24 @@ class LayerWatch:
             "Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
             f"{radius:.2g} after {steps:.0f} steps, where {target} has 1"
         )
+
+
+def _parameter_behind(z: Tensor) -> nn.Parameter | None:
+    """The parameter that is nearest behind ``z`` in its graph: it tells whether any optimizer steps."""
+    if isinstance(z, nn.Parameter):
+        return z
+    waiting: deque = deque([z.grad_fn])
+    seen: set = set()
+    while waiting and len(seen) < MANY:
+        node = waiting.popleft()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found = getattr(node, "variable", None)  # of a leaf's node
+        if isinstance(found, nn.Parameter):
+            return found
+        waiting.extend(before for before, _ in node.next_functions)
+    return None
 
 
 def _callers_level() -> int:

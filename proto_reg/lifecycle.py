@@ -212,8 +212,10 @@ class Lifecycle(nn.Module):
         # What FSDP2 gathered does not tell whether an optimizer has touched the shards; without weight none need.
         moving = head.shards is None and self.prototype_weight
         prototypes = head.prototypes if moving else head.prototypes.detach()
-        found = output.assignments, output.prototype_loss, self.steps - begin
-        self.watch.look(tokens, keep, prototypes, head.std, *found)
+        options = head.std, self.temperature, self.mmd.kernel
+        scores = output.scores * self._sharpness() if self.temperature_steps else output.scores
+        found = scores / self.temperature, output.assignments, output.prototype_loss, self.steps - begin
+        self.watch.look(tokens, keep, prototypes, *options, *found)
 
     def _now(self) -> Tensor:
         """() int64: the step count, also for the backward pass of this step, when it will have moved on."""

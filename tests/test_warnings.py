@@ -141,6 +141,9 @@ def test_copies_and_checkpoints_know_what_was_said() -> None:
 def test_a_last_smaller_batch_is_nothing_to_speak_of() -> None:
     layer = PrototypicalRegularizer(DIM, 8)
     assert spoken(lambda: [walk(layer, torch.randn(count, DIM), 1) for count in (32, 3, 32, 3)]) == []
+    # Nor is one of two views, which goes through the layer twice.
+    assert spoken(lambda: [walk(layer, torch.randn(count, DIM), 1) for count in 3 * (32, 32, 3, 3)]) == []
+    assert len(spoken(lambda: walk(layer, torch.randn(3, DIM), 20))) == 1
 
 
 def test_latents_that_stay_near_their_prototypes() -> None:
