@@ -4,7 +4,7 @@ python examples/ablations.py prototypes --data-dir DIR        # V by gradient, f
 python examples/ablations.py kl --data-dir DIR                # the layer on mu or on the sample, KL dropped or kept
 python examples/ablations.py queue --data-dir DIR             # batches of 16 latents, with and without past ones
 python examples/ablations.py scale --data-dir DIR             # a linear output under a squared error: latents too close
-python examples/ablations.py shares --data-dir DIR --long-tail  # equal or adaptive shares; each class half the one before
+python examples/ablations.py shares --data-dir DIR --long-tail  # equal or adaptive shares of unequal classes
 
 One line a run, then the mean over seeds of each variant. Without --data-dir: scikit-learn's digits.
 """

@@ -65,7 +65,7 @@ def compare(seeds: int, epochs: int) -> None:
         for name, model_class, options in (
             ("scVI", scvi.model.SCVI, {}),
             ("with prototypes", PrototypicalSCVI, {"num_prototypes": K}),
-            ("of adaptive shares", PrototypicalSCVI, {"num_prototypes": K, "prototype_kwargs": {"assigner": adaptive()}}),
+            ("adaptive shares", PrototypicalSCVI, {"num_prototypes": K, "prototype_kwargs": {"assigner": adaptive()}}),
         ):
             model = train(model_class, adata, seed, epochs, **options)
             error = model.get_reconstruction_error(indices=model.validation_indices)["reconstruction_loss"].item()

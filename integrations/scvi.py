@@ -133,7 +133,7 @@ class PrototypicalSCVI(SCVI):
         self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)
         mean, _ = self.get_latent_representation(adata, batch_size=batch_size, return_dist=True)
-        index = self.prototypes.head(torch.as_tensor(mean, device=self.module.device)).argmax(1)
+        index = self.prototypes.head(torch.as_tensor(mean, dtype=torch.float32, device=self.module.device)).argmax(1)
         adata.obs[key] = pd.Categorical.from_codes(index.cpu().numpy(), self._names())
 
     @torch.inference_mode()
@@ -155,7 +155,7 @@ class PrototypicalSCVI(SCVI):
         device, total = self.module.device, 0.0
         latents = self.module.z_encoder.z_transformation(self.prototypes.head.prototypes)
         batch, covariates, weights = self._conditions(transform_batch)
-        for part in torch.arange(len(weights)).split(CONDITIONS):
+        for part in torch.arange(len(weights), device="cpu").split(CONDITIONS):
             z = latents.repeat(len(part), 1)
             library = z.new_full((len(z), 1), library_size).log()
             given = {
@@ -190,6 +190,13 @@ class PrototypicalSCVI(SCVI):
             columns["batch"] = np.full_like(columns["batch"], known.index(transform_batch))
         distinct, counts = np.unique(np.concatenate(list(columns.values()), 1), axis=0, return_counts=True)
         parts = np.split(distinct, np.cumsum([c.shape[1] for c in columns.values()])[:-1], axis=1)
-        tensors = {name: torch.from_numpy(part) for name, part in zip(columns, parts, strict=True)}
+        tensors = {
+            name: torch.as_tensor(part, dtype=torch.float64, device="cpu")
+            for name, part in zip(columns, parts, strict=True)
+        }
         covariates = {name: t.float() if name == "cont_covs" else t.long() for name, t in tensors.items()}
-        return covariates.pop("batch"), covariates, torch.from_numpy(counts / counts.sum()).float()
+        return (
+            covariates.pop("batch"),
+            covariates,
+            torch.as_tensor(counts / counts.sum(), dtype=torch.float32, device="cpu"),
+        )

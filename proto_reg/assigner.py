@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,11 +27,11 @@ class SinkhornAssigner(WideState):
         epsilon: entropic regularisation, > 0, in units of the scores.
         num_iters: Sinkhorn iterations, >= 1.
         tol: stop once every column is within this relative error of its marginal.
-        marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default. ``"adaptive"``: they are
-            estimated in training, for data whose kinds are not equally frequent; see :meth:`observe`.
-        num_prototypes: K, for adaptive marginals alone.
-        smoothing: in (0, 1], how far adaptive marginals are drawn to uniform ones: no prototype's share falls below
-            ``smoothing / K``, and with 1 all shares are equal.
+        marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default. ``"adaptive"``:
+            training estimates them. Use it where some kinds of data are rarer than others. See :meth:`observe`.
+        num_prototypes: K. Adaptive marginals need it; others tell it themselves.
+        smoothing: in (0, 1]. Adaptive marginals are ``(1 - smoothing)`` times the estimate plus ``smoothing / K``. So
+            no share falls below ``smoothing / K``, and no prototype dies of a low share. With 1 all shares are equal.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
         backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
         group: the processes whose rows are balanced as one batch in training mode: ``"default"`` (the default process
@@ -64,19 +64,22 @@ class SinkhornAssigner(WideState):
         self.backend = check_choice("backend", backend, BACKENDS)
         self.ranks = Ranks(group)
         self.adaptive = isinstance(marginals, str)
+        if num_prototypes is not None:
+            check_positive_int("num_prototypes", num_prototypes)
         self.smoothing = check_number("smoothing", smoothing, above=0)
         if self.smoothing > 1:
             raise ValueError(f"smoothing: expected a number in (0, 1], got {smoothing}. With 1 all shares are equal.")
         if (num_prototypes is not None) != self.adaptive:
             raise ValueError(
-                f"num_prototypes: expected a number with marginals='adaptive' and None otherwise, got {num_prototypes}. "
-                "Other marginals tell their number themselves."
+                "num_prototypes: expected a number with marginals='adaptive' and None otherwise, got "
+                f"{num_prototypes}. Other marginals tell their number themselves."
             )
         if isinstance(marginals, str):
             check_choice("marginals", marginals, (ADAPTIVE,))
-            count = check_positive_int("num_prototypes", num_prototypes)
-            marginals = torch.full((count,), 1 / count, dtype=torch.float32)
-        elif marginals is not None:
+            self.register_buffer("marginals", torch.ones(cast(int, num_prototypes), dtype=torch.float32))
+            self.reset_parameters()
+            return
+        if marginals is not None:
             marginals = as_marginals(marginals).to(torch.float32)
             check_marginals(marginals, None)
         self.register_buffer("marginals", marginals)
@@ -129,11 +132,11 @@ class SinkhornAssigner(WideState):
 
     @torch.no_grad()
     def observe(self, scores: Tensor, temperature: float, counted: Tensor | None = None) -> None:
-        """Move adaptive marginals by a hundredth of the way to the shares of ``scores`` (B, K), over all processes.
+        """Move adaptive marginals a hundredth of the way to the shares that ``scores`` (B, K) show, over all processes.
 
-        The shares are the mean responsibilities of the mixture that has the marginals as its weights:
-        softmax(S / tau + log marginals). That is a step of EM for its weights (Dempster, Laird, Rubin, 1977), drawn to
-        uniform ones by ``smoothing``. The layer calls this in each training step in which the prototype loss is at work.
+        The shares are mean responsibilities: the mean of softmax(S / tau + log marginals) over the rows. That is a step
+        of EM for the weights of a mixture (Dempster, Laird, Rubin, 1977). The layer calls this in training steps in
+        which the prototype loss is at work. Other marginals stay as they are.
 
         Args:
             counted: (B,) or () bool, False leaves the row out, as a row that is not finite is left out.

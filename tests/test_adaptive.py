@@ -147,7 +147,7 @@ def test_compiled_layers_adapt(mode: str) -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="num_prototypes: expected a number with marginals='adaptive'"):
         SinkhornAssigner(marginals="adaptive")
-    with pytest.raises(ValueError, match="num_prototypes: expected .* None otherwise"):
+    with pytest.raises(ValueError, match="num_prototypes: expected a number"):
         SinkhornAssigner(num_prototypes=3)
     with pytest.raises(ValueError, match="marginals: expected"):
         SinkhornAssigner(marginals="even", num_prototypes=3)
