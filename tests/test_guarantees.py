@@ -252,6 +252,15 @@ def test_exponential_moving_average(use_buffers: bool) -> None:
     z = torch.randn(BATCH, DIM)
     assert torch.equal(inner(z)[1].assignments, inner.head(z).argmax(1))
     assert all(buffer.isfinite().all() for buffer in inner.buffers())
+    counted = model.regularizer
+    if not use_buffers:  # as documented
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(inner.buffers(), counted.buffers(), strict=True))
+    else:
+        for ours, theirs in zip(inner.buffers(), counted.buffers(), strict=True):
+            ours.copy_(theirs)
+        twin = copy.deepcopy(counted)
+        assert inner.train()(z.requires_grad_())[1].codes.shape == twin(z)[1].codes.shape
+        assert inner.steps == twin.steps == 5
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])

@@ -440,10 +440,79 @@ def test_exact_resume() -> None:
     assert torch.equal(straight[0].weight, resumed[0].weight)
 
 
-def test_two_forwards_before_one_backward_in_weighted_mode() -> None:
-    layer = PrototypicalRegularizer(DIM, K, mode="weighted")
-    first, second = (layer(torch.randn(BATCH, DIM, requires_grad=True))[1].loss for _ in range(2))
-    (first + second).backward()
+def two_at_once(layer: PrototypicalRegularizer, call) -> list[torch.Tensor]:
+    """Gradients and state of a training with two forwards before each backward pass."""
+    generator, found = torch.Generator().manual_seed(1), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(4):
+        latents = [torch.randn(BATCH, DIM, generator=generator).requires_grad_() for _ in range(2)]
+        outputs = [call(z) for z in latents]
+        optimizer.zero_grad()
+        sum(z.square().mean() + (info.loss if layer.mode == "weighted" else 0.0) for z, info in outputs).backward()
+        found += [z.grad for z in latents] + [parameter.grad.clone() for parameter in layer.parameters()]
+        optimizer.step()
+    return [*found, *layer.state_dict().values()]
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_tokens": 24, "warmup_steps": 1, "ramp_steps": 4},
+        {"queue_size": 64, "queue_mmd": True, "temperature": (0.3, 0.1), "temperature_steps": 4},
+        {"soft": True},
+    ],
+    ids=str,
+)
+def test_two_forwards_before_one_backward(options: dict, mode: str) -> None:
+    """As it is and compiled, where the second forward writes to the prototypes that the first's graph would hold."""
+    torch._dynamo.reset()
+    layer = PrototypicalRegularizer(DIM, K, mode=mode, **options)
+    inside = copy.deepcopy(layer)
+    expected = two_at_once(layer, layer)
+    for ours, theirs in zip(two_at_once(inside, torch.compile(inside, fullgraph=True)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_a_compiled_epoch_with_a_smaller_last_batch(mode: str) -> None:
+    torch._dynamo.reset()
+    layer = PrototypicalRegularizer(DIM, K, mode=mode, max_tokens=24, queue_size=64, layout="b n d")
+    inside = copy.deepcopy(layer)
+    trainings = []
+    for each, call in ((layer, layer), (inside, torch.compile(inside, fullgraph=True, backend="aot_eager"))):
+        generator, found = torch.Generator().manual_seed(1), []
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for rows in (6, 6, 1, 6, 6, 1):
+            z = torch.randn(rows, 8, DIM, generator=generator).requires_grad_()
+            out, info = call(z)
+            optimizer.zero_grad()
+            (out.square().mean() + (info.loss if mode == "weighted" else 0.0)).backward()
+            optimizer.step()
+            found += [z.grad]
+        trainings.append([*found, *each.state_dict().values()])
+    for ours, theirs in zip(*trainings, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "weighted"])
+def test_a_compiled_head_of_ones_own(mode: str) -> None:
+    class Scaled(proto_reg.PrototypeHead):
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(z)
+
+    torch._dynamo.reset()
+    layer = PrototypicalRegularizer(DIM, K, mode=mode, head=Scaled(DIM, K))
+    inside, z = copy.deepcopy(layer), torch.randn(BATCH, DIM)
+    gradients = []
+    for each, call in ((layer, layer), (inside, torch.compile(inside, fullgraph=True, backend="aot_eager"))):
+        leaf = z.clone().requires_grad_()
+        out, info = call(leaf)
+        (out.square().mean() + (info.loss if mode == "weighted" else 0.0)).backward()
+        gradients.append([leaf.grad, each.head.prototypes.grad])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_prototypes_may_be_used_beside_the_layer() -> None:
