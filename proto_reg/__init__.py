@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from . import functional
-from ._warnings import PrototypeWarning
+from . import (
+    _torch,  # noqa: F401  (first: it imports torch)
+    functional,
+)
+from ._checks import PrototypeWarning
 from .assigner import SinkhornAssigner
 from .attachment import Attachment, attach
 from .head import PrototypeHead, PrototypeMixture

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of latents and scores
+
+
+class PrototypeWarning(UserWarning):
+    """Training goes on, but something is likely not as intended."""
+
+
+def warn(message: str) -> None:
+    """A :class:`PrototypeWarning` at the line that the reader wrote."""
+    warnings.warn(message, PrototypeWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The ``stacklevel``, in :func:`warn`, of the first frame outside this package and torch."""
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -61,10 +84,10 @@ def check_floating(name: str, value: Tensor) -> Tensor:
         if isinstance(value, tuple):
             cure = f"Pass the entry that it is, such as {name}[0]"
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}. {cure}.")
-    if not value.is_floating_point():
+    if value.dtype not in DTYPES:  # float8 stores numbers, it does not compute with them
+        expected = "float16, bfloat16, float32 or float64" if value.is_floating_point() else "a floating-point tensor"
         raise TypeError(
-            f"{name}: expected a floating-point tensor, got dtype {value.dtype}. "
-            f"Convert it first, for example {name}.float()."
+            f"{name}: expected {expected}, got dtype {value.dtype}. Convert it first, for example {name}.float()."
         )
     return value
 

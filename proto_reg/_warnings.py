@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 import weakref
 from collections import deque
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ._checks import warn
 from ._distributed import is_sharded
 from .functional.metrics import SEPARATION
 
@@ -23,10 +21,6 @@ SETTLED = 400  # training steps after which a loss of ln K, or prototypes close 
 # Fashion-MNIST comes to 1 from .14 at SETTLED steps; where it did not come, it was .06 to .10.
 FAR, FAR_LATER = 8.0, 2.0
 GUESSING = 0.9  # share of ln K: predictions of a larger entropy tell no prototype from another
-
-
-class PrototypeWarning(UserWarning):
-    """Training goes on, but something is likely not as intended."""
 
 
 class LayerWatch:
@@ -54,7 +48,7 @@ class LayerWatch:
         """Warn with ``message`` unless this watch already spoke of ``key``."""
         if key not in self.said:
             self.said.add(key)
-            warnings.warn(message, PrototypeWarning, stacklevel=_callers_level())
+            warn(message)
 
     def at_construction(
         self,
@@ -319,12 +313,3 @@ def _parameter_behind(z: Tensor) -> nn.Parameter | None:
             return found
         waiting.extend(before for before, _ in node.next_functions)
     return None
-
-
-def _callers_level() -> int:
-    """The ``stacklevel`` of the first frame outside this package and torch: the line that the reader wrote."""
-    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -26,7 +26,7 @@ class SinkhornAssigner(WideState):
     Args:
         epsilon: entropic regularisation, > 0, in units of the scores.
         num_iters: Sinkhorn iterations, >= 1.
-        tol: stop once every column is within this relative error of its marginal.
+        tol: stop once every column is within this relative error of its marginal, at least 2e-6 in float32.
         marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default. ``"adaptive"``:
             training estimates them. Use it where some kinds of data are rarer than others. See :meth:`observe`.
         num_prototypes: K. Adaptive marginals need it; others tell it themselves.
@@ -95,7 +95,7 @@ class SinkhornAssigner(WideState):
 
     @torch.no_grad()
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Codes like ``scores`` (B, K) or (G, B, K): rows sum to 1, no gradient. ``mask`` (B,) bool leaves rows out."""
+        """Codes like ``scores`` (..., B, K): rows sum to 1, no gradient. ``mask`` (..., B) bool leaves rows out."""
         return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, **self._options())
 
     def cross_entropy(

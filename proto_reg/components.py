@@ -26,7 +26,7 @@ def components(
         TypeError, ValueError: components that are not ours, or do not fit together.
     """
     if head is None:
-        head = PrototypeHead(latent_dim, num_prototypes, std=1.0 if std is None else std)
+        head = PrototypeHead(latent_dim, num_prototypes, std=std)
     assigner = SinkhornAssigner(group=group) if assigner is None else assigner
     mmd = AnchoredMMDLoss(group=group) if mmd is None else mmd
     check_instance("head", head, PrototypeHead)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .assigner import SinkhornAssigner
 from .follower import PrototypeFollower
+from .functional.problem import reachable
 from .head import PrototypeHead
 from .kernels import backends
 from .kernels.rows import ordinary
@@ -60,6 +61,7 @@ def fused_step(
         return None
     if sums is not None and not (sums.is_contiguous() and prototypes.is_contiguous()):
         return None
+    tol = None if assigner.tol is None else reachable(assigner.tol, z.dtype, head.num_prototypes)
     results = torch.ops.proto_reg.balanced_step.default(
         z,
         keep,
@@ -71,7 +73,7 @@ def fused_step(
         head.std,
         assigner.epsilon,
         assigner.num_iters,
-        assigner.tol,
+        tol,
         assigner.nan_policy == "isolate",
         temperature,
         mmd.scales,

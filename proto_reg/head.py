@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype
+from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype, warn
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
 from .functional.prototypes import SCORES, prototype_scores
 from .kernels.scores import scores_and_pull_back
@@ -25,9 +25,10 @@ class PrototypeHead(nn.Module):
         num_prototypes: K. With K = 1 the prototype loss has no gradient: only the layer's follower moves the prototype.
         scores: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
-        std: standard deviation of the distribution around each prototype that training aims at. Reconstruction decides
-            how far apart an encoder puts latents: README, "The scale of the latents", tells which one fits. It is part
-            of the state: a head that loads another's has its std from then on.
+        std: standard deviation of the distribution around each prototype that training aims at, 1 by default.
+            Reconstruction decides how far apart an encoder puts latents: README, "The scale of the latents", tells
+            which one fits. It is part of the state: a head that loads another's has its std from then on, and warns
+            where a different one was given here.
         init_std: standard deviation of the initial coordinates; by default std / 2, which puts prototypes
             .7 std sqrt(D) apart.
 
@@ -39,6 +40,7 @@ class PrototypeHead(nn.Module):
         TypeError, ValueError: an argument out of its range, named.
     """
 
+    _std_given = False  # in heads that were pickled without it
     shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
 
     def __init__(
@@ -47,14 +49,15 @@ class PrototypeHead(nn.Module):
         num_prototypes: int,
         *,
         scores: str = "cosine",
-        std: float = 1.0,
+        std: float | None = None,
         init_std: float | None = None,
     ) -> None:
         super().__init__()
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.num_prototypes = check_positive_int("num_prototypes", num_prototypes)
         self.scores = check_choice("scores", scores, SCORES)
-        self.std = check_number("std", std, above=0)
+        self.std = 1.0 if std is None else check_number("std", std, above=0)
+        self._std_given = std is not None
         self.init_std = None if init_std is None else check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
         self.reset_parameters()
@@ -74,12 +77,23 @@ class PrototypeHead(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Take over ``std``, with the digits that it was given here, or else with the fewest that it can have had.
 
+        It wins over one that was given to the constructor, for a training is to go on as it was; a warning says so.
         Raises ValueError for one that is not finite and > 0.
         """
         stored = check_number("std", state.item(), above=0)
-        if self.get_extra_state().item() != stored:
-            decimals = (float(f"{stored:.{digits}g}") for digits in range(1, 10))
-            self.std = next(x for x in decimals if torch.tensor(x, dtype=torch.float32, device="cpu").item() == stored)
+
+        def is_stored(std: float) -> bool:  # half precision rounds what it stores
+            return torch.tensor(std, dtype=state.dtype, device="cpu").item() == stored
+
+        if is_stored(self.std):
+            return
+        given, self.std = self.std, next(filter(is_stored, (float(f"{stored:.{digits}g}") for digits in range(1, 18))))
+        if self._std_given:
+            self._std_given = False
+            warn(
+                f"std: {given:g} was given, but the loaded state has {self.std:g}, which counts from now on. To keep "
+                f"the given one, set head.std = {given:g} after loading."
+            )
 
     def to_write_to(self) -> Tensor:
         """The parameter ``prototypes`` itself. RuntimeError where it is not: what is written to a copy is lost."""

@@ -348,7 +348,7 @@ class PrototypicalRegularizer(Lifecycle):
         """
         group, std = options.get("group", "default"), options.get("std")
         choices: dict[str, Any] = {
-            "head": PrototypeHead(latent_dim, num_prototypes, scores="dot", std=1.0 if std is None else std),
+            "head": PrototypeHead(latent_dim, num_prototypes, scores="dot", std=std),
             "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum", group=group),
             "mode": "weighted",
             "prototype_weight": 1.0,

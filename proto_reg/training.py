@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._checks import check_choice, check_positive_int
-from ._warnings import PrototypeWarning
+from ._checks import PrototypeWarning, check_choice, check_positive_int
 from .regularizer import PrototypicalRegularizer
 
 SCHEDULES = ("paper", "balanced")

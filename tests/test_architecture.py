@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "proto_reg"
 # Each room may import from the rooms that stand before it.
 ROOMS = [
+    "_torch",
     "_checks",
     "_distributed",
     "_random",
@@ -166,6 +167,31 @@ def test_every_tensor_is_told_its_device_and_dtype() -> None:
             told = {keyword.arg for keyword in call.keywords}
             needed = {"device", "dtype"} if call.func.attr in FACTORIES else {"device"}
             assert needed <= told, f"{path.name}:{call.lineno}: {ast.unparse(call)}"
+
+
+def test_without_numpy_there_is_no_word_of_it() -> None:
+    code = """
+import sys
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "numpy":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Absent())
+import proto_reg
+import torch
+
+layer = proto_reg.PrototypicalRegularizer(4, 3)
+z, info = layer(torch.randn(16, 4, requires_grad=True))
+z.sum().backward()
+assert layer.head.prototypes.grad.isfinite().all()
+"""
+    result = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "numpy" not in result.stderr.lower(), result.stderr
 
 
 def test_the_wheels_package_list_is_the_tree() -> None:

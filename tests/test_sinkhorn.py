@@ -10,7 +10,7 @@ from conftest import cosines, log_sinkhorn, swav_sinkhorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto_reg import SinkhornAssigner
+from proto_reg import PrototypeWarning, PrototypicalRegularizer, SinkhornAssigner
 from proto_reg.functional import sinkhorn
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -115,7 +115,79 @@ def test_tol_stops_once_columns_are_balanced() -> None:
     codes = sinkhorn(scores, 0.05, 1000, tol=1e-3)
     assert (codes.mean(0) * 30 - 1).abs().max() < 1e-3
     assert (codes - sinkhorn(scores, 0.05, 1000)).abs().max() > 1e-7
-    torch.testing.assert_close(sinkhorn(scores, 0.05, 3, tol=1e-12), sinkhorn(scores, 0.05, 3))
+    torch.testing.assert_close(sinkhorn(scores, 0.05, 3, tol=1e-5), sinkhorn(scores, 0.05, 3))
+
+
+FOREVER = 10**9
+
+
+def tolerances() -> dict[str, tuple[torch.Tensor, dict]]:
+    """Problems that each go another way through the kernels."""
+    shares = torch.rand(60).softmax(0)
+    groups = torch.stack([cosines(64, 8) for _ in range(3)])
+    return {
+        "small": (cosines(64, 8), {}),
+        "narrow": (cosines(300, 5), {}),
+        "long": (cosines(500, 60), {}),
+        "with shares": (cosines(500, 60), {"marginals": shares}),
+        "with weights": (cosines(500, 60), {"weights": torch.rand(500)}),
+        "without a prototype": (cosines(500, 60), {"prototype_mask": torch.arange(60) > 3}),
+        "many prototypes": (cosines(64, 20_000) / 4, {}),
+        "large scores": (10 * cosines(64, 8), {}),
+        "far apart": (cosines(64, 8) + 100 * torch.arange(8), {}),
+        "half precision": (cosines(500, 60).bfloat16(), {}),
+        "groups": (groups, {"marginals": [0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2]}),
+        "a column of -inf": (cosines(64, 8).index_fill(1, torch.tensor([3]), -math.inf), {}),
+    }
+
+
+@pytest.mark.parametrize("case", tolerances())
+@pytest.mark.filterwarnings("ignore:tol. .* of scores so large:proto_reg.PrototypeWarning")
+def test_a_tol_that_float32_cannot_reach_ends_and_says_so(case: str) -> None:
+    scores, options = tolerances()[case]
+    with pytest.warns(PrototypeWarning, match="tol: 1e-09 is less than float32 can tell"):
+        codes, potentials = sinkhorn(scores, 0.05, FOREVER, tol=1e-9, return_potentials=True, **options)
+    wide = sinkhorn(scores.double(), 0.05, FOREVER, tol=1e-6, **options)
+    close = {torch.float32: 2e-5, torch.bfloat16: 5e-3}[scores.dtype]
+    torch.testing.assert_close(codes.double(), wide, rtol=0, atol=close)
+    # Nothing that those iterations could have changed: from there on errors are as large, or larger.
+    least = 16 * torch.finfo(torch.float32).eps
+    again = sinkhorn(scores, 0.05, FOREVER, tol=max(least, scores.shape[-1] / 2e9), **options)
+    assert torch.equal(again, codes)
+
+
+def test_float64_has_a_least_tol_too() -> None:
+    scores = cosines(64, 8, torch.float64)
+    with pytest.warns(PrototypeWarning, match="tol: 1e-30 is less than float64 can tell"):
+        codes = sinkhorn(scores, 0.05, FOREVER, tol=1e-30)
+    torch.testing.assert_close(codes.mean(0), torch.full((8,), 1 / 8, dtype=torch.float64), rtol=1e-13, atol=0)
+    sinkhorn(scores, 0.05, FOREVER, tol=1e-13)
+
+
+def test_plain_torch_says_at_which_error_it_ends() -> None:
+    scores = torch.eye(8) * 3000 + 10 * cosines(8, 8)
+    scores[:, 0] -= 2000
+    with pytest.warns(PrototypeWarning, match=r"tol: 2e-06 is less than float32 can tell of scores so large"):
+        codes = sinkhorn(scores, 1.0, FOREVER, tol=2e-6, backend="torch")
+    torch.testing.assert_close(codes.sum(0), torch.ones(8), rtol=1e-3, atol=0)
+
+
+def test_tol_through_the_iterations() -> None:
+    scores = cosines(64, 8, torch.float64).requires_grad_()
+    codes = sinkhorn(scores, 0.3, FOREVER, tol=1e-12, differentiable=True)
+    codes[:, 0].square().sum().backward()
+    once = scores.grad.clone()
+    scores.grad = None
+    sinkhorn(scores, 0.3, 200, differentiable=True)[:, 0].square().sum().backward()
+    torch.testing.assert_close(once, scores.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_layers_step_knows_the_least_tol() -> None:
+    layer = PrototypicalRegularizer(8, 4, assigner=SinkhornAssigner(0.5, FOREVER, tol=1e-12))
+    z = torch.randn(64, 8, requires_grad=True)
+    with pytest.warns(PrototypeWarning, match="tol: 1e-12 is less than float32 can tell"):
+        _, info = layer(z)
+    torch.testing.assert_close(info.codes.mean(0), torch.full((4,), 0.25), rtol=1e-5, atol=0)
 
 
 def test_mask_takes_rows_out_of_the_balance() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, attach
 from proto_reg.functional import anchored_mmd, latent_metrics, prototype_scores
 from proto_reg.functional.mmd import anchored_mmd_and_gradient
 
@@ -125,6 +127,50 @@ def test_a_checkpoint_knows_its_std(std: float) -> None:
         again = PrototypicalRegularizer(DIM, K)
         again.load_state_dict(same.state_dict())
         assert again.head.std == fresh.head.std
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3, 0.25, 1.0, 2.5, 123.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_half_precision_checkpoint_keeps_the_digits_of_std(dtype: torch.dtype, std: float) -> None:
+    saved = PrototypicalRegularizer(DIM, K, std=std).state_dict()
+    saved = {name: value.to(dtype) if value.is_floating_point() else value for name, value in saved.items()}
+    fresh, same = PrototypicalRegularizer(DIM, K), PrototypicalRegularizer(DIM, K, std=std)
+    fresh.load_state_dict(saved)
+    same.load_state_dict(saved)  # no warning: it is the same to half precision
+    assert fresh.head.std == same.head.std == std
+
+
+def test_a_given_std_that_a_checkpoint_contradicts_is_warned_of() -> None:
+    saved = PrototypicalRegularizer(DIM, K).state_dict()
+    model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM))
+    model.encoder = torch.nn.Linear(DIM, DIM)
+    attach(model, "encoder", DIM, K, std=0.25)
+    for layer in (
+        PrototypicalRegularizer(DIM, K, std=0.25),
+        PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, std=0.25)),
+        PrototypicalRegularizer.paper(DIM, K, std=0.25),
+        pickle.loads(pickle.dumps(PrototypicalRegularizer(DIM, K, std=0.25))),
+        model.prototypes,
+    ):
+        with pytest.warns(PrototypeWarning, match=r"std: 0\.25 was given, but the loaded state has 1,") as record:
+            layer.load_state_dict(saved)
+        assert "head.std = 0.25 after loading" in str(record[0].message)
+        assert record[0].filename == __file__
+        assert layer.head.std == 1
+        layer.load_state_dict(saved)  # once
+        layer.head.std = 0.25
+        assert layer.state_dict()["head._extra_state"] == 0.25
+
+
+def test_a_std_that_nobody_gave_is_loaded_without_a_word() -> None:
+    saved = PrototypicalRegularizer(DIM, K, std=0.25).state_dict()
+    for layer in (
+        PrototypicalRegularizer(DIM, K),
+        PrototypicalRegularizer(DIM, K, std=0.25),
+        PrototypicalRegularizer.paper(DIM, K),
+    ):
+        layer.load_state_dict(saved)
+        assert layer.head.std == 0.25
 
 
 def test_a_head_that_was_made_without_memory_keeps_its_std() -> None:

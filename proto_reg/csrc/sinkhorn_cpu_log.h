@@ -20,14 +20,14 @@ struct Logarithmic {
     return group.weight(i) > 0 && !(group.isolate && unusable(i, chunk));
   }
 
-  // Holds a NaN, a +inf, or nothing but -inf.
+  // Holds a NaN, a +inf, or nothing but -inf wherever there is a share to get.
   bool unusable(int64_t i, int64_t chunk) const {
     const float* s = scores(i, chunk);
     bool any = false;
     for (int64_t k = 0; k < group.columns; ++k) {
       const float x = s[k];
       if (!(x < INFINITY)) return true;
-      any |= x > -INFINITY;
+      any |= x > -INFINITY && group.marginal(k) > 0;
     }
     return !any;
   }
@@ -118,15 +118,22 @@ struct Logarithmic {
 
   // g_k -= log(c_k / (W r_k)); false, leaving g, where all columns are within tol.
   bool update(double tol) const {
-    double worst = 0;
-    for (int64_t k = 0; k < group.columns; ++k) {
-      const double target = group.total_weight * group.marginal(k);
-      if (target > 0) worst = std::max(worst, std::abs(column_sum(k) / target - 1));
-    }
-    if (tol >= 0 && worst <= tol) return false;
+    if (tol >= 0 && within(tol)) return false;
     for (int64_t k = 0; k < group.columns; ++k) {
       const double column = column_sum(k);
       g[k] = column == 0 ? -INFINITY : g[k] - std::log(column / (group.total_weight * group.marginal(k)));
+    }
+    return true;
+  }
+
+  // Whether every column's error is at most tol; a NaN's is not. The others share out what columns of nothing but -inf
+  // leave.
+  bool within(double tol) const {
+    double present = 0;
+    for (int64_t k = 0; k < group.columns; ++k) present += column_sum(k) == 0 ? 0 : group.marginal(k);
+    for (int64_t k = 0; k < group.columns; ++k) {
+      const double column = column_sum(k), target = group.total_weight * group.marginal(k) / present;
+      if (column != 0 && !(std::abs(column / target - 1) <= tol)) return false;
     }
     return true;
   }

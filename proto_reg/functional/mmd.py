@@ -156,7 +156,9 @@ def _evaluate(
         z, anchors = z / std, anchors / std
     if not hard:
         _check_soft(target, features)
-        weights = assignments.detach() if mask is None else assignments.detach() * mask[:, None]
+        weights = assignments.detach()
+        if mask is not None:  # before any product: 0 times a NaN would be one
+            z, weights = (torch.where(mask[:, None], x, 0.0) for x in (z, weights))
         loss, gradient = _weighted(z, anchors, weights, form, ranks)
     elif features is None and ranks is None:
         loss, gradient = _alone(z, anchors, assignments, mask, form, sampled, generator, compiled)
@@ -288,13 +290,15 @@ def check_mmd_inputs(
             f"{tuple(assignments.shape)}. Pass one {'index' if hard else 'row of K weights'} for each latent"
             f"{'' if hard else ', or convert indices with assignments.long()'}."
         )
+    if not hard:
+        check_floating("assignments", assignments)
     if not hard and assignments.numel() and assignments.device.type == "cpu" and not torch.compiler.is_compiling():
         lowest = assignments.detach().amin().item()
         if lowest < 0:  # NaN passes, for whoever skips such steps
             raise ValueError(
                 f"assignments: expected weights >= 0, got a minimum of {lowest:.3g}. Pass codes, not scores."
             )
-    return z.to(dtype), anchors.to(dtype), assignments if hard else check_floating("assignments", assignments).to(dtype)
+    return z.to(dtype), anchors.to(dtype), assignments if hard else assignments.to(dtype)
 
 
 def check_mmd_options(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_mask, check_matrix, check_number, compute_dtype
+from .._checks import check_choice, check_floating, check_mask, check_matrix, check_number, compute_dtype
 from .._distributed import Group, resolve, size, sum_
 from ..kernels.scores import SCORES, scores_plain
-from ..kernels.sinkhorn_reference import away_from_codes
+from ..kernels.sinkhorn_reference import away_from_codes, cross_entropies, log_probabilities
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,8 +31,10 @@ def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine", *, s
         (..., K)
 
     Raises:
-        TypeError, ValueError: an unknown ``scores``, or a ``std`` that is no number > 0.
+        TypeError, ValueError: an unknown ``scores``, a ``std`` that is no number > 0, or integers.
     """
+    check_floating("z", z)
+    check_floating("prototypes", prototypes)
     check_choice("scores", scores, SCORES)
     check_number("std", std, above=0)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
@@ -81,7 +83,7 @@ def _loss_and_count(
     if mask is not None:
         # Before the product: a NaN that is only masked after it would still reach the gradient.
         codes, scores = (torch.where(mask[:, None], x, 0.0) for x in (codes, scores))
-    total = -(codes * (scores / temperature).log_softmax(1)).sum()
+    total = cross_entropies(log_probabilities(scores, temperature), codes).sum()
     if ranks is None:
         rows = scores.shape[0] if mask is None else mask.sum().clamp_min(1)
         return total / rows, rows
@@ -99,6 +101,6 @@ def prototype_cross_entropy_and_gradient(
     """:func:`prototype_cross_entropy` and its gradient by ``scores`` (B, K), in closed form: no graph is built."""
     ranks = resolve(group)
     loss, count = _loss_and_count(scores, codes, temperature, mask, ranks)
-    gradient = away_from_codes((scores.to(loss.dtype) / temperature).softmax(1), codes)
+    gradient = away_from_codes(log_probabilities(scores.to(loss.dtype), temperature).exp(), codes)
     gradient = gradient if mask is None else torch.where(mask[:, None], gradient, 0.0)
     return loss, gradient * (size(ranks) / (temperature * count))

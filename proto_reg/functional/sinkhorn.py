@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .._checks import check_number
+from .._checks import check_floating, check_number
 from .._distributed import Group, resolve, size, with_gradients
 from .problem import operator_arguments
 
@@ -88,29 +88,34 @@ def sinkhorn(
     computed so that no finite score overflows or underflows. Arithmetic is float32, or float64 for float64 scores.
 
     Args:
-        scores: (B, K) similarities of B latents to K prototypes, any float dtype, or (G, B, K): G problems of their
-            own. K > B is legitimate.
+        scores: (B, K) similarities of B latents to K prototypes, in float16, bfloat16, float32 or float64. Leading
+            axes are problems of their own, for example heads: (G, B, K), (A, G, B, K). K > B is legitimate.
         epsilon: entropic regularisation, > 0, in units of the scores: smaller means harder codes.
         num_iters: Sinkhorn iterations, >= 1; the most of them where ``tol`` is given.
-        tol: stop once every column is within this relative error of its marginal; tested on the tensor's device.
-        marginals: (K,) or (G, K) share of the batch that each prototype gets, >= 0 and summing to 1; 1/K by default.
-        prototype_mask: (K,) or (G, K) bool, True = the prototype takes part; the others get nothing.
-        mask: (B,) or (G, B) bool, True = the row counts. Rows left out get codes but do not weigh in the balance.
-        weights: (B,) or (G, B) >= 0: a row of weight 2 counts as two rows.
-        nan_policy: what a NaN, a +inf or a row of nothing but -inf does. ``"propagate"``: it reaches every code, as in
-            plain torch.
-            ``"isolate"``: its row gets NaN codes, the others are as if it were absent. ``"raise"``: a ValueError; the
-            only choice that waits for the device, and so not for torch.compile. A column of -inf is no error: that
-            prototype gets nothing.
+        tol: stop once every column is within this relative error of its marginal; tested on the tensor's device. The
+            least that float32 can tell is 2e-6, from K = 4,096 on K / 2e9. A smaller one counts as that, with a
+            warning. Scores of more than 16 epsilon may end the iterations earlier in plain torch, at an error of
+            1e-7 times the largest potential; on the CPU a warning says so.
+        marginals: (K,) or (..., K) share of the batch that each prototype gets, >= 0 and summing to 1; 1/K by default.
+        prototype_mask: (K,) or (..., K) bool, True = the prototype takes part; the others get nothing, and their scores
+            may be anything, even NaN.
+        mask: (..., B) bool, True = the row counts. Rows left out get codes but do not weigh in the balance.
+        weights: (..., B) >= 0: a row of weight 2 counts as two rows.
+        nan_policy: what a NaN, a +inf or a row of nothing but -inf does, where it counts. A row is of nothing but -inf
+            too if only prototypes without a share have other scores. ``"propagate"``: it reaches every code, as in
+            plain torch. ``"isolate"``: its row gets NaN codes, the others are as if it were absent. ``"raise"``: a
+            ValueError; the only choice that waits for the device, and so not for torch.compile. A column of -inf is no
+            error: that prototype gets nothing.
         hard: 1 for the largest code of each row, 0 for the others.
-        differentiable: let gradients flow through the iterations, by plain torch; otherwise codes are constants.
+        differentiable: let gradients flow through the iterations, by plain torch, to scores, marginals and weights;
+            otherwise codes are constants. A marginal or weight of 0 leaves out, and has a gradient of 0.
         backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
             (``python -m proto_reg.kernels`` lists them).
         out: contiguous tensor like ``scores`` that receives the codes and is returned.
         group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, at ``num_iters`` +
             1 all-reduces of K numbers (and one of 1 with ``weights``), in plain torch. Ranks may differ in B, which
             may be 0. All must call, with the same options; ``marginals`` and ``prototype_mask`` are those of all.
-        return_potentials: also return g (K,) or (G, K), with which ``softmax(S / eps + g)`` assigns new latents.
+        return_potentials: also return g (K,) or (..., K), with which ``softmax(S / eps + g)`` assigns new latents.
 
     Returns:
         Codes like ``scores``; every row sums to 1; no gradient flows through them unless ``differentiable``.
@@ -121,9 +126,10 @@ def sinkhorn(
     """
     if (ranks := None if group is None else resolve(group)) is not None:
         _check_grouped(ranks, backend, differentiable)
-    arguments: tuple = operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks
-    )
+    given, (scores, arguments) = scores, operator_arguments(
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks,
+        differentiable=differentiable,
+    )  # fmt: skip
     solve: Callable[..., tuple[Tensor, Tensor]]
     if ranks is not None:
         solve = partial(kernels.sinkhorn_distributed.sinkhorn_over_group, ranks)
@@ -139,21 +145,25 @@ def sinkhorn(
             )
         solve = kernels.sinkhorn_reference.differentiable_sinkhorn
     elif kernels.backends.choose(backend, scores) == "torch":
-        solve = kernels.sinkhorn_reference.sinkhorn_reference
+        solve = partial(kernels.sinkhorn_reference.sinkhorn_reference, with_potentials=return_potentials)
         scores = scores.detach() if scores.requires_grad else scores
-        arguments = (*arguments, return_potentials)
     elif out is None and not return_potentials:
         # No potentials, and no more arguments than there are: a small problem takes no longer than they do.
-        target, row_weights, _, _, _, isolate = arguments
-        if target is None and row_weights is None and tol is None and not isolate:
+        target, row_weights, _, _, least, isolate = arguments
+        if target is None and row_weights is None and least is None and not isolate:
             operator = _sinkhorn_codes if torch.compiler.is_compiling() else _sinkhorn_codes_now
             codes = operator(scores, epsilon, num_iters)
         else:
-            codes = _sinkhorn_codes(scores, epsilon, num_iters, target, row_weights, tol, isolate)
+            codes = _sinkhorn_codes(scores, epsilon, num_iters, target, row_weights, least, isolate)
+        codes = codes if given.ndim < 4 else codes.reshape(given.shape)
         return _hardened(codes) if hard else codes
     else:
         solve = _sinkhorn
-    codes, potentials = solve(scores, *arguments) if out is None else _into(out, solve, scores, *arguments)
+    codes, potentials = solve(scores, *arguments) if out is None else _into(out, given, solve, scores, *arguments)
+    if given.ndim > 3:
+        codes = codes.reshape(given.shape)
+        potentials = potentials.unflatten(0, given.shape[:-2]) if return_potentials else None
+    codes = codes if out is None else out
     if hard:
         _hardened(codes)
     return (codes, potentials) if return_potentials else codes
@@ -178,10 +188,11 @@ def sinkhorn_cross_entropy(
     """``prototype_cross_entropy(scores, sinkhorn(scores), temperature)`` in one pass over the scores.
 
     Loss and gradient come out of the last Sinkhorn iteration together: -(1/W) sum_i w_i sum_k q_ik log p_ik with
-    p = softmax(S / tau) (paper, eq. 10), and ``w_i (p - q) / (tau W)``, W the sum of the weights.
+    p = softmax(S / tau) (paper, eq. 10), and ``w_i (p - q) / (tau W)``, W the sum of the weights. A prototype that
+    ``prototype_mask`` leaves out is in neither softmax: the loss is that of the scores without its column.
 
     Args:
-        scores: (B, K), differentiable.
+        scores: (B, K), differentiable. Nothing else is.
         temperature: tau, > 0.
         return_codes: also return the codes (B, K), which carry no gradient.
         group: the rows of all its ranks are one batch, see :func:`sinkhorn`. The loss is that of all, the same on every
@@ -195,6 +206,11 @@ def sinkhorn_cross_entropy(
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
         RuntimeError: a forced backend that is not built, with every reason.
     """
+    if isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weights: expected a tensor without gradient, got requires_grad=True. Nothing flows back to weights here: "
+            "pass weights.detach(), or weigh the rows' losses yourself."
+        )
     if (ranks := resolve(group)) is not None:
         loss, gradient, codes = sinkhorn_cross_entropy_and_gradient(
             scores.detach(), epsilon, num_iters, temperature, tol=tol, marginals=marginals,
@@ -203,10 +219,10 @@ def sinkhorn_cross_entropy(
         )  # fmt: skip
         loss = with_gradients(loss, [scores], [gradient])
         return (loss, codes) if return_codes else loss
-    arguments = operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy
-    )
     plain, temperature = _cross_entropy_options(scores, temperature, backend)
+    scores, arguments = operator_arguments(
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, entropy=True
+    )
     if kernels.once.transforming():
         reference = kernels.sinkhorn_reference.sinkhorn_cross_entropy_reference
         loss, _, _, codes = reference(scores, *arguments, temperature, return_codes)
@@ -239,10 +255,10 @@ def sinkhorn_cross_entropy_and_gradient(
     """
     ranks = resolve(group)
     _check_grouped(ranks, backend)
-    arguments = operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks
-    )
     plain, temperature = _cross_entropy_options(scores, temperature, backend)
+    scores, arguments = operator_arguments(
+        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks, entropy=True
+    )
     if ranks is not None:
         return kernels.sinkhorn_distributed.cross_entropy_over_group(ranks, scores, *arguments, temperature)
     loss, gradient, _, codes = kernels.sinkhorn.cross_entropy_without_graph(
@@ -263,6 +279,7 @@ def _check_grouped(ranks: ProcessGroup | None, backend: str, differentiable: boo
 
 def _cross_entropy_options(scores: Tensor, temperature: float, backend: str) -> tuple[bool, float]:
     """Whether plain torch computes it, and the temperature, checked."""
+    check_floating("scores", scores)
     if scores.ndim != 2:
         raise ValueError(f"scores: expected (B, K), got {tuple(scores.shape)}. Take the groups one by one.")
     temperature = check_number("temperature", temperature, above=0)
@@ -276,9 +293,9 @@ def _hardened(codes: Tensor) -> Tensor:
     return codes.zero_().scatter_(-1, largest, 1.0).masked_fill_(undefined, torch.nan)
 
 
-def _into(out: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """Codes written into ``out``, by whatever computes them."""
-    fits = isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (scores.shape, scores.dtype, scores.device)
+def _into(out: Tensor, given: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:
+    """Codes written into ``out``, which is like the ``given`` scores, by whatever computes them."""
+    fits = isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (given.shape, given.dtype, given.device)
     if not fits or not out.is_contiguous() or out.requires_grad:
         came = type(out).__name__
         if isinstance(out, Tensor):
@@ -286,16 +303,17 @@ def _into(out: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]
             came = f"{tuple(out.shape)} {out.dtype} on {out.device}{strides}"
             came += ", requiring a gradient" if out.requires_grad else ""
         raise ValueError(
-            f"out: expected a contiguous tensor like scores, {tuple(scores.shape)} {scores.dtype} on {scores.device}, "
+            f"out: expected a contiguous tensor like scores, {tuple(given.shape)} {given.dtype} on {given.device}, "
             f"without gradient, got {came}. Allocate it with torch.empty_like(scores)."
         )
     # Memory has no address while a graph is traced.
     traced = torch.compiler.is_compiling()
-    if not traced and out.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr():
+    if not traced and out.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
         raise ValueError(
             "out: expected memory of its own, got that of scores. Allocate it with torch.empty_like(scores)."
         )
+    flat = out.view(scores.shape)
     if solve is _sinkhorn:
-        return out, _sinkhorn_out(scores, *options, out)
+        return flat, _sinkhorn_out(scores, *options, flat)
     codes, potentials = solve(scores, *options)
-    return out.copy_(codes), potentials
+    return flat.copy_(codes), potentials

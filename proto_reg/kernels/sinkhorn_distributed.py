@@ -30,7 +30,7 @@ def sinkhorn_over_group(
     isolate: bool,
 ) -> tuple[Tensor, Tensor]:
     """Codes of this rank's rows (..., B, K) and the potentials of all ranks (..., K); arguments as in one process."""
-    x, weights, usable = usable_rows(scores, weights, isolate)
+    x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, potentials = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol, group)
     if usable is not None:
         codes = torch.where(usable[..., None], codes, torch.nan)
@@ -54,7 +54,7 @@ def cross_entropy_over_group(
     The gradient is ``w_i (p - q) / (tau W)`` times the number of ranks, W over all ranks: what averages to that of one
     process.
     """
-    x, weights, usable = usable_rows(scores, weights, isolate)
+    x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, _ = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol, group)
     loss, gradient = cross_entropy_of_rows(x, codes, temperature)
     weights = torch.ones_like(loss) if weights is None else weights.to(loss)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._checks import compute_dtype
+from .._checks import compute_dtype, warn
 from .._distributed import max_, sum_
+from .once import transforming
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,14 +43,15 @@ def sinkhorn_reference(
         epsilon: entropic regularisation, > 0, in units of the scores.
         num_iters: iterations (at most, with ``tol``).
         tol: stop once every column is within this relative error of its marginal.
-        isolate: treat rows that hold a NaN, a +inf or nothing but -inf as absent and give them NaN codes.
+        isolate: treat rows that hold a NaN, a +inf or nothing but -inf as absent and give them NaN codes. Columns of
+            marginal 0 do not save a row of -inf.
         with_potentials: False where nobody wants them, which may leave None in their place.
 
     Returns:
         codes: like ``scores``, rows sum to 1.
         potentials: (K,) or (G, K) g, so that ``softmax(S / eps + g)`` assigns new rows by the same balance.
     """
-    x, weights, usable = usable_rows(scores, weights, isolate)
+    x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol, with_potentials)
     if usable is not None:
         codes = torch.where(usable[..., None], codes, torch.nan)
@@ -77,9 +79,13 @@ def sinkhorn_cross_entropy_reference(
 
     The loss is differentiable by autograd and ``torch.func`` where they look on; the codes are constants to them.
     """
-    x, weights, usable = usable_rows(scores, weights, isolate)
+    x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, potentials = _solve(x.detach(), marginals, weights, epsilon, num_iters, tol)
-    loss, gradient = cross_entropy_of_rows(x, codes, temperature)
+    targets = codes
+    if weights is not None and torch.is_grad_enabled():
+        # A NaN that is only left out afterwards would still reach the gradient.
+        x, targets = (torch.where(weights[:, None] > 0, rows, 0.0) for rows in (x, codes))
+    loss, gradient = cross_entropy_of_rows(x, targets, temperature)
     if weights is None:
         loss, gradient = loss.mean(), gradient / len(scores)
     else:
@@ -94,10 +100,18 @@ def sinkhorn_cross_entropy_reference(
 
 def cross_entropy_of_rows(x: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """-sum_k q_k log softmax_k(x / tau) of each row (B,), and its gradient by ``x`` (B, K)."""
-    log_p = ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
-    # A prototype that gets nothing contributes nothing, even where its score is -inf.
-    loss = -(codes * log_p.clamp_min(torch.finfo(x.dtype).min)).sum(1)
-    return loss, away_from_codes(log_p.exp(), codes) / temperature
+    log_p = log_probabilities(x, temperature)
+    return cross_entropies(log_p, codes), away_from_codes(log_p.exp(), codes) / temperature
+
+
+def log_probabilities(x: Tensor, temperature: float) -> Tensor:
+    """log softmax(x / tau) of each row (B, K), for scores of any size."""
+    return ((x - x.detach().amax(1, keepdim=True)) / temperature).log_softmax(1)
+
+
+def cross_entropies(log_p: Tensor, codes: Tensor) -> Tensor:
+    """-sum_k q_k log p_k of each row (B,): a prototype that gets nothing counts nothing, even where p is 0."""
+    return -(codes * torch.where(codes == 0, 0.0, log_p)).sum(1)
 
 
 def away_from_codes(p: Tensor, codes: Tensor) -> Tensor:
@@ -114,22 +128,41 @@ def differentiable_sinkhorn(
     tol: float | None,
     isolate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`sinkhorn_reference` with a graph: autograd goes back through every iteration."""
-    x, weights, usable = usable_rows(scores, weights, isolate)
+    """:func:`sinkhorn_reference` with a graph: autograd goes back through every iteration.
+
+    Marginals and weights may have a graph too. One that is 0 leaves its column or row out and has a gradient of 0.
+    """
+    x, weights, usable = usable_rows(scores, marginals, weights, isolate, or_absent=True)
+    marginals, weights = (y if y is None else torch.where(y > 0, y, 0.0) for y in (marginals, weights))
     codes, potentials = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol)
     if usable is not None:
         codes = torch.where(usable[..., None], codes, torch.nan)
     return codes.to(scores.dtype), potentials
 
 
-def usable_rows(scores: Tensor, weights: Tensor | None, isolate: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scores in the dtype of the computation, weights without the rows to isolate, and which rows remain."""
+def usable_rows(
+    scores: Tensor, marginals: Tensor | None, weights: Tensor | None, isolate: bool, *, or_absent: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores in the dtype of the computation, weights without the rows to isolate, and which rows remain.
+
+    ``or_absent``: rows that hold a NaN and have no weight go too. Their codes are NaN anyway, but so would every
+    gradient be.
+    """
     dtype = compute_dtype(scores.dtype)
     x = scores if scores.dtype == dtype else scores.to(dtype)
-    if not isolate:
+    absent = or_absent and weights is not None
+    if not isolate and not absent:
         return x, weights, None
-    usable = ~(x.isnan() | (x == torch.inf)).any(-1) & (x > -torch.inf).any(-1)
-    weights = usable.to(torch.float32) if weights is None else torch.where(usable, weights, 0.0)
+    possible = x > -torch.inf
+    if marginals is not None:
+        possible = possible & (marginals > 0).unsqueeze(-2)
+    usable = ~(x.isnan() | (x == torch.inf)).any(-1) & possible.any(-1)
+    if weights is None:
+        weights = usable.to(torch.float32)
+    elif isolate:
+        weights = torch.where(usable, weights, 0.0)
+    else:
+        usable = usable | (weights > 0)
     return torch.where(usable[..., None], x, 0.0), weights, usable
 
 
@@ -235,25 +268,35 @@ def balance_logits(
     """For scores of any size, with no control flow that depends on them: one softmax over the rows per iteration.
 
     With f eliminated each iteration is ``P = softmax_k(S / eps + g)``, ``g_k -= log(sum_i w_i P_ik / (W r_k))``. After
-    the first step column k of the plan sums to W r_k, so nothing underflows and nothing is clamped.
+    the first step column k of the plan sums to W r_k, so nothing underflows and nothing is clamped. On the CPU ``tol``
+    ends the iterations; elsewhere potentials no longer move, for nobody waits for the device.
 
     With a ``group`` the rows of all its ranks are one batch, at ``num_iters`` + 1 all-reduces of K numbers. A rank
     without rows takes part.
     """
+    if marginals is not None:  # what gets nothing has no say in how scores are centred; a NaN there stays one
+        x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
     counted = None if weights is None else weights > 0
-    log_weights = x.new_zeros(()) if weights is None else weights.log().to(x.dtype)[..., None]
-    x, shift, column_top = _centre(x, _column_tops(x, counted, log_weights, epsilon, group), epsilon)
+    log_weights = x.new_zeros(()) if weights is None else _log(weights, counted).to(x.dtype)[..., None]
+    tops = _column_tops(x, counted, log_weights, epsilon, group)
+    alive, column_top = tops != -torch.inf, _finite_or_zero(tops)
+    x, shift = _centre(x, column_top, epsilon)
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
-    mass, total = _column_masses(x + shift + log_weights, counted, weights, group)
+    mass, total = _column_masses(x + shift + log_weights, alive, counted, weights, group)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
-    g = torch.where(mass == -torch.inf, -torch.inf, target.log() - mass)
-    g = _iterate(x, g, total * target, weights, num_iters - 1, tol, group)
+    g = torch.where(alive & (mass != -torch.inf), _log(target, target > 0) - mass, -torch.inf)
     if weights is not None or group is not None:
         g = torch.where(total > 0, g, 0.0)
+    g = _iterate(x, g, total * target, weights, num_iters - 1, tol, group)
     codes = (x + g[..., None, :]).softmax(-1)
     largest = torch.finfo(x.dtype).max
     potentials = torch.where(g == -torch.inf, -torch.inf, (g - column_top / epsilon).clamp(-largest, largest))
     return codes, potentials
+
+
+def _log(x: Tensor, positive: Tensor | None) -> Tensor:
+    """log x where that is ``positive``, 0 elsewhere: the logarithm of 0 has no slope that autograd could use."""
+    return (x if positive is None else torch.where(positive, x, 1.0)).log()
 
 
 def _column_tops(
@@ -265,27 +308,30 @@ def _column_tops(
     tops = _masked(x, counted).detach()  # a shift has no slope
     empty = tops.shape[-2] == 0
     tops = tops.new_full((*tops.shape[:-2], tops.shape[-1]), -torch.inf) if empty else tops.amax(-2)
-    return _finite_or_zero(max_(tops, group))
+    return max_(tops, group)
 
 
 def _column_masses(
-    logits: Tensor, counted: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
+    logits: Tensor, alive: Tensor, counted: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """log sum_i exp(logits) of each column (..., K), and the sum of all weights (..., 1)."""
+    """log sum_i exp(logits) of each column (..., K), -inf of one not ``alive``, and the sum of all weights (..., 1)."""
     logits = _masked(logits, counted)
     rows = logits.new_full((*logits.shape[:-2], 1), logits.shape[-2])
     total = rows if weights is None else weights.sum(-1, keepdim=True).to(logits.dtype)
-    if group is None:
+    if group is not None:
+        both = sum_(torch.cat([logits.exp().sum(-2), total], -1), group)
+        return both[..., :-1].log(), both[..., -1:]
+    if not logits.requires_grad:
         return logits.logsumexp(-2), total
-    both = sum_(torch.cat([logits.exp().sum(-2), total], -1), group)
-    return both[..., :-1].log(), both[..., -1:]
+    # The slope at a column of nothing but -inf would be NaN.
+    logits = torch.where(alive[..., None, :], logits, 0.0)
+    return torch.where(alive, logits.logsumexp(-2), -torch.inf), total
 
 
-def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """S / eps less its row and column maxima, subtracted before the division so that float32 keeps what matters.
 
-    Returns the centred scores, the (..., B, 1) shift that was taken off their rows, in units of S / eps, and the column
-    maxima (..., K) that were given.
+    Returns the centred scores, and the (..., B, 1) shift that was taken off their rows, in units of S / eps.
     """
     lowest = torch.finfo(x.dtype).min
     columns = column_top[..., None, :]
@@ -296,7 +342,7 @@ def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tens
     less = torch.where(x == -torch.inf, -torch.inf, less.clamp_min(lowest))
     row_top = _finite_or_zero(less.amax(-1, keepdim=True)).detach()
     centred = (less - row_top) + torch.where(lost.isfinite(), lost, 0.0)
-    return centred / epsilon, row_top / epsilon, column_top
+    return centred / epsilon, row_top / epsilon
 
 
 def _iterate(
@@ -309,19 +355,42 @@ def _iterate(
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """``passes`` further iterations of the column potentials g (..., K) towards the column sums ``target``."""
+    at_hand = group is None and x.is_cpu and not torch.compiler.is_compiling() and not transforming()
     for _ in range(passes):
         p = (x + g[..., None, :]).softmax(-1)
         if weights is not None:
             p = torch.where(weights[..., None] > 0, p * weights[..., None].to(p), 0.0)
         column = sum_(p.sum(-2), group)
-        updated = torch.where(column == 0, -torch.inf, g - (column / target).log())
+        gone = column == 0  # and stays so
+        met = torch.where(gone, 1.0, column) / torch.where(gone, 1.0, target)
+        updated = g - met.log()
         if tol is None:
             g = updated
             continue
-        error = torch.where(target > 0, (column / target - 1).abs(), 0.0).amax(-1, keepdim=True)
+        # The others share out what columns of nothing but -inf leave.
+        left = torch.where(gone, 0.0, target).sum(-1, keepdim=True) / target.sum(-1, keepdim=True)
+        error = torch.where(gone, 0.0, (met * left - 1).abs()).amax(-1, keepdim=True)
+        # Potentials are rounded to their last digit, which is an error of as much.
+        rounding = torch.where(g == -torch.inf, 0.0, g.abs()).amax(-1, keepdim=True) * torch.finfo(g.dtype).eps
+        settled = error <= rounding.clamp_min(tol)
         # The test stays on the device: once converged, the potentials no longer move.
-        g = torch.where(error <= tol, g, updated)
+        g = torch.where(settled, g, updated)
+        if at_hand and bool((settled | error.isnan()).all()):
+            _say_if_short_of(tol, error)
+            break
     return g
+
+
+def _say_if_short_of(tol: float, error: Tensor) -> None:
+    """Warn where iterations ended at a larger ``error`` than ``tol``."""
+    reached = float(error.detach().amax())
+    if reached > tol:
+        single = error.dtype == torch.float32
+        warn(
+            f"tol: {tol:.2g} is less than {'float32' if single else 'float64'} can tell of scores so large beside "
+            f"epsilon: the iterations ended at {reached:.2g}. Use a larger tol or epsilon"
+            f"{', or float64 scores.' if single else '.'}"
+        )
 
 
 def _finite_or_zero(top: Tensor) -> Tensor:
