@@ -82,8 +82,8 @@ class PrototypeHead(nn.Module):
         """
         stored = check_number("std", state.item(), above=0)
 
-        def is_stored(std: float) -> bool:  # half precision rounds what it stores
-            return torch.tensor(std, dtype=state.dtype, device="cpu").item() == stored
+        def is_stored(std: float) -> bool:  # by way of float32, from which half precision was rounded
+            return torch.tensor(std, dtype=torch.float32, device="cpu").to(state.dtype).item() == stored
 
         if is_stored(self.std):
             return

@@ -141,16 +141,23 @@ def test_a_half_precision_checkpoint_keeps_the_digits_of_std(dtype: torch.dtype,
 
 
 def test_a_given_std_that_a_checkpoint_contradicts_is_warned_of() -> None:
-    saved = PrototypicalRegularizer(DIM, K).state_dict()
-    model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM))
-    model.encoder = torch.nn.Linear(DIM, DIM)
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder(x)
+
+    model = Model()
     attach(model, "encoder", DIM, K, std=0.25)
-    for layer in (
-        PrototypicalRegularizer(DIM, K, std=0.25),
-        PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, std=0.25)),
-        PrototypicalRegularizer.paper(DIM, K, std=0.25),
-        pickle.loads(pickle.dumps(PrototypicalRegularizer(DIM, K, std=0.25))),
-        model.prototypes,
+    usual, paper = PrototypicalRegularizer(DIM, K).state_dict(), PrototypicalRegularizer.paper(DIM, K).state_dict()
+    for layer, saved in (
+        (PrototypicalRegularizer(DIM, K, std=0.25), usual),
+        (PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, std=0.25)), usual),
+        (PrototypicalRegularizer.paper(DIM, K, std=0.25), paper),
+        (pickle.loads(pickle.dumps(PrototypicalRegularizer(DIM, K, std=0.25))), usual),
+        (model.prototypes, usual),
     ):
         with pytest.warns(PrototypeWarning, match=r"std: 0\.25 was given, but the loaded state has 1,") as record:
             layer.load_state_dict(saved)
@@ -163,12 +170,10 @@ def test_a_given_std_that_a_checkpoint_contradicts_is_warned_of() -> None:
 
 
 def test_a_std_that_nobody_gave_is_loaded_without_a_word() -> None:
-    saved = PrototypicalRegularizer(DIM, K, std=0.25).state_dict()
-    for layer in (
-        PrototypicalRegularizer(DIM, K),
-        PrototypicalRegularizer(DIM, K, std=0.25),
-        PrototypicalRegularizer.paper(DIM, K),
-    ):
+    for make in (PrototypicalRegularizer, PrototypicalRegularizer.paper):
+        saved = make(DIM, K, std=0.25).state_dict()
+        same, layer = make(DIM, K, std=0.25), make(DIM, K)
+        same.load_state_dict(saved)
         layer.load_state_dict(saved)
         assert layer.head.std == 0.25
 
