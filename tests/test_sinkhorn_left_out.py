@@ -169,8 +169,8 @@ def test_a_nan_in_a_column_of_share_0_is_one() -> None:
     assert sinkhorn(scores, marginals=SHARES, nan_policy="isolate").isnan().all(1).nonzero().tolist() == [[3]]
 
 
-def test_the_largest_scores_of_a_column_that_gets_nothing() -> None:
-    scores = torch.tensor([[3e38, 0.0, 1.0], [0.0, 1.0, 0.0]])
+def test_the_largest_scores_beside_a_column_that_gets_nothing() -> None:
+    scores = torch.tensor([[0.0, -3e38, -3.1e38], [0.0, 0.0, 0.0]])
     for options in ({"marginals": [0.0, 0.5, 0.5]}, {"prototype_mask": torch.tensor([False, True, True])}):
         codes = sinkhorn(scores, **options)
         torch.testing.assert_close(codes[:, 1:], sinkhorn(scores[:, 1:]), rtol=0, atol=1e-6)
