@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-import warnings
 import weakref
 from collections.abc import Mapping
 from itertools import chain
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from ._checks import check_instance
-from ._warnings import PrototypeWarning, _callers_level
+from ._checks import check_instance, warn
 from .kernels.once import transforming
 from .regularizer import PrototypicalRegularizer, RegularizerOutput
 
@@ -194,11 +192,9 @@ class _LatentHook:
             return
         if self.passes == PATIENCE:
             self.passes = None
-            warnings.warn(
+            warn(
                 f"No gradient has come back to the latents in {PATIENCE} training passes: neither the encoder nor the "
-                f"prototypes learn from the decoder. Decode what {self.path!r} returns, without detach() or rounding.",
-                PrototypeWarning,
-                stacklevel=_callers_level(),
+                f"prototypes learn from the decoder. Decode what {self.path!r} returns, without detach() or rounding."
             )
             return
         self.passes = (self.passes or 0) + 1
@@ -271,11 +267,9 @@ def _say_what_comes_back_without(model: nn.Module) -> None:
         frame = frame.f_back
     builder = "scvi's load" if "scvi" in libraries else f"{type(model).__name__}.from_pretrained"
     ours = next((f", or use proto_reg.integrations.{OURS[name]}" for name in libraries if name in OURS), "")
-    warnings.warn(
+    warn(
         f"{builder} builds the model without the layer, and the layer's weights that were saved do not come back. "
-        f"Attach in the model's __init__, or attach again and load a state_dict of your own{ours}.",
-        PrototypeWarning,
-        stacklevel=_callers_level(),
+        f"Attach in the model's __init__, or attach again and load a state_dict of your own{ours}."
     )
 
 
