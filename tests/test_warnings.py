@@ -235,7 +235,7 @@ def test_errors_name_argument_expectation_and_cure() -> None:
         (
             lambda: SinkhornAssigner()(torch.randn(3)),
             ValueError,
-            "scores: expected shape (B, K) or (G, B, K), got (3,)",
+            "scores: expected shape (B, K) or (..., B, K), got (3,)",
         ),
         (lambda: SinkhornAssigner()(torch.randn(0, 3)), ValueError, "Skip empty batches"),
         (lambda: SinkhornAssigner()(torch.ones(2, 3).long()), TypeError, "scores: expected a floating-point"),

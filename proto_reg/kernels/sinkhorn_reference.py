@@ -388,7 +388,7 @@ def _say_if_short_of(tol: float, error: Tensor) -> None:
         single = error.dtype == torch.float32
         warn(
             f"tol: {tol:.2g} is less than {'float32' if single else 'float64'} can tell of scores so large beside "
-            f"epsilon: the iterations ended at {reached:.2g}. Use a larger tol or epsilon"
+            f"epsilon: the iterations ended at an error of {reached:.2g}. Use a larger tol or epsilon"
             f"{', or float64 scores.' if single else '.'}"
         )
 
