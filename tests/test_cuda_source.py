@@ -252,6 +252,28 @@ def test_tol(library, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_column_that_gets_nothing_saves_no_row(library, way: str) -> None:
+    """Isolated: row 3 has but one finite score, in a column of marginal 0."""
+    scores, marginals = cosines(33, 6), torch.tensor([0.0, 0.2, 0.2, 0.2, 0.2, 0.2])
+    scores[3, 1:] = -math.inf
+    others = torch.arange(33) != 3
+    result = solve(library, scores, isolate=True, marginals=marginals, **WAYS[way])
+    assert result.codes[3].isnan().all()
+    check(Result(result.codes[others], result.potentials, *([None] * 3)), scores[others], marginals=marginals)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tol_where_a_column_has_no_mass(library, way: str) -> None:
+    """The others share out what it leaves: they settle, in as many iterations as without it."""
+    scores = cosines(64, 9)
+    without = solve(library, scores, num_iters=200, tol=1e-2, **WAYS[way])
+    more = torch.cat([scores, torch.full((64, 1), -math.inf)], 1)
+    result = solve(library, more, num_iters=200, tol=1e-2, **WAYS[way])
+    torch.testing.assert_close(result.codes[:, :9], without.codes, rtol=0, atol=2e-6)
+    assert not result.codes[:, 9].any()
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_groups(library, way: str) -> None:
     scores = cosines(3 * 20, 6).view(3, 20, 6)
     marginals, weights = torch.rand(3, 6).softmax(1), torch.rand(3, 20)

@@ -196,7 +196,9 @@ struct Registers {
       weight[r] = at < 0 ? 0.0f : a.problem.weights ? a.problem.weights[group * a.problem.rows + at] : 1.0f;
       largest.at[r] = -infinity();
 #pragma unroll
-      for (int c = 0; c < C; ++c) largest.at[r] = fmaxf(largest.at[r], e[r][c] < infinity() ? e[r][c] : infinity());
+      for (int c = 0; c < C; ++c) {
+        largest.at[r] = fmaxf(largest.at[r], row_evidence(a.problem, group, column(c), e[r][c]));
+      }
       shift[r] = 0.0f;
     }
     if (a.problem.isolate) {
@@ -292,15 +294,8 @@ struct Registers {
 
   // False: within tol, and nothing changes. Each thread goes through the columns that it has just merged.
   PROTO_REG_DEVICE bool update() {
-    if (a.problem.tol >= 0.0) {
-      bool far = false;
-      for (int k = threadIdx.x; k < a.problem.columns; k += blockDim.x) {
-        const float target = column_target(a.problem, group, k, total);
-        const float error = fabsf(divide(scale[k] * sums[k], target) - 1.0f);
-        far |= target > 0.0f && !(error <= static_cast<float>(a.problem.tol));
-      }
-      if (!__syncthreads_or(far)) return false;
-    }
+    auto sum = [&](int k) { return scale[k] * sums[k]; };
+    if (a.problem.tol >= 0.0 && !far_from_targets(a.problem, group, total, partials, sum)) return false;
     bool wide = false;
     for (int k = threadIdx.x; k < pitch; k += blockDim.x) {
       const float v = sums[k] == 0.0f ? 0.0f : divide(column_target(a.problem, group, k, total), sums[k]);

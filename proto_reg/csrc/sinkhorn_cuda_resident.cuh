@@ -67,7 +67,7 @@ struct Resident {
     for_columns<kLoads>(layout, [&](int row, int quad) { return score(row, quad); },
                 [&](int row, int quad, const Quad& x) { store_quad(entry(row, quad), x); });
     __syncthreads();
-    fill_weights(a, layout, matrix_row(0), rows.weight(), shared.scratch,
+    fill_weights(a, layout, group, matrix_row(0), rows.weight(), shared.scratch,
                  [&](int row, int quad) { return held(row, quad); });
     float weight = 0.0f;
     for (int row = threadIdx.x; row < layout.rows; row += blockDim.x) weight += rows.weight()[row];
@@ -152,15 +152,8 @@ struct Resident {
 
   // Every block for itself, with the same outcome. False: within tol, and nothing changes.
   PROTO_REG_DEVICE bool update() {
-    if (a.problem.tol >= 0.0) {
-      bool far = false;
-      for (int k = threadIdx.x; k < a.problem.columns; k += blockDim.x) {
-        const float target = column_target(a.problem, group, k, total);
-        const float error = fabsf(divide(scale[k] * column_sum(k), target) - 1.0f);
-        far |= target > 0.0f && !(error <= static_cast<float>(a.problem.tol));
-      }
-      if (!__syncthreads_or(far)) return false;
-    }
+    auto sum = [&](int k) { return scale[k] * column_sum(k); };
+    if (a.problem.tol >= 0.0 && !far_from_targets(a.problem, group, total, shared.scratch, sum)) return false;
     bool wide = false;
     for (int k = threadIdx.x; k < a.problem.columns; k += blockDim.x) {
       const float sum = column_sum(k);

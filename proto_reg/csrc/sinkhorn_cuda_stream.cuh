@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_weights(const SinkhornAr
        first += gridDim.x * a.plan.sweep_rows) {
     const int rows = static_cast<int>(smaller(a.plan.sweep_rows, a.problem.rows - first));
     const Layout layout = make_layout(rows, a.plan.stride / 4, a.plan.sweep_segments, rows);
-    fill_weights(a, layout, first, weight, scratch,
+    fill_weights(a, layout, 0, first, weight, scratch,
                  [&](int row, int quad) { return stream_score<T>(a, first + row, 4 * quad); });
     for (int row = threadIdx.x; row < rows; row += blockDim.x) state.weight[first + row] = weight[row];
     __syncthreads();
@@ -225,12 +225,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_gather(const SinkhornArg
 __global__ void __launch_bounds__(1024) stream_tolerance(const SinkhornArgs a) {
   const StreamState state(a);
   if (*state.settled != 0.0f || *state.total == 0.0f) return;
-  bool far = false;
-  for (int64_t k = threadIdx.x; k < a.problem.columns; k += blockDim.x) {
-    const float target = column_target(a.problem, 0, k, *state.total);
-    far |= target > 0.0f && !(fabsf(divide(state.sums[k], target) - 1.0f) <= static_cast<float>(a.problem.tol));
-  }
-  far = __syncthreads_or(far);
+  const bool far = far_from_targets(a.problem, 0, *state.total, shared_floats(), [&](int k) { return state.sums[k]; });
   if (!far && threadIdx.x == 0) *state.settled = 1.0f;
   for (int64_t k = threadIdx.x; far && k < a.problem.columns; k += blockDim.x) {
     move_potential(a, state, k, state.sums[k]);

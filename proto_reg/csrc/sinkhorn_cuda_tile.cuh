@@ -59,6 +59,13 @@ PROTO_REG_DEVICE float column_target(const SinkhornProblem& p, int64_t group, in
   return p.marginals ? total * p.marginals[group * p.marginals_stride + k] : divide(total, static_cast<float>(p.columns));
 }
 
+// What a score of column k says of its row: NaN and +inf count as +inf, and nothing where the column gets nothing.
+PROTO_REG_DEVICE float row_evidence(const SinkhornProblem& p, int64_t group, int64_t k, float score) {
+  if (!(score < infinity())) return infinity();
+  const bool gets_nothing = p.marginals && k < p.columns && p.marginals[group * p.marginals_stride + k] == 0.0f;
+  return gets_nothing ? -infinity() : score;
+}
+
 // g and shift of column k after the first column step, from the column's maximum and the sum of exponentials below it.
 PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int64_t k, float total, float top,
                                    float mass, const ColumnState& columns) {
@@ -73,6 +80,25 @@ PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int6
   }
   columns.top[k] = potential == -infinity() ? infinity() : top;
   columns.potential[k] = potential;
+}
+
+// Whether a column's sum is further than tol from its target; the same for every thread. Columns that no row has mass for
+// leave their share to the others. `scratch`: 32 floats. Every thread calls this; ends with the block in step.
+template <class Sum>
+PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, float total, float* scratch, Sum sum) {
+  float shared_out = 0.0f;
+  for (int k = threadIdx.x; k < p.columns; k += blockDim.x) {
+    shared_out += sum(k) == 0.0f ? 0.0f : column_target(p, group, k, total);
+  }
+  __syncthreads();
+  const float share = divide(sum_block(shared_out, scratch), total);
+  bool far = false;
+  for (int k = threadIdx.x; k < p.columns; k += blockDim.x) {
+    const float target = column_target(p, group, k, total), found = sum(k);
+    const bool counts = target > 0.0f && found != 0.0f;
+    far |= counts && !(fabsf(divide(found * share, target) - 1.0f) <= static_cast<float>(p.tol));
+  }
+  return __syncthreads_or(far);
 }
 
 // The row's largest centred score, as a term of reduce_rows; NaN and +inf count as +inf.
@@ -138,19 +164,21 @@ PROTO_REG_DEVICE void fill_exponentials(const SinkhornArgs& a, const Layout& l, 
 
 // Weights of the tile's rows, 0 for those to isolate; `source` gives their scores. Ends with the block in step.
 template <class Source>
-PROTO_REG_DEVICE void fill_weights(const SinkhornArgs& a, const Layout& l, int64_t first_row, float* weight,
-                                   float* scratch, Source source) {
+PROTO_REG_DEVICE void fill_weights(const SinkhornArgs& a, const Layout& l, int64_t group, int64_t first_row,
+                                   float* weight, float* scratch, Source source) {
   const float* given = a.problem.weights;
   if (!a.problem.isolate) {
     for (int row = threadIdx.x; row < l.rows; row += blockDim.x) weight[row] = given ? given[first_row + row] : 1.0f;
     __syncthreads();
     return;
   }
-  // The maximum, NaN taken for +inf: a usable row's is finite.
+  // A usable row's maximum is finite.
   auto term = [&](int row, int quad, Values<1>* top) {
     const Quad x = source(row, quad);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) top->at[0] = fmaxf(top->at[0], x.at[j] < infinity() ? x.at[j] : infinity());
+    for (int j = 0; j < 4; ++j) {
+      top->at[0] = fmaxf(top->at[0], row_evidence(a.problem, group, 4 * quad + j, x.at[j]));
+    }
   };
   reduce_rows<1>(l, {{-infinity()}}, scratch, Max(), term, [&](int row, const Values<1>& top) {
     weight[row] = fabsf(top.at[0]) == infinity() ? 0.0f : given ? given[first_row + row] : 1.0f;

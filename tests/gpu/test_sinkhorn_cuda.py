@@ -21,6 +21,7 @@ import torch._dynamo
 from emulation.emulator import SOURCES, load, solve
 from test_cuda_source import (  # noqa: F401
     TOLERANCE,
+    test_a_column_that_gets_nothing_saves_no_row,
     test_a_single_prototype,
     test_groups,
     test_iterations,
@@ -37,6 +38,7 @@ from test_cuda_source import (  # noqa: F401
     test_the_largest_finite_scores,
     test_the_order_of_threads_does_not_matter,
     test_tol,
+    test_tol_where_a_column_has_no_mass,
     test_weights,
 )
 from torch import Tensor
