@@ -14,7 +14,6 @@ from ._checks import check_choice, check_floating, check_matrix, check_number, c
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
 from .functional.prototypes import SCORES, prototype_scores
 from .kernels.scores import scores_and_pull_back
-from .kernels.snapshot import kept
 
 
 class PrototypeHead(nn.Module):
@@ -120,8 +119,7 @@ class PrototypeHead(nn.Module):
                 f"z: expected shape (..., {self.latent_dim}), got {tuple(z.shape)}. Put the latent axis last, or build "
                 "the head with the latent_dim of your encoder."
             )
-        prototypes = kept(self.prototypes) if self.training else self.prototypes
-        return prototype_scores(z, prototypes, self.scores, std=self.std)
+        return prototype_scores(z, self.prototypes, self.scores, std=self.std)
 
     def in_closed_form(self) -> bool:
         """Whether scores and their gradients are those of the formulas: a head of one's own may compute others."""

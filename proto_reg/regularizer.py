@@ -21,6 +21,7 @@ from .head import PrototypeHead
 from .kernels.follow import followed
 from .kernels.once import transforming
 from .kernels.rows import at_work, loss_of_active
+from .kernels.snapshot import kept
 from .layout import Layout
 from .lifecycle import Lifecycle
 from .mmd import AnchoredMMDLoss
@@ -206,7 +207,7 @@ class PrototypicalRegularizer(Lifecycle):
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
         """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
-        scores = self.head(z)
+        scores = self._scores(z)
         sharpened, options = self._assigner_arguments(scores, keep)
         prototype_loss, codes = self.assigner.cross_entropy(sharpened, self.temperature, **options)
         assignments = (codes if self.training else scores).argmax(1)
@@ -215,6 +216,13 @@ class PrototypicalRegularizer(Lifecycle):
         losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
         loss = loss_of_active(*losses, self._active(saved=True))
         return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
+
+    def _scores(self, z: Tensor) -> Tensor:
+        """Scores (N, K) of ``z`` (N, D), of a copy of the prototypes where a graph is traced that would hold them."""
+        head = self.head
+        if not (self.training and torch.compiler.is_compiling() and "prototypes" in head._parameters):
+            return head(z)
+        return torch.func.functional_call(head, {"prototypes": kept(head.prototypes)}, (z,))
 
     def _balanced(
         self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool

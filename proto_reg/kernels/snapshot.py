@@ -20,21 +20,7 @@ def kept(parameter: Tensor) -> Tensor:
 
     The next forward writes to the parameter, be it the same value: a graph that saved it could not go back any more.
     """
-    return _Kept.apply(parameter) if torch.compiler.is_compiling() else parameter
-
-
-class _Kept(torch.autograd.Function):
-    @staticmethod
-    def forward(parameter: Tensor) -> Tensor:
-        return torch.ops.proto_reg.kept(parameter)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
+    return torch.ops.proto_reg.kept(parameter) if torch.compiler.is_compiling() else parameter
 
 
 def _copy(value: Tensor) -> Tensor:
@@ -54,3 +40,4 @@ torch.library.register_fake("proto_reg::snapshot", torch.empty_like)
 torch.library.define("proto_reg::kept", "(Tensor parameter) -> Tensor")
 torch.library.impl("proto_reg::kept", "CompositeExplicitAutograd")(torch.clone)
 torch.library.register_fake("proto_reg::kept", torch.empty_like)
+torch.library.register_autograd("proto_reg::kept", lambda ctx, gradient: gradient)
