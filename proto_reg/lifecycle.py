@@ -178,7 +178,9 @@ class Lifecycle(nn.Module):
     def _move(self) -> None:
         """Prototypes follow the latents that were counted before."""
         head = self.head
-        if self.follower.rate and any(parameter.requires_grad for parameter in head.parameters()):
+        # FSDP1 leaves the head without a parameter, and what others compute here without autograd has no gradient.
+        learns = head.prototypes.requires_grad or any(parameter.requires_grad for parameter in head.parameters())
+        if self.follower.rate and learns:
             self.follower.move(head.to_write_to(), head.shards)
 
     @torch.no_grad()

@@ -247,6 +247,8 @@ class PrototypicalRegularizer(Lifecycle):
         counted = None if keep is None else self.layout.restore(keep[:, None], z)
         direction = direction if self.layout.is_rows else self.layout.restore(direction, z)
         attached = direction if self.prototype_weight or self.mmd_weight else None
+        if not steps:  # FSDP1 has taken the parameters away: a gradient would reach none
+            self.head.to_write_to()
         if of_a_leaf(z):
             z = z.clone()  # whoever writes to what is returned must not write to a parameter
         parameters, by_parameters = zip(*steps, strict=True)

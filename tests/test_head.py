@@ -201,3 +201,18 @@ def test_functional_call_with_computed_prototypes(mode: str) -> None:
     assert not torch.equal(given, layer.head.prototypes + 3e-3)
     with pytest.raises(RuntimeError, match="functional_call"):
         torch.func.functional_call(layer, {"head.prototypes": 1.0 * given}, (z,))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_a_head_whose_parameters_were_taken_away(rate: float) -> None:
+    """As FSDP1 does, which puts a view of its flat parameter in their place."""
+    layer, z = PrototypicalRegularizer(8, 4, follow_rate=rate), torch.randn(32, 8, requires_grad=True)
+    flat = nn.Parameter(layer.head.prototypes.detach().flatten())
+    del layer.head.prototypes
+    layer.head.prototypes = flat.view(4, 8)
+    with pytest.raises(RuntimeError, match="fully_shard"):
+        layer(z)
+    layer = PrototypicalRegularizer(8, 4, follow_rate=0.02)
+    layer.head.prototypes._fsdp_flattened = True
+    with pytest.raises(RuntimeError, match="fully_shard"):
+        layer(z)
