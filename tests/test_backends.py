@@ -114,7 +114,7 @@ def test_choosing_and_explaining_agree(loads: list[Path]) -> None:
 
 def test_a_library_that_does_not_load_is_tried_once(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing_built.mkdir()
-    stem = nothing_built / f"cpu-any-torch{build._torch_version()}-{build._identity('cpu')}-recipe"
+    stem = nothing_built / f"cpu-any-torch2.11-{build._identity('cpu')}-recipe"
     file = nothing_built / "content"
     file.write_bytes(b"no library" * 1000)
     path = file.rename(f"{stem}-{build._digest(file)}.so")
@@ -133,11 +133,12 @@ def test_a_library_without_the_operators_is_refused(loads: list[Path], monkeypat
         backends.choose("cpu", SCORES)
 
 
-def test_a_library_for_another_torch_is_refused(nothing_built: Path) -> None:
+def test_a_library_is_refused_under_a_torch_without_the_stable_abi(nothing_built: Path, monkeypatch) -> None:
     nothing_built.mkdir()
-    (nothing_built / f"cpu-any-torch2.99.0-{build._identity('cpu')}-recipe-digest.so").touch()
+    (nothing_built / f"cpu-any-torch2.11-{build._identity('cpu')}-recipe-digest.so").touch()
+    monkeypatch.setattr(torch, "__version__", "2.10.1")
     assert backends.choose("auto", SCORES) == "torch"
-    with pytest.raises(RuntimeError, match=r"built for torch 2\.99\.0, this is torch"):
+    with pytest.raises(RuntimeError, match=r"need torch 2\.11 or later, this is 2\.10\.1\. Upgrade it\."):
         backends.choose("cpu", SCORES)
 
 

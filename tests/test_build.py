@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from proto_reg.kernels import build
 
@@ -235,7 +236,34 @@ def test_waiting_for_another_builder_ends(csrc: Path, tmp_path: Path, monkeypatc
 
 
 @needs_compiler
-def test_sources_flags_compiler_and_torch_are_the_key(csrc: Path, untried: None, monkeypatch) -> None:
+def test_another_clone_environment_and_place_of_the_compiler_reuse_the_library(
+    csrc: Path, tmp_path: Path, untried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (csrc / "cpu_ops.cpp").open("a") as file:
+        file.write("const char* where() { return __FILE__; }\n")
+    first = build.build("cpu")
+    modified = first.stat().st_mtime_ns
+    clone = shutil.copytree(csrc, tmp_path / "clone" / "csrc")
+    environment = tmp_path / "environment" / "torch"
+    environment.mkdir(parents=True)
+    for name in ("include", "lib"):
+        (environment / name).symlink_to(Path(torch.__file__).parent / name)
+    monkeypatch.setattr(build, "CSRC", clone)
+    monkeypatch.setattr(cpp_extension, "include_paths", lambda: [str(environment / "include")])
+    monkeypatch.setattr(cpp_extension, "library_paths", lambda: [str(environment / "lib")])
+    link = tmp_path / "bin" / "compiler"
+    link.parent.mkdir()
+    link.write_text(f'#!/bin/sh\nexec {build._host_compiler()} "$@"\n')
+    link.chmod(0o755)
+    monkeypatch.setenv("CXX", str(link))
+    assert build.build("cpu") == first
+    assert first.stat().st_mtime_ns == modified
+    monkeypatch.setenv("PROTO_REG_CACHE", str(tmp_path / "other cache"))
+    assert build.build("cpu").name == first.name  # the compiled content has no path either
+
+
+@needs_compiler
+def test_sources_flags_and_compiler_are_the_key(csrc: Path, untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build.build("cpu")
     (csrc / "note_cuda.h").write_text("")  # another backend's
     (csrc / "note.txt").write_text("")  # not shipped
@@ -249,8 +277,28 @@ def test_sources_flags_compiler_and_torch_are_the_key(csrc: Path, untried: None,
     (csrc / "new.h").write_text("")
     assert build.find("cpu") is None
     assert all("other sources" in str(objection) for _, objection in build.candidates("cpu"))
-    monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
-    assert all("this is torch 2.99.0+cu999" in str(objection) for _, objection in build.candidates("cpu"))
+
+
+@needs_compiler
+def test_one_library_serves_every_torch_from_the_lowest_on(csrc: Path, untried: None, monkeypatch) -> None:
+    path = build.build("cpu")
+    for version in ("2.11.0", "2.12.1+cu126", "2.99.0a0+git1234", "3.0.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert build.build("cpu") == path == build.find("cpu"), version
+    monkeypatch.setattr(torch, "__version__", "2.10.2")
+    ((_, objection),) = build.candidates("cpu")
+    assert objection == "compiled kernels need torch 2.11 or later, this is 2.10.2. Upgrade it."
+
+
+def test_the_library_asks_torch_for_its_stable_abi_alone(cpu_library: Path) -> None:
+    """The functions of torch's C shims are all that it takes from torch: no name of C++ in it is torch's."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm, of binutils")
+    command = ["nm", "--dynamic", "--undefined-only", "--demangle", str(cpu_library)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    wanted = [line.split(maxsplit=1)[1] for line in lines]
+    assert [name for name in wanted if re.search(r"\b(at|c10|torch|caffe2)::", name)] == []
+    assert any(name.startswith("aoti_torch_") for name in wanted)
 
 
 def test_the_package_comes_before_the_cache(csrc: Path, tmp_path: Path, untried: None, monkeypatch) -> None:

@@ -1,12 +1,16 @@
-"""Compiles the libraries of ``proto_reg/csrc``: on request only, once per machine, torch and compiler.
+"""Compiles the libraries of ``proto_reg/csrc``: on request only, once per machine and compiler.
 
-A library's file name says what it is, so that finding one asks no compiler and one rename publishes it whole:
+A library's file name says what it is. So we find one without asking a compiler, and one rename publishes it whole:
 
-    <backend>-<architectures>-torch<version>-<identity>-<recipe>-<digest>.so
+    <backend>-<architectures>-torch<lowest version>-<identity>-<recipe>-<digest>.so
 
-*identity* hashes the sources, torch's version and the platform: what has to agree for a library to be loaded. *recipe*
-hashes the compiler's version and flags too: what has to agree for it not to be compiled anew. *digest* is that of the
-file itself: a damaged file is never loaded. ``setup.py`` runs this file on its own, hence no relative imports.
+*identity* hashes the sources and the platform: it has to agree before we load a library. *recipe* also hashes the
+compiler's version and flags: where it agrees we do not compile again. *digest* is the hash of the file itself: we never
+load a damaged file. None of them depends on where the sources, torch or the compiler lie, so every clone and every
+virtual environment of a machine shares one library.
+
+The sources use torch's stable ABI, so one library serves every torch from the lowest version on. ``setup.py`` runs this
+file on its own, hence no relative imports.
 """
 
 from __future__ import annotations
@@ -40,11 +44,12 @@ SOURCES = {
 }
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped
 TIMEOUT = 1800.0  # seconds for one command; a process that waits for another's build waits as long
-MINIMUM_TORCH = (2, 11)  # whose stable ABI the bindings use
+MINIMUM_TORCH = (2, 11)  # the bindings use its stable ABI, which every later torch keeps
 DEFAULT_ARCHS = (80, 90, 120)
 
-# The stable ABI of torch 2.11; infinities and NaN keep their meaning, so never -ffast-math.
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+# With the target, a header of a later torch offers only what the lowest one has.
+TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MINIMUM_TORCH)
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", TARGET)  # infinities and NaN keep their meaning, so never -ffast-math
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # A symbol that is missing shows when the library is linked or loaded, not when it is called.
 LINK_FLAGS = ("-z", "now", "-z", "defs")
@@ -68,9 +73,9 @@ def build(backend: str, *, directory: Path | None = None) -> Path:
         raise BuildError(f"The {backend} library cannot be built here: {reason}")
     directory = cache_directory() if directory is None else Path(directory)
     command, archs = _command(backend)
-    versions = [_version(compiler) for compiler in (command[0], _host_compiler()) if compiler]
-    recipe = _hash(_identity(backend), *versions, *command)
-    stem = f"{backend}-{'.'.join(archs) or platform.machine()}-torch{_torch_version()}-{_identity(backend)}-{recipe}"
+    lowest = ".".join(map(str, MINIMUM_TORCH))
+    kind = f"{backend}-{'.'.join(archs) or platform.machine()}-torch{lowest}"
+    stem = f"{kind}-{_identity(backend)}-{_recipe(backend, command)}"
     with contextlib.ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -95,7 +100,7 @@ def build(backend: str, *, directory: Path | None = None) -> Path:
 
 
 def find(backend: str, capability: tuple[int, int] | None = None) -> Path | None:
-    """The library of ``backend`` for these sources and this torch: inside the package, else in the cache, else None.
+    """The library of ``backend`` for these sources: the one inside the package, else one in the cache, else None.
 
     Compiles nothing and runs no process. ``capability`` is that of the GPU which a CUDA library has to serve.
     """
@@ -125,11 +130,11 @@ def obstacle(backend: str) -> str | None:
     if sys.platform != "linux":
         return f"compiled kernels need Linux, this is {sys.platform}. Use backend='torch'."
     try:
-        version = tuple(int(part) for part in _torch_version().split(".")[:2])
+        too_old = _torch_objection()
     except ImportError:
         return "torch is not installed here. In an isolated build it never is: pip install --no-build-isolation ."
-    if version < MINIMUM_TORCH:
-        return f"torch {'.'.join(map(str, MINIMUM_TORCH))} or later is needed, this is {_torch_version()}. Upgrade it."
+    if too_old is not None:
+        return too_old
     if _host_compiler() is None:
         chosen = os.environ.get("CXX")
         came = f"CXX={chosen!r} is no command" if chosen else "none of g++, clang++, c++ is on PATH"
@@ -156,9 +161,9 @@ def intact(path: Path) -> bool:
 
 
 def _objection(path: Path, backend: str, capability: tuple[int, int] | None) -> str | None:
-    archs, torch_version, identity = path.stem.split("-")[1:4]
-    if torch_version != f"torch{_torch_version()}":
-        return f"built for {torch_version.replace('torch', 'torch ')}, this is torch {_torch_version()}."
+    archs, _, identity = path.stem.split("-")[1:4]
+    if (too_old := _torch_objection()) is not None:
+        return too_old
     if identity != _identity(backend):
         return "built from other sources or for another platform."
     if capability is not None and not _serves(archs.split("."), capability):
@@ -184,12 +189,15 @@ def _command(backend: str) -> tuple[list[str], list[str]]:
     from torch.utils import cpp_extension  # costs more than the rest of the package: never at import
 
     sources = [str(CSRC / name) for name in SOURCES[backend]]
-    includes = [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths())]
+    headers = [CSRC, *map(Path, cpp_extension.include_paths())]
+    includes = [f"-I{path}" for path in headers]
+    # Messages name a source as csrc/binding.h:30, so that the same sources make the same library wherever they lie.
+    names = [f"-fmacro-prefix-map={path}={path.name}" for path in headers]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     host, link = ",".join(HOST_FLAGS), ",".join(LINK_FLAGS)
     compiler = _host_compiler() or ""
     if backend == "cpu":
-        return [compiler, "-shared", *FLAGS, *HOST_FLAGS, f"-Wl,{link}", *includes, *sources, *libraries], []
+        return [compiler, "-shared", *FLAGS, *HOST_FLAGS, *names, f"-Wl,{link}", *includes, *sources, *libraries], []
     import torch
 
     nvcc = _nvcc() or ""
@@ -201,7 +209,8 @@ def _command(backend: str) -> tuple[list[str], list[str]]:
         codes += [f"-gencode=arch=compute_{number},code=compute_{number}"] if ptx else []
     if torch.version.cuda is not None:  # without it a CUDA library still loads and registers: tests use that
         libraries += ["-Xlinker", "--no-as-needed", "-ltorch_cuda"]
-    options = ["-ccbin", compiler, f"-Xcompiler={host}", f"-Xlinker={link}", "-cudart=static", *codes]
+    hosts = [f"-Xcompiler={flag}" for flag in (host, *names)]
+    options = ["-ccbin", compiler, *hosts, f"-Xlinker={link}", "-cudart=static", *codes]
     return [nvcc, "-shared", *FLAGS, *options, *includes, *sources, *libraries], archs
 
 
@@ -240,17 +249,31 @@ def _nvcc() -> str | None:
     return next(filter(None, map(shutil.which, (*places, "nvcc", "/usr/local/cuda/bin/nvcc"))), None)
 
 
-def _torch_version() -> str:
+def _torch_objection() -> str | None:
+    """What is against the installed torch, with the cure; None if libraries can be built with it and loaded into it."""
     import torch
 
-    return re.sub(r"[^\w.+]", "_", torch.__version__)
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= MINIMUM_TORCH:
+        return None
+    lowest = ".".join(map(str, MINIMUM_TORCH))
+    return f"compiled kernels need torch {lowest} or later, this is {torch.__version__}. Upgrade it."
 
 
 def _identity(backend: str) -> str:
-    (other,) = set(BACKENDS) - {backend}  # files that bear its name are no concern of this one
+    import torch
+
+    (other,) = set(BACKENDS) - {backend}  # files with its name in theirs do not belong to this one
     files = sorted(path for path in CSRC.iterdir() if path.suffix in SUFFIXES and other not in path.name)
     content = [part for path in files for part in (path.name, path.read_bytes())]
-    return _hash(backend, _torch_version(), sys.platform, platform.machine(), *content)
+    toolkit = str(torch.version.cuda) if backend == "cuda" else ""  # the library links to torch's own CUDA part
+    return _hash(backend, TARGET, toolkit, sys.platform, platform.machine(), *content)
+
+
+def _recipe(backend: str, command: list[str]) -> str:
+    """Hash of what the library is made with. Paths are left out: versions and content say what lies there."""
+    versions = [_version(compiler) for compiler in (command[0], _host_compiler()) if compiler]
+    flags = [part for part in command if not re.search("(^|^-I|^-L|=)/", part)]
+    return _hash(_identity(backend), *versions, *SOURCES[backend], *flags)
 
 
 def _hash(*parts: str | bytes) -> str:
