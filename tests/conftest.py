@@ -40,11 +40,18 @@ def built() -> Path | None:
 
 
 @pytest.fixture
-def cpu_library(built: Path | None) -> Path:
-    """The compiled CPU library, for tests that make no sense without it."""
+def cpu_library(built: Path | None) -> Iterator[Path]:
+    """The compiled CPU library, for tests that make no sense without it, whatever PROTO_REG_BACKEND says outside."""
     if built is None:
         pytest.skip(build.obstacle("cpu"))
-    return built
+    if "PROTO_REG_BACKEND" not in os.environ:
+        yield built
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PROTO_REG_BACKEND")
+        backends._reset()
+        yield built
+    backends._reset()
 
 
 @pytest.fixture(params=["torch", "cpu"])
