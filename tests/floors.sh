@@ -9,7 +9,7 @@ trap 'rm -rf "$scratch"' EXIT
 python3 -m venv "$scratch/env"
 source "$scratch/env/bin/activate"
 export PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$PWD/tests/floors.txt"
-pip install --quiet -e ".[test]"
+pip install --quiet -e ".[test]" -r examples/paper/requirements.txt
 # Old releases warn of what has changed since, and anyio's plugin does at once.
 pytest -q -W default -p no:anyio tests/test_integrations_*.py tests/test_attachment.py tests/test_plots.py \
-    tests/test_metrics.py tests/test_paper_metrics.py
+    tests/test_metrics.py examples/paper/tests/test_metrics.py

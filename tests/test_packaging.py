@@ -69,7 +69,7 @@ def test_torch_is_no_build_requirement() -> None:
     assert "torch" not in requires
 
 
-def test_floors_are_the_lower_bounds_of_the_extras() -> None:
+def test_floors_are_the_lower_bounds_of_the_extras_and_the_comparison() -> None:
     if sys.version_info < (3, 11):
         pytest.skip("tomllib")
     import tomllib
@@ -77,6 +77,8 @@ def test_floors_are_the_lower_bounds_of_the_extras() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     users = [line for extra, lines in extras.items() if extra not in ("test", "bench") for line in lines]
+    comparison = (ROOT / "examples" / "paper" / "requirements.txt").read_text().splitlines()
+    users += [line for line in comparison if not line.startswith("#")]
     bounds = {}
     for requirement in map(Requirement, users):
         if requirement.name != "proto_reg":

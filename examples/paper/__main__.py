@@ -1,11 +1,11 @@
 """The paper's experiments and their baselines.
 
-python -m examples.paper run --config digits                          # needs no files
-python -m examples.paper run --config mnist-small --data-dir DIR      # kill it and start it again: it goes on
-python -m examples.paper report                                       # tables, figures and verdicts from the records
+python -m examples.paper run --config digits --out OUT                      # needs no files
+python -m examples.paper run --config mnist-small --data-dir DIR --out OUT  # kill it and start it again: it goes on
+python -m examples.paper report --results OUT                               # tables, figures and verdicts
 
 Results are added to OUT/runs.jsonl, a JSON line a run, finished or failed, and OUT/arrays; checkpoints go to OUT/work.
-The same command twice, at the same time, shares the work.
+The same command twice, at the same time, shares the work. Without OUT it adds to the repository's own results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def report(args: argparse.Namespace) -> int:
     """Tables, figures and verdicts from the records alone."""
     from .report import build
 
-    build(args.results, args.out or args.results)
+    page = build(args.results, args.out or args.results)
+    print(page, *(line for line in page.read_text().splitlines() if line.startswith("Arrays of ")), sep="\n")
     return 0
 
 

@@ -11,9 +11,12 @@ from .charts import bandwidth, curves, frontier, limit_cycle
 from .pictures import decoded, latent_maps, noise, reconstructions
 from .results import NAMES, Run, Study, base
 
+FOUR = ("balanced", "algorithm-1-paper", "kmeans")  # the methods that have a figure 4
+FROM_ARRAYS = ("figure-2", "figure-3", "figure-5", "limit-cycle", *(f"figure-4-{method}" for method in FOUR))
 
-def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of everything that these runs can show."""
+
+def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str, str, Figure | None]]:
+    """Name, caption and figure of everything there is to show; None where these runs cannot show it."""
     drawers: list[tuple[str, str, Callable[[], Figure | None]]] = [
         (
             "frontier",
@@ -53,7 +56,7 @@ def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str
             lambda: bandwidth(runs),
         ),
     ]
-    for method in ("balanced", "algorithm-1-paper", "kmeans"):
+    for method in FOUR:
         drawers.append(
             (
                 f"figure-4-{method}",
@@ -66,4 +69,4 @@ def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str
         figure = draw()
         if figure is not None:
             figure.suptitle(str(study), fontsize=9, color="0.4")
-            yield name, caption, figure
+        yield name, caption, figure

@@ -1,4 +1,7 @@
-"""The page: tables, verdicts and figures, from ``runs.jsonl`` and its arrays alone."""
+"""The page: tables, verdicts and figures, from ``runs.jsonl`` and its arrays alone.
+
+The repository keeps the records and some pictures, but no arrays. Pictures that need them stay as they lie there.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +102,8 @@ PUBLISHED = {
 def build(results: Path, out: Path) -> Path:
     """Write ``report.md`` and its figures into ``out`` from ``results/runs.jsonl`` and the arrays beside it.
 
+    Where arrays are missing, the page says which figures it lacks for that reason.
+
     Returns the page. ValueError: no runs.jsonl, or a line of it is no run.
     """
     if not (results / "runs.jsonl").exists():
@@ -170,11 +175,32 @@ def section(study: Study, runs: list[Run], failed: Counter, results: Path, out: 
     parts += ["### What ours promises", verdict_table(verdicts.targets(runs))]
     parts += ["### Bandwidth", bandwidth_table(runs)] if verdicts.bandwidths(runs) else []
     parts += ["### Figures"]
+    drawn, kept = [], []
     for name, caption, figure in figures.draw_all(study, runs, results):
         file = f"{slug(study)}-{name}.png"
-        save(figure, out / file)
+        if figure is not None:
+            save(figure, out / file)
+            drawn.append(name)
+        elif (out / file).exists():
+            kept.append(name)
+        else:
+            continue
         parts.append(f"![{caption.split('.')[0]}]({file})\n\n*{caption}*")
-    return parts
+    return [*parts, missing(runs, results, [name for name in figures.FROM_ARRAYS if name not in drawn], kept)]
+
+
+def missing(runs: list[Run], results: Path, undrawn: list[str], kept: list[str]) -> str:
+    """What the page lacks because arrays are not there; nothing where all of them are."""
+    lost = [run for run in runs if run.get("arrays") and not (results / run["arrays"]).exists()]
+    if not lost:
+        return ""
+    absent = [name for name in undrawn if name not in kept]
+    parts = [f"Arrays of {len(lost)} runs are missing here."]
+    parts += [f"Not drawn without them: {', '.join(absent)}."] if absent else []
+    parts += [f"Kept as drawn before: {', '.join(kept)}."] if kept else []
+    configs = sorted({run["config"] for run in lost})
+    commands = " and ".join(f"`python -m examples.paper run --config {config} --out DIR`" for config in configs)
+    return " ".join([*parts, f"{commands} makes them, `report --results DIR` draws from them."])
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -6,14 +6,15 @@ import json
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_examples import write_idx
 
 from examples.image_data import load, load_digits
 from examples.paper.__main__ import main
@@ -28,7 +29,7 @@ from examples.paper.train import batches, train
 # The layer speaks up where a run is one to be warned of, such as one of a step or two.
 pytestmark = pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 METHODS = ["autoencoder", "VAE, beta = 1", "InfoVAE", "WAE-MMD", "VQ-VAE", "Algorithm 1, K = 10", "ours, K = 10"]
 SCHEMA = {
@@ -357,6 +358,11 @@ def test_command_line_errors_are_named(tmp_path: Path, capsys: pytest.CaptureFix
         load_images("mnist", None)
     assert run("nothing", tmp_path) == 2
     assert "error: --config" in capsys.readouterr().err
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(header + array.tobytes())
 
 
 def test_a_folder_with_another_data_set_is_refused(tmp_path: Path) -> None:

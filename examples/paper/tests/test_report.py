@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from examples.paper import results, verdicts
+from examples.paper.__main__ import RESULTS, main
 from examples.paper.report import build
 from examples.paper.verdicts import FAILS, HOLDS, UNMEASURED
 
@@ -277,13 +279,39 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out" / picture).stat().st_size > 5_000
 
 
-def test_the_page_is_built_from_json_alone(folder: Path, tmp_path: Path) -> None:
+def test_the_page_is_built_from_json_alone_and_says_what_is_missing(folder: Path, tmp_path: Path, capsys) -> None:
+    assert "Arrays of" not in build(folder, tmp_path / "whole").read_text()
+    count = sum(results.done(run) and bool(run["arrays"]) for run in results.load(folder))
     for file in (folder / "arrays").iterdir():
         file.unlink()
-    page = build(folder, tmp_path / "out").read_text()
+    assert main(["report", "--results", str(folder), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    page = (tmp_path / "out" / "report.md").read_text()
     assert "frontier.png" in page
     assert "figure-6.png" in page
     assert "figure-2.png" not in page
+    lines = [line for line in page.splitlines() if line.startswith("Arrays of")]
+    assert len(lines) == 2
+    assert sum(int(line.split()[2]) for line in lines) == count
+    for line in lines:
+        assert "Not drawn without them: figure-2, figure-3, figure-5, limit-cycle, figure-4-balanced" in line
+        assert "`python -m examples.paper run --config handmade --out DIR` makes them" in line
+        assert line in said
+    # A picture that lies there already stays, and is said to be old.
+    kept = tmp_path / "out" / "mnist-conv-32-3-figure-2.png"
+    kept.write_bytes(b"as it was")
+    page = build(folder, tmp_path / "out").read_text()
+    assert "(mnist-conv-32-3-figure-2.png)" in page
+    assert "Kept as drawn before: figure-2." in page
+    assert kept.read_bytes() == b"as it was"
+
+
+def test_the_page_in_the_repository_is_what_its_records_give(tmp_path: Path) -> None:
+    out = shutil.copytree(RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("work", "arrays"))
+    page = (RESULTS / "report.md").read_text()
+    assert build(out, out).read_text() == page
+    linked = {line.split("](")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")}
+    assert linked == {path.name for path in out.glob("*.png")}
 
 
 def test_sizes_of_models_are_told_apart(tmp_path: Path) -> None:
