@@ -1,10 +1,13 @@
-"""Puts compiled kernels into the wheel where PROTO_REG_BUILD=cpu|cuda|all asks for them; all else is in pyproject.toml.
+"""Puts compiled kernels into the wheel where PROTO_REG_BUILD=cpu|cuda|all asks for them, and makes the package's page.
+
+Everything else is in pyproject.toml.
 
 Needs the torch that the library will run with: PROTO_REG_BUILD=cpu pip install --no-build-isolation .
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -39,6 +42,16 @@ def wanted() -> tuple[str, ...]:
     return choices[choice]
 
 
+def page() -> str:
+    """README.md for a package index, which has no files beside it: links inside the source become their text, pictures
+    their description. Code stays as it is."""
+    parts = re.split(r"(```.*?```)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    for i in range(0, len(parts), 2):
+        pictures_described = re.sub(r"!\[([^\]]*)\]\((?!https?:)[^)]*\)", r"*Picture in the source: \1.*", parts[i])
+        parts[i] = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", pictures_described)
+    return "".join(parts)
+
+
 class BuildPackage(build_py):
     """Adds the libraries to the package."""
 
@@ -69,4 +82,9 @@ class Package(setuptools.Distribution):
         return bool(wanted())
 
 
-setuptools.setup(distclass=Package, cmdclass={"build_py": BuildPackage, "bdist_wheel": BuildWheel})
+setuptools.setup(
+    distclass=Package,
+    cmdclass={"build_py": BuildPackage, "bdist_wheel": BuildWheel},
+    long_description=page(),
+    long_description_content_type="text/markdown",
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import proto_reg
 from proto_reg.kernels import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +55,37 @@ def test_wheel(dist: Path) -> None:
     assert "License-Expression: MIT" in text
 
 
+def test_the_package_page_is_the_readme_without_links_into_the_source(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        header, _, page = archive.read(metadata).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in header
+    readme = (ROOT / "README.md").read_text()
+    code = r"```.*?```"
+    assert re.findall(code, page, flags=re.DOTALL) == re.findall(code, readme, flags=re.DOTALL)
+    prose = re.sub(code, "", page, flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)]*)\)", prose)
+    assert [link for link in links if not link.startswith("http")] == []
+    pictures = re.findall(r"!\[([^\]]*)\]", readme)
+    assert pictures
+    for picture in pictures:
+        assert f"*Picture in the source: {picture}.*" in page
+    assert len(prose.split()) > 0.9 * len(re.sub(code, "", readme, flags=re.DOTALL).split())
+
+
+def test_make_has_the_commands_of_the_pages() -> None:
+    pages = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    commands = [line.strip() for line in lines if line.startswith("\t") and not line.startswith("\t@")]
+    assert len(commands) > 10
+    assert [command for command in commands if command not in pages] == []
+
+
+def test_the_citation_has_the_packages_version() -> None:
+    assert f"\nversion: {proto_reg.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_source_distribution(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -69,13 +102,17 @@ def test_torch_is_no_build_requirement() -> None:
     assert "torch" not in requires
 
 
-def test_floors_are_the_lower_bounds_of_the_extras_and_the_comparison() -> None:
+def optional_dependencies() -> dict[str, list[str]]:
+    """The extras of pyproject.toml."""
     if sys.version_info < (3, 11):
         pytest.skip("tomllib")
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_floors_are_the_lower_bounds_of_the_extras_and_the_comparison() -> None:
+    extras = optional_dependencies()
     users = [line for extra, lines in extras.items() if extra not in ("test", "bench") for line in lines]
     comparison = (ROOT / "examples" / "paper" / "requirements.txt").read_text().splitlines()
     users += [line for line in comparison if not line.startswith("#")]
@@ -88,6 +125,14 @@ def test_floors_are_the_lower_bounds_of_the_extras_and_the_comparison() -> None:
     assert floors.pop("einops") == "0.8.1"  # what the extra vq asks for; the library itself holds at 0.8.0
     assert floors.pop("peft") in next(line for line in extras["test"] if line.startswith("peft"))
     assert floors == bounds
+
+
+def test_all_has_every_stack_but_scvi() -> None:
+    extras = optional_dependencies()
+    (line,) = extras["all"]
+    (every,) = re.findall(r"^proto_reg\[(.*)\]$", line)
+    # The extra examples has metrics and plots in it.
+    assert set(every.split(",")) | {"metrics", "plots"} == set(extras) - {"all", "bench", "scvi", "test"}
 
 
 @pytest.fixture(scope="module")
