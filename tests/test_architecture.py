@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,22 +122,16 @@ def test_everything_public_is_documented() -> None:
 
 
 def test_import_is_light() -> None:
+    """Beside what torch imports itself: our own modules, einops and the standard library."""
     code = """
-import sys, time
-start = time.process_time()
-import torch
-between = time.process_time()
+import sys, torch
+before = set(sys.modules)
 import proto_reg
-end = time.process_time()
-heavy = {"matplotlib", "sklearn", "scipy", "pandas", "lightning", "transformers"} & set(sys.modules)
-assert not heavy, heavy
-print((end - between) / (between - start))
+print(*sorted(set(sys.modules) - before))
 """
-    # As installed: with its bytecode.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    run = partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    best = min(float(run(env=environment).stdout) for _ in range(3))
-    assert best < 0.035, f"{best:.1%} of what importing torch takes"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = {name.split(".")[0] for name in run.stdout.split()} - sys.stdlib_module_names
+    assert found <= {"proto_reg", "einops", "typing_extensions"}
 
 
 # What torch makes out of nothing; the second by whole numbers, whose dtype is no matter of taste.

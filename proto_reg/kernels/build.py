@@ -210,7 +210,7 @@ def _command(backend: str) -> tuple[list[str], list[str]]:
     if torch.version.cuda is not None:  # without it a CUDA library still loads and registers: tests use that
         libraries += ["-Xlinker", "--no-as-needed", "-ltorch_cuda"]
     hosts = [f"-Xcompiler={flag}" for flag in (host, *names)]
-    options = ["-ccbin", compiler, *hosts, f"-Xlinker={link}", "-cudart=static", *codes]
+    options = ["-ccbin", compiler, *hosts, f"-Xlinker={link}", "-cudart=static", "--threads=0", *codes]
     return [nvcc, "-shared", *FLAGS, *options, *includes, *sources, *libraries], archs
 
 
