@@ -101,7 +101,7 @@ EXPORTED = {
 
 @pytest.mark.parametrize("batch", OPEN)
 @pytest.mark.parametrize("options", EXPORTED)
-def test_torch_export(options: str, batch: str) -> None:
+def test_torch_export(options: str, batch: str, backend: str) -> None:
     """With any number of latents: ``max_tokens`` is no bound."""
     model = Assigning(**EXPORTED[options]).eval()
     if options == "maps":
@@ -126,7 +126,7 @@ def test_an_exported_loss_is_that_of_all_latents() -> None:
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-def test_onnx(options: dict, tmp_path: Path) -> None:
+def test_onnx(options: dict, tmp_path: Path, backend: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = Assigning(**options).eval()
     batch = torch.export.Dim("batch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -114,7 +113,7 @@ def test_checkpointing_at_the_step_at_which_schedules_end(mode: str, schedule: d
         assert leaf.grad.isfinite().all()
 
 
-def test_a_schedule_of_fake_tensors(cpu_library: Path) -> None:
+def test_a_schedule_of_fake_tensors(backend: str) -> None:
     with FakeTensorMode():
         layer = PrototypicalRegularizer(DIM, K, warmup_steps=1, prototype_warmup_steps=1)
         out, info = layer(torch.randn(BATCH, DIM, requires_grad=True))

@@ -87,7 +87,7 @@ def sinkhorn_cross_entropy_reference(
         x, targets = (torch.where(weights[:, None] > 0, rows, 0.0) for rows in (x, codes))
     loss, gradient = cross_entropy_of_rows(x, targets, temperature)
     if weights is None:
-        loss, gradient = loss.mean(), gradient / len(scores)
+        loss, gradient = loss.mean(), gradient / scores.shape[0]  # len() would fix the size in a torch.export
     else:
         share = (weights / torch.where(weights.sum() > 0, weights.sum(), 1.0)).to(x.dtype)
         loss = torch.where(share > 0, share * loss, 0.0).sum()
@@ -177,7 +177,7 @@ def _solve(
 ) -> tuple[Tensor, Any]:
     """Codes and potentials in the dtype of ``x``, by the fastest way that is safe for these scores."""
     marginals = normalised(marginals, x)
-    if x.ndim == 2 and x.is_cpu and not torch.compiler.is_compiling():
+    if x.ndim == 2 and x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling():  # fakes hold no number
         # Reading two numbers costs nothing here; elsewhere control flow must not wait for the device.
         if x.numel() < SMALL:
             low, high = x.aminmax()
