@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from evaluation import evaluate, print_table, train_judge
+from evaluation import COLUMNS, evaluate, print_table, train_judge
 from image_data import Images, load_for
 from quickstart import VAE
 from sklearn.cluster import KMeans
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import proto_reg
+
+NMI = {"nmi": ("NMI", ".3f")}  # of the nearest prototypes and the classes
 
 
 class ScaledHead(proto_reg.PrototypeHead):
@@ -273,12 +275,12 @@ def main() -> None:
             head = model.regularizer.head if model.regularizer else None
             measured = evaluate(model.encode, model.decode, data, judge, head, args.prototypes)
             rows.append({"model": f"{name}, seed {seed}", **measured, "seconds": seconds})
-        print_table(rows)
+        print_table(rows, COLUMNS | NMI)
         means.append(
             {"model": name} | {key: sum(r[key] for r in rows) / len(rows) for key in rows[0] if key != "model"}
         )
     print(f"\n{data.name}, K = {args.prototypes}, {args.epochs} epochs, mean of {args.seeds} seeds")
-    print_table(means)
+    print_table(means, COLUMNS | NMI)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,6 @@ COLUMNS = {
     "mse": ("test MSE", ".5f"),
     "kmeans_purity": ("k-means purity", ".3f"),
     "purity": ("purity", ".3f"),
-    "nmi": ("NMI", ".3f"),
     "prototypes_right": ("prototypes right", ".2f"),
     "control": ("control", ".3f"),
     "r2_per_dim": ("r^2/D", ".2f"),
@@ -94,13 +93,13 @@ COLUMNS = {
 }
 
 
-def print_table(rows: list[dict[str, float | str]]) -> None:
+def print_table(rows: list[dict[str, float | str]], columns: dict[str, tuple[str, str]] = COLUMNS) -> None:
     """One line a model; a dash where a model has no prototypes to judge."""
     width = max(len(str(row["model"])) for row in rows)
-    print(" " * width + "".join(f"  {title:>{max(8, len(title))}}" for title, _ in COLUMNS.values()))
+    print(" " * width + "".join(f"  {title:>{max(8, len(title))}}" for title, _ in columns.values()))
     for row in rows:
         cells = (
             f"  {format(row[key], spec) if key in row else '-':>{max(8, len(title))}}"
-            for key, (title, spec) in COLUMNS.items()
+            for key, (title, spec) in columns.items()
         )
         print(f"{row['model']:<{width}}" + "".join(cells))

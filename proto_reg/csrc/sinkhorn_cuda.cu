@@ -167,7 +167,7 @@ template <class T, Narrow kFor>
 void (*narrow_kernel(const SinkhornPlan& plan))(SinkhornArgs) {
   return plan.narrow_own == 1   ? stream_narrow<T, 4, 1, kFor>
          : plan.narrow_own == 2 ? stream_narrow<T, 2, 2, kFor>
-                                : stream_narrow<T, 1, 4, kFor>;
+                                : stream_narrow<T, 2, 4, kFor>;
 }
 
 // Launches of the streamed regime.
@@ -256,10 +256,11 @@ int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 // What kernels want to know, ready for them.
 SinkhornArgs arguments(const SinkhornProblem& p, const SinkhornPlan& plan, float* workspace) {
   constexpr double kLog2E = 1.4426950408889634, kLargest = 1e38;
-  SinkhornArgs a{p, plan, 0, 0, 0, 8 / p.epsilon, false, workspace};
+  SinkhornArgs a{p, plan, 0, 0, 0, 8 / p.epsilon, -1, false, workspace};
   a.scale = static_cast<float>(std::fmin(8 * kLog2E / p.epsilon, kLargest));
   a.limit = static_cast<float>(std::fmin(16777216.0 / a.scale, kLargest));
   if (p.loss) a.entropy_scale = static_cast<float>(std::fmin(8 * kLog2E / p.temperature, kLargest));
+  if (plan.narrow_blocks > 0) a.narrow_bound = kNarrowLimit / std::fmax(a.scale, a.entropy_scale);
   const int64_t bytes = 4 * element_bytes(p.dtype);
   a.vectors = p.columns % 4 == 0 && aligned(p.scores, bytes) && aligned(p.codes, bytes) && aligned(p.gradient, bytes);
   return a;

@@ -255,7 +255,7 @@ struct NarrowPass {
 };
 
 template <class T, int R, int Q, Narrow kFor>
-__global__ void __launch_bounds__(kNarrowThreads, kFor == Narrow::entropy ? 1 : 2) stream_narrow(const SinkhornArgs a) {
+__global__ void __launch_bounds__(kNarrowThreads, kFor == Narrow::entropy || Q == 4 ? 1 : 2) stream_narrow(const SinkhornArgs a) {
   const StreamState state(a);
   if (!state.narrow(a) || (kFor == Narrow::sums && *state.settled != 0.0f)) return;
   NarrowPass<T, R, Q, kFor>(a).run();

@@ -37,7 +37,7 @@ struct StreamState {
 
   // Whether no exponential needs its row's shift: exponents lie within twice the limit, and what follows from them.
   PROTO_REG_DEVICE bool narrow(const SinkhornArgs& a) const {
-    return a.plan.narrow_blocks > 0 && *bound * fmaxf(a.scale, a.problem.loss ? a.entropy_scale : 0.0f) <= kNarrowLimit;
+    return *bound <= a.narrow_bound;
   }
 
   PROTO_REG_DEVICE void fold(const SinkhornArgs& a, int64_t k) const {

@@ -18,6 +18,7 @@ struct SinkhornArgs {
   float limit;          // for shifts of rows: see centre()
   float entropy_scale;  // log2(e) / temperature, for an eighth of a unit
   double eighths;       // 8 / epsilon
+  float narrow_bound;   // of the scores, in eighths: what a narrow pass may compute; negative: nothing
   bool vectors;         // rows of all matrices are whole quads, aligned
   float* workspace;
 };
@@ -62,8 +63,8 @@ PROTO_REG_DEVICE float column_target(const SinkhornProblem& p, int64_t group, in
 // What a score of column k says of its row: NaN and +inf count as +inf, and nothing where the column gets nothing.
 PROTO_REG_DEVICE float row_evidence(const SinkhornProblem& p, int64_t group, int64_t k, float score) {
   if (!(score < infinity())) return infinity();
-  const bool gets_nothing = p.marginals && k < p.columns && p.marginals[group * p.marginals_stride + k] == 0.0f;
-  return gets_nothing ? -infinity() : score;
+  if (!p.marginals || score == -infinity()) return score;  // as beyond the last column
+  return p.marginals[group * p.marginals_stride + k] == 0.0f ? -infinity() : score;
 }
 
 // g and shift of column k after the first column step, from the column's maximum and the sum of exponentials below it.
@@ -87,12 +88,14 @@ PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int6
 template <class Sum>
 PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, float total, float* scratch, Sum sum) {
   float shared_out = 0.0f;
+#pragma unroll 1
   for (int k = threadIdx.x; k < p.columns; k += blockDim.x) {
     shared_out += sum(k) == 0.0f ? 0.0f : column_target(p, group, k, total);
   }
   __syncthreads();
   const float share = divide(sum_block(shared_out, scratch), total);
   bool far = false;
+#pragma unroll 1
   for (int k = threadIdx.x; k < p.columns; k += blockDim.x) {
     const float target = column_target(p, group, k, total), found = sum(k);
     const bool counts = target > 0.0f && found != 0.0f;

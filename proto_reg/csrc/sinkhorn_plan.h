@@ -68,7 +68,7 @@ struct SinkhornPlan {
 constexpr int64_t kRegisterThreads = 512;   // with at most 128 registers each
 constexpr int64_t kRegisterColumns = 12;   // of a thread
 constexpr int64_t kRegisterEntries = 20;    // of the matrix, of a thread
-constexpr int64_t kResidentThreads = 768;  // with at most 80 registers each
+constexpr int64_t kResidentThreads = 736;  // with at most 88 registers each
 constexpr int64_t kSweepThreads = 256;
 constexpr int64_t kFusedThreads = 384;  // two such blocks on a multiprocessor
 constexpr int64_t kClusterBlocks = 8;  // the most that every device with clusters grants
@@ -240,7 +240,7 @@ inline void plan_narrow(const SinkhornProblem& p, const DeviceLimits& d, Sinkhor
   } else {
     plan->narrow_threads = plan->narrow_lanes = round_up(ceil_div(plan->narrow_quads, plan->narrow_own), 32);
   }
-  plan->narrow_rows = plan->narrow_own > 2 ? 1 : plan->narrow_own == 2 ? 2 : 4;
+  plan->narrow_rows = plan->narrow_own == 1 ? 4 : 2;
   const int64_t rows_at_once = plan->narrow_rows * (plan->narrow_threads / plan->narrow_lanes);
   const int64_t together = d.multiprocessors * larger(1, 1024 / plan->narrow_threads) / plan->narrow_cluster;
   plan->narrow_blocks = smaller(ceil_div(p.rows, rows_at_once), larger(1, together)) * plan->narrow_cluster;
