@@ -12,8 +12,8 @@ from ._checks import check_choice, check_number, check_positive_int
 from ._distributed import Group, Ranks, sum_
 from ._state import WideState
 from .functional.problem import NAN_POLICIES, as_marginals, check_marginals
-from .functional.prototypes import prototype_cross_entropy, prototype_cross_entropy_and_gradient
-from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
+from .functional.prototypes import prototype_cross_entropy_and_gradient
+from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy_and_gradient
 from .kernels.snapshot import snapshot
 
 ADAPTIVE = "adaptive"
@@ -98,27 +98,15 @@ class SinkhornAssigner(WideState):
         """Codes like ``scores`` (..., B, K): rows sum to 1, no gradient. ``mask`` (..., B) bool leaves rows out."""
         return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, **self._options())
 
-    def cross_entropy(
-        self, scores: Tensor, temperature: float, mask: Tensor | None = None, *, rows: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of softmax(S / tau) against the codes, differentiable in ``scores`` (B, K), and the codes.
-
-        One call of the fused operator. A subclass that assigns by a ``forward`` of its own is asked for its codes.
-        With ``rows`` only the first so many enter the loss; all of them enter the balance and get codes.
-        """
-        if rows is not None or self._assigns_otherwise():
-            codes = self._own_codes(scores.detach(), mask)
-            kept, group = mask if mask is None else mask[:rows], self.ranks.active(self.training)
-            return prototype_cross_entropy(scores[:rows], codes[:rows], temperature, mask=kept, group=group), codes
-        loss, codes = sinkhorn_cross_entropy(
-            scores, self.epsilon, self.num_iters, temperature, mask=mask, return_codes=True, **self._options()
-        )
-        return loss, codes
-
     def cross_entropy_and_gradient(
         self, scores: Tensor, temperature: float, mask: Tensor | None = None, *, rows: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`cross_entropy`, and between the two the gradient by ``scores[:rows]`` in closed form; no graph."""
+        """Cross-entropy of softmax(S / tau) against the codes, its gradient by ``scores[:rows]``, the codes; no graph.
+
+        One call of the fused operator. A subclass that assigns by a ``forward`` of its own is asked for its codes.
+        With ``rows`` only the first so many of ``scores`` (B, K) enter the loss; all of them enter the balance and get
+        codes.
+        """
         if rows is not None or self._assigns_otherwise():
             codes = self._own_codes(scores, mask)
             kept, group = mask if mask is None else mask[:rows], self.ranks.active(self.training)

@@ -19,9 +19,8 @@ from .functional.problem import usable
 from .fused import fused_step
 from .head import PrototypeHead
 from .kernels.follow import followed
-from .kernels.once import transforming
+from .kernels.once import transforming, with_slopes
 from .kernels.rows import at_work, loss_of_active
-from .kernels.snapshot import kept
 from .layout import Layout
 from .lifecycle import Lifecycle
 from .mmd import AnchoredMMDLoss
@@ -37,6 +36,8 @@ GATHERED = 1 << 20
 
 # Direction (N, D), each parameter of the head with its step, and the output.
 Step: TypeAlias = tuple[Tensor, list[tuple[nn.Parameter, Tensor]], RegularizerOutput]
+# Output without its loss; gradients of the prototype loss by tokens (N, D) and parameters; that of the MMD by tokens.
+Gradients: TypeAlias = tuple[RegularizerOutput, Tensor, Sequence[Tensor], Tensor]
 
 
 class PrototypicalRegularizer(Lifecycle):
@@ -206,23 +207,17 @@ class PrototypicalRegularizer(Lifecycle):
         return z, output if self.layout.is_rows else self._to_layout(output, z)
 
     def _losses(self, z: Tensor, keep: Tensor | None, share: Share) -> RegularizerOutput:
-        """Both losses of tokens ``z`` (N, D) by autograd; the MMD's anchors are held fixed, as in Algorithm 1."""
-        scores = self._scores(z)
-        sharpened, options = self._assigner_arguments(scores, keep)
-        prototype_loss, codes = self.assigner.cross_entropy(sharpened, self.temperature, **options)
-        assignments = (codes if self.training else scores).argmax(1)
-        index, keep = self._subsample(z.shape[0], keep, share)
-        mmd_loss = self.mmd(*self._mmd_arguments(z, codes, assignments, keep, index))
+        """Both losses of tokens ``z`` (N, D), whose derivatives are those of :meth:`_gradients`."""
+        with torch.no_grad():
+            output, by_tokens, by_parameters, by_latents = self._gradients(z.detach(), keep, share)
+        prototype_loss, mmd_loss = output.prototype_loss, output.mmd_loss
+        if torch.is_grad_enabled():
+            by_head = [z, *self.head.parameters()], [by_tokens, *by_parameters]
+            prototype_loss = with_slopes("the prototype loss", prototype_loss, *by_head)
+            mmd_loss = with_slopes("the MMD", mmd_loss, [z], [by_latents])
         losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
         loss = loss_of_active(*losses, self._active(saved=True))
-        return self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
-
-    def _scores(self, z: Tensor) -> Tensor:
-        """Scores (N, K) of ``z`` (N, D), of a copy of the prototypes where a graph is traced that would hold them."""
-        head = self.head
-        if not (self.training and torch.compiler.is_compiling() and "prototypes" in head._parameters):
-            return head(z)
-        return torch.func.functional_call(head, {"prototypes": kept(head.prototypes)}, (z,))
+        return output._replace(loss=loss, prototype_loss=prototype_loss, mmd_loss=mmd_loss)
 
     def _balanced(
         self, z: Tensor, tokens: Tensor, keep: Tensor | None, share: Share, tracking: bool
@@ -290,17 +285,17 @@ class PrototypicalRegularizer(Lifecycle):
         apart = not self._one_group() or self.mmd.target != "analytic" or self.queue is not None
         return 0 if apart else GATHERED // (self.head.latent_dim + self.head.num_prototypes)
 
-    def _pull(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Step:
-        """Direction (N, D) of tokens (N, D), each of the head's parameters and its step, and everything on the way.
+    def _gradients(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Gradients:
+        """Both losses of tokens (N, D) and their gradients, in closed form: no graph is built here.
 
-        Both losses and the scores know their gradients in closed form: no graph is built here.
+        The MMD's anchors are held fixed, as in Algorithm 1.
         """
         scores, pull_back = self.head.scores_and_pull_back(tokens)
         sharpened, options = self._assigner_arguments(scores, keep)
         prototype_loss, by_scores, codes = self.assigner.cross_entropy_and_gradient(
             sharpened, self.temperature, **options
         )
-        assignments = codes.argmax(1)
+        assignments = (codes if self.training else scores).argmax(1)
         by_tokens, by_parameters = pull_back(by_scores * self._sharpness() if self.temperature_steps else by_scores)
 
         index, chosen = self._subsample(tokens.shape[0], keep, share)
@@ -311,14 +306,17 @@ class PrototypicalRegularizer(Lifecycle):
             by_latents = by_latents[: tokens.shape[0] if index is None else index.shape[0]]
         if index is not None:
             by_latents = torch.zeros_like(tokens).index_copy_(0, index, by_latents)
+        output = self._output(prototype_loss.new_zeros(()), prototype_loss, mmd_loss, scores, codes, assignments)
+        return output, by_tokens, by_parameters, by_latents
 
+    def _pull(self, tokens: Tensor, keep: Tensor | None, share: Share) -> Step:
+        """Direction (N, D) of tokens (N, D), each of the head's parameters and its step, and everything on the way."""
+        output, by_tokens, by_parameters, by_latents = self._gradients(tokens, keep, share)
         active, weights = self._active(), (self.prototype_weight, self.mmd_weight)
         direction, to_prototypes = add_up(by_tokens, by_latents, *weights, share.group, active)
         steps = [at_work(to_prototypes * g, active, 0) for g in by_parameters]
-        losses = self.prototype_weight * prototype_loss, self.mmd_weight * mmd_loss
-        loss = loss_of_active(*losses, active)
-        output = self._output(loss, prototype_loss, mmd_loss, scores, codes, assignments)
-        return direction, list(zip(self.head.parameters(), steps, strict=True)), output
+        loss = loss_of_active(weights[0] * output.prototype_loss, weights[1] * output.mmd_loss, active)
+        return direction, list(zip(self.head.parameters(), steps, strict=True)), output._replace(loss=loss)
 
     def _output(
         self, loss: Tensor, prototype_loss: Tensor, mmd_loss: Tensor, scores: Tensor, codes: Tensor, assignments: Tensor

@@ -29,7 +29,6 @@ def entrances() -> dict[str, tuple[str, Callable[[Tensor], object]]]:
         "log_prob": ("value", head.mixture().log_prob),
         "responsibilities": ("value", head.mixture().responsibilities),
         "assigner": ("scores", assigner),
-        "assigner's loss": ("scores", lambda x: assigner.cross_entropy(x, 0.1)),
         "assigner's gradient": ("scores", lambda x: assigner.cross_entropy_and_gradient(x, 0.1)),
         "mmd": ("z", lambda x: proto_reg.AnchoredMMDLoss()(x, anchors, hard)),
         "sinkhorn": ("scores", functional.sinkhorn),

@@ -26,7 +26,7 @@ from ..kernels.mmd import (
     anchored_mmd_reference,
     weighted_mmd_reference,
 )
-from ..kernels.once import WithSlope, transforming
+from ..kernels.once import transforming, with_slopes
 from .features import feature_mmd
 from .gathered import gathered_mmd, gathered_weighted_mmd
 
@@ -206,7 +206,7 @@ def _weighted(
         return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
     if transforming():
         loss, gradient, _ = weighted_mmd_reference(z.detach(), anchors.detach(), weights, *form)
-        return WithSlope.apply(z, loss, gradient), gradient
+        return with_slopes("anchored_mmd", loss, [z], [gradient]), gradient
     loss, gradient, _ = torch.ops.proto_reg.weighted_mmd(z, anchors, weights, *form)
     return loss, gradient
 
@@ -233,7 +233,7 @@ def _alone(
             loss, gradient = anchored_mmd_loss_plain(
                 z.detach(), anchors.detach(), *arguments, kernel, samples, anchored_mmd_reference
             )
-        return WithSlope.apply(z, loss, gradient), gradient
+        return with_slopes("anchored_mmd", loss, [z], [gradient]), gradient
     if not compiled:
         return anchored_mmd_loss_plain(z, anchors, *arguments, kernel, samples)
     if torch.is_grad_enabled() and (z.requires_grad or anchors.requires_grad):

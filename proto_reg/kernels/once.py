@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,23 +13,33 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-class WithSlope(torch.autograd.Function):
-    """``value`` (), whose derivative by ``x`` is the constant ``slope`` like x."""
+def with_slopes(name: str, value: Tensor, tensors: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """``value`` (), whose derivatives by ``tensors`` are the constants ``slopes``, each like its tensor.
 
+    A second derivative raises, by the ``name`` of what has none.
+    """
+    return _WithSlopes.apply(name, value, *tensors, *slopes)
+
+
+class _WithSlopes(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    def forward(name: str, value: Tensor, *tensors_and_slopes: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, _, slope = inputs
-        ctx.save_for_backward(x, slope)
+        ctx.name = inputs[0]
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx, by_value: Tensor):
-        x, slope = ctx.saved_tensors
-        message = "anchored_mmd: expected to be differentiated once, got a second derivative. It has none."
-        return by_value * Once.apply(slope, x, message), None, None
+        saved = ctx.saved_tensors  # which checkpoints hand out once
+        half = len(saved) // 2
+        tensors, slopes = saved[:half], saved[half:]
+        message = f"{ctx.name}: expected to be differentiated once, got a second derivative. It has none."
+        once = (Once.apply(slope, x, message) for x, slope in zip(tensors, slopes, strict=True))
+        by_tensors = ((by_value * slope).to(x.dtype) for x, slope in zip(tensors, once, strict=True))
+        return None, None, *by_tensors, *([None] * half)
 
 
 class Once(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""``proto_reg::snapshot`` and ``kept``: the value that a buffer or parameter has now, for graphs that overwrite it.
+"""``proto_reg::snapshot``: the value that a buffer has now, for graphs that go on to overwrite it.
 
 torch.compile keeps a buffer itself for the backward pass and recomputes what follows from it where that is cheap, from
 the value it has by then. What an operator like this one returned is kept.
@@ -15,14 +15,6 @@ def snapshot(value: Tensor) -> Tensor:
     return torch.ops.proto_reg.snapshot(value) if torch.compiler.is_compiling() else value
 
 
-def kept(parameter: Tensor) -> Tensor:
-    """``parameter``; while a graph is traced, a copy that it saves in its place, with the gradient of the parameter.
-
-    The next forward writes to the parameter, be it the same value: a graph that saved it could not go back any more.
-    """
-    return torch.ops.proto_reg.kept(parameter) if torch.compiler.is_compiling() else parameter
-
-
 def _copy(value: Tensor) -> Tensor:
     """A copy of ``value``. RuntimeError in a backward pass: a graph that is run again there reads what has changed."""
     if torch._C._current_graph_task_id() != -1:
@@ -37,7 +29,3 @@ def _copy(value: Tensor) -> Tensor:
 torch.library.define("proto_reg::snapshot", "(Tensor value) -> Tensor")
 torch.library.impl("proto_reg::snapshot", "CompositeExplicitAutograd")(_copy)
 torch.library.register_fake("proto_reg::snapshot", torch.empty_like)
-torch.library.define("proto_reg::kept", "(Tensor parameter) -> Tensor")
-torch.library.impl("proto_reg::kept", "CompositeExplicitAutograd")(torch.clone)
-torch.library.register_fake("proto_reg::kept", torch.empty_like)
-torch.library.register_autograd("proto_reg::kept", lambda ctx, gradient: gradient)
