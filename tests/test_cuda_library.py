@@ -14,7 +14,7 @@ from proto_reg.kernels import build
 # Registers that the planner's blocks leave each thread, 65,536 in all: by the names of kernels.
 REGISTERS = {
     "sinkhorn_registers": 128,
-    "sinkhorn_resident": 88,
+    "sinkhorn_resident": 96,
     "stream_pass": 80,
     "stream_narrow": 128,
     "stream_total": 64,

@@ -68,7 +68,7 @@ struct SinkhornPlan {
 constexpr int64_t kRegisterThreads = 512;   // with at most 128 registers each
 constexpr int64_t kRegisterColumns = 12;   // of a thread
 constexpr int64_t kRegisterEntries = 20;    // of the matrix, of a thread
-constexpr int64_t kResidentThreads = 736;  // with at most 88 registers each
+constexpr int64_t kResidentThreads = 640;  // five warps to a scheduler: at most 96 registers each
 constexpr int64_t kSweepThreads = 256;
 constexpr int64_t kFusedThreads = 384;  // two such blocks on a multiprocessor
 constexpr int64_t kClusterBlocks = 8;  // the most that every device with clusters grants
