@@ -167,7 +167,7 @@ template <class T, Narrow kFor>
 void (*narrow_kernel(const SinkhornPlan& plan))(SinkhornArgs) {
   return plan.narrow_own == 1   ? stream_narrow<T, 4, 1, kFor>
          : plan.narrow_own == 2 ? stream_narrow<T, 2, 2, kFor>
-                                : stream_narrow<T, 2, 4, kFor>;
+                                : stream_narrow<T, kFor == Narrow::entropy ? 1 : 2, 4, kFor>;
 }
 
 // Launches of the streamed regime.
