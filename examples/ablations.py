@@ -53,7 +53,7 @@ class Variant(VAE):
         super().__init__(pixels, args.latent_dim, args.hidden)
         self.on, self.noise, self.kl = on, noise, kl
         # Without the warm-up of the library's defaults, which would hide some of what differs here.
-        options = {"prototype_weight": args.prototype_weight, "prototype_warmup_steps": 0} | layer
+        options = {"prototype_weight": args.prototype_weight, "schedule": proto_reg.Schedule(mmd_steps=0)} | layer
         build = proto_reg.PrototypicalRegularizer
         self.regularizer = build(args.latent_dim, args.prototypes, **options) if on else None
         self.last: tuple[Tensor, Tensor] | None = None  # latents and their assignments
@@ -106,7 +106,7 @@ def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Calla
         "gradient": build(follow_rate=0.0),
         "own group, 10 x rate": build(follow_rate=0.0),
         "scaled by 10": build(follow_rate=0.0, scaled=True),
-        "k-means after warm-up": build(follow_rate=0.0, warmup_steps=args.warmup),
+        "k-means after warm-up": build(follow_rate=0.0, schedule=proto_reg.Schedule(warmup_steps=args.warmup, mmd_steps=0)),
         "towards the mean, .02": build(follow_rate=0.0),
         "towards typical latents, .02": build(follow_rate=0.02),
         "towards typical latents, .05": build(follow_rate=0.05),
@@ -133,16 +133,18 @@ def kl_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[],
 def queue_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
     """What past latents add to small batches; all on mu, without noise and KL."""
 
-    def build(**layer) -> Callable[[], Variant]:
-        return lambda: Variant(pixels, args, on="mu", noise=False, kl=False, **layer)
+    def build(size: int = 0) -> Callable[[], Variant]:
+        def variant() -> Variant:
+            queue = proto_reg.LatentQueue(size, args.latent_dim) if size else None
+            return Variant(pixels, args, on="mu", noise=False, kl=False, queue=queue)
+
+        return variant
 
     return {
         "autoencoder": lambda: Variant(pixels, args, on=None, noise=False, kl=False),
         "no queue": build(),
-        "queue 256": build(queue_size=256),
-        "queue 1024": build(queue_size=1024),
-        "queue 256, MMD too": build(queue_size=256, queue_mmd=True),
-        "queue 1024, MMD too": build(queue_size=1024, queue_mmd=True),
+        "queue 256": build(256),
+        "queue 1024": build(1024),
     }
 
 

@@ -75,7 +75,7 @@ class PrototypicalAutoencoder(nn.Module):
             ``map_size`` where that is given.
         latent_dim: channels of the latents; None takes ``vq_embed_dim``, ``latent_channels`` or ``z_dim`` from the
             autoencoder's config.
-        options: of :class:`proto_reg.PrototypicalRegularizer`, such as ``max_tokens`` or ``warmup_steps``.
+        options: of :class:`proto_reg.PrototypicalRegularizer`, such as ``mmd`` or ``schedule``.
 
     Raises:
         TypeError, ValueError: no such autoencoder, or an option out of its range.

@@ -82,8 +82,8 @@ class PrototypeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the layers the length of the training, if it has one."""
         total = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-        for layer in _layers(pl_module).values():
-            layer.expect(int(total) if 0 < total < math.inf else None)
+        for layer in _layers(pl_module).values() if 0 < total < math.inf else ():
+            layer.expect(int(total))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's metrics, which start anew, and draw the prototypes."""

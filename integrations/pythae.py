@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import field
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proto_reg import PrototypeHead, PrototypeWarning, PrototypicalRegularizer, RegularizerOutput
+from proto_reg import LatentNoise, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, RegularizerOutput, Schedule
 
 try:
     from pydantic.dataclasses import dataclass
@@ -36,24 +37,21 @@ class PrototypicalAEConfig(AEConfig):
         input_dim: (C, H, W) of the data.
         latent_dim: D.
         num_prototypes: K.
-        scores: ``"cosine"``, ``"dot"`` or ``"euclidean"``, see :class:`proto_reg.PrototypeHead`.
-        std, mode, temperature, prototype_weight, mmd_weight, warmup_steps, prototype_warmup_steps, mmd_warmup_weight,
-            noise, noise_steps, follow_rate: see :class:`proto_reg.PrototypicalRegularizer`.
+        similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"``, see :class:`proto_reg.PrototypeHead`.
+        std, mode, prototype_weight, mmd_weight, schedule, follow_rate: see :class:`proto_reg.PrototypicalRegularizer`.
+        noise, noise_steps: ``size`` and ``steps`` of a :class:`proto_reg.LatentNoise` before the decoder.
     """
 
     num_prototypes: int = 30
-    scores: str = "cosine"
+    similarity: str = "cosine"
     std: float = 1.0
     mode: str = "balanced"
-    temperature: float = 0.1
     prototype_weight: float = 0.03
     mmd_weight: float = 0.1
-    warmup_steps: int = 0
-    prototype_warmup_steps: int | None = None
-    mmd_warmup_weight: float = 0.5
+    schedule: Schedule = field(default_factory=Schedule)
+    follow_rate: float = 0.02
     noise: float = 0.0
     noise_steps: int = 0
-    follow_rate: float = 0.02
 
 
 class PrototypicalAE(AE):
@@ -90,18 +88,14 @@ class PrototypicalAE(AE):
         self.regularizer = PrototypicalRegularizer(
             c.latent_dim,
             c.num_prototypes,
-            head=PrototypeHead(c.latent_dim, c.num_prototypes, scores=c.scores, std=c.std),
+            head=PrototypeHead(c.latent_dim, c.num_prototypes, similarity=c.similarity, std=c.std),
             mode=c.mode,
-            temperature=c.temperature,
             prototype_weight=c.prototype_weight,
             mmd_weight=c.mmd_weight,
-            warmup_steps=c.warmup_steps,
-            prototype_warmup_steps=c.prototype_warmup_steps,
-            mmd_warmup_weight=c.mmd_warmup_weight,
-            noise=c.noise,
-            noise_steps=c.noise_steps,
+            schedule=c.schedule,
             follow_rate=c.follow_rate,
         )
+        self.noise = LatentNoise(c.noise, c.noise_steps)
 
     def forward(self, inputs: dict[str, Tensor], **kwargs: Any) -> ModelOutput:
         """Encode and decode ``inputs["data"]`` (B, *input_dim).
@@ -114,7 +108,8 @@ class PrototypicalAE(AE):
         if self.training and not self.regularizer.training and z.requires_grad:
             z.register_hook(_own_loop)
         z, info = self.regularizer(z)
-        recon_x = self.decoder(z)["reconstruction"]
+        self.noise.train(self.regularizer.training)
+        recon_x = self.decoder(self.noise(z))["reconstruction"]
         loss = self.loss_function(recon_x, x)
         if self.regularizer.mode == "weighted":
             loss = loss + info.loss

@@ -84,7 +84,7 @@ class PrototypicalSCVI(SCVI):
         kl_weight: factor of the KL term of z: 0 turns it off, 1 is scVI's own, which pulls all prototypes to one
             point. At 0 ``early_stopping`` watches the reconstruction of the validation cells, for the ELBO has the
             KL term at full weight.
-        prototype_kwargs: options of :class:`proto_reg.PrototypicalRegularizer`, such as ``std`` or ``warmup_steps``.
+        prototype_kwargs: options of :class:`proto_reg.PrototypicalRegularizer`, such as ``std`` or ``schedule``.
         kwargs: of SCVI: ``n_latent``, ``n_layers``, ``gene_likelihood``, ...
 
     Raises:

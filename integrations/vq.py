@@ -56,7 +56,7 @@ class VectorPrototypes(nn.Module):
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents ``x``, unchanged but for ``noise``; indices, x's shape without D, int64; and a loss ().
+        """Latents ``x``, unchanged; indices, x's shape without D, int64; and a loss ().
 
         Args:
             x: latents.

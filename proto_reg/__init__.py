@@ -11,7 +11,11 @@ from .assigner import SinkhornAssigner
 from .attachment import Attachment, attach
 from .head import PrototypeHead, PrototypeMixture
 from .mmd import AnchoredMMDLoss
-from .regularizer import PrototypicalRegularizer, RegularizerOutput
+from .noise import LatentNoise
+from .output import RegularizerOutput
+from .queue import LatentQueue
+from .regularizer import PrototypicalRegularizer
+from .schedule import Schedule
 from .training import PrototypicalTrainerMixin, PrototypicalTraining
 
 __version__ = "0.1.0"
@@ -19,6 +23,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AnchoredMMDLoss",
     "Attachment",
+    "LatentNoise",
+    "LatentQueue",
     "PrototypeHead",
     "PrototypeMixture",
     "PrototypeWarning",
@@ -26,6 +32,7 @@ __all__ = [
     "PrototypicalTrainerMixin",
     "PrototypicalTraining",
     "RegularizerOutput",
+    "Schedule",
     "SinkhornAssigner",
     "attach",
     "functional",

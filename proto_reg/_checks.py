@@ -7,9 +7,12 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of latents and scores
 
@@ -60,14 +63,15 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
     return float(value)
 
 
-def check_instance(name: str, value: object, kind: type) -> None:
-    """TypeError unless ``value`` is a ``kind``."""
+def check_instance(name: str, value: object, kind: type[T]) -> T:
+    """Return ``value`` if it is a ``kind``; TypeError otherwise."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(
             f"{name}: expected {article} {kind.__name__}, got {type(value).__name__}. Pass {kind.__name__}(...), or "
             "one derived from it."
         )
+    return value
 
 
 def check_head(value: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 Group: TypeAlias = Union[str, "dist.ProcessGroup", None]
 
-_alone = False
+_one_process = False
 
 # Of two names the one that does not warn: torch 2.13 renamed it.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -40,7 +40,7 @@ class Ranks:
 
     def active(self, together: bool = True) -> dist.ProcessGroup | None:
         """The process group to work with now; None for this process alone, as without ``together``."""
-        together = together and self.group is not None and not _alone and _initialized()
+        together = together and self.group is not None and not _one_process and _initialized()
         return resolve(self.group) if together else None
 
 
@@ -58,14 +58,14 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def one_process() -> Iterator[None]:
     """Modules work as if there were no other process: on a batch that has been gathered already."""
-    global _alone
-    before, _alone = _alone, True
+    global _one_process
+    before, _one_process = _one_process, True
     try:
         yield
     finally:
-        _alone = before
+        _one_process = before
 
 
 _AVAILABLE = dist.is_available()

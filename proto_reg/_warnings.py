@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from ._checks import warn
 from ._distributed import is_sharded
+from .batch import BatchShard
 from .functional.metrics import SEPARATION
+from .output import RegularizerOutput
+from .schedule import Schedule
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
 MANY = 2048  # at most so many prototypes, entries of a parameter or nodes of a graph are looked at
@@ -29,7 +32,7 @@ class LayerWatch:
     def __init__(self) -> None:
         self.said: set[str] = set()
         self.weighted = False
-        self.std, self.temperature, self.kernel = 1.0, 1.0, ""
+        self.std, self.kernel = 1.0, ""
         self._small = 0  # so many more passes had fewer latents than there are prototypes than had enough
         self.looks = 0
         self._last: Tensor | None = None  # the prototypes at the last look
@@ -50,45 +53,47 @@ class LayerWatch:
             self.said.add(key)
             warn(message)
 
-    def at_construction(
-        self,
-        *,
-        epsilon: float,
-        temperature: float,
-        latent_dim: int,
-        warmup_steps: int,
-        prototype_warmup_steps: int,
-        ramp_steps: int,
-        total_steps: int | None,
-        weighted: bool,
-    ) -> None:
-        """Look at the options."""
-        self.weighted = weighted
+    def look_at_options(self, schedule: Schedule, epsilon: float, latent_dim: int, mode: str) -> None:
+        """Look at a layer that is built."""
+        self.weighted = mode == "weighted"
+        temperature = schedule.final_temperature
         if epsilon == temperature:
             self.say(
                 "epsilon",
                 f"epsilon = temperature = {temperature:g}: with balanced codes the prototype loss has no gradient. "
                 "Make epsilon smaller, for example temperature / 2.",
             )
-        if total_steps is not None and warmup_steps >= total_steps:
-            self.say(
-                "warmup",
-                f"warmup_steps = {warmup_steps} covers all {total_steps} steps of the training: nothing will be "
-                "regularised. Shorten the warm-up.",
-            )
-        elif total_steps is not None and warmup_steps + prototype_warmup_steps + ramp_steps >= total_steps:
-            parts = {"warmup_steps": warmup_steps, "prototype_warmup_steps": prototype_warmup_steps}
-            parts = {name: steps for name, steps in (parts | {"ramp_steps": ramp_steps}).items() if steps}
-            self.say(
-                "warmup",
-                f"{' + '.join(parts)} = {sum(parts.values())} covers all {total_steps} steps of the training: the "
-                "weights never reach their full size. Shorten them.",
-            )
         if latent_dim >= 2048:
             self.say(
                 "dimension",
                 f"latent_dim = {latent_dim}: a batch says next to nothing about a normal distribution in thousands "
                 "of dimensions. Regularise positions (layout='b d h w') or put a linear bottleneck before the layer.",
+            )
+
+    def look_at_length(self, schedule: Schedule, total_steps: int) -> None:
+        """Look at a schedule and at the length of the training."""
+        if schedule.warmup_steps >= total_steps:
+            self.say(
+                "warmup",
+                f"warmup_steps = {schedule.warmup_steps} covers all {total_steps} steps of the training: nothing will "
+                "be regularised. Shorten the warm-up.",
+            )
+        elif schedule.end >= total_steps:
+            names = ("warmup_steps", "mmd_steps", "ramp_steps")
+            parts = [name for name in names if getattr(schedule, name)]
+            self.say(
+                "warmup",
+                f"{' + '.join(parts)} = {schedule.end} covers all {total_steps} steps of the training: the weights "
+                "never reach their full size. Shorten them.",
+            )
+
+    def look_at_standstill(self) -> None:
+        """Look at a training step that is not counted while the schedule is not over."""
+        if self.looks == 0 and not torch.compiler.is_compiling():
+            self.say(
+                "tracking",
+                "tracking = False: the layer counts no steps, so its schedule stays where it is, and the weights never "
+                "reach their full size. Build the layer with schedule=Schedule(mmd_steps=0).",
             )
 
     def due(self, total: int, num_prototypes: int, begin: int) -> bool:
@@ -103,7 +108,8 @@ class LayerWatch:
             self.say(
                 "batch",
                 f"{total} latents for {num_prototypes} prototypes in a training step: most prototypes get one "
-                "or none, and the MMD needs two. Use larger batches, queue_size= or fewer prototypes.",
+                "or none, and the MMD needs two. Use larger batches, fewer prototypes or queue=LatentQueue(size, "
+                "latent_dim).",
             )
         if self._pending is not None:
             self._read()
@@ -113,32 +119,29 @@ class LayerWatch:
 
     def look(
         self,
-        tokens: Tensor,
-        keep: Tensor | None,
+        batch: BatchShard,
+        output: RegularizerOutput,
         prototypes: Tensor,
         std: float,
-        temperature: float,
+        temperature: Tensor,
         kernel: str,
-        logits: Tensor,
-        assignments: Tensor,
-        prototype_loss: Tensor,
         active_steps: Tensor,
     ) -> None:
-        """Look at latents (N, D), of which ``keep`` (N,) count, ``active_steps`` () after the warm-up.
+        """Look at a training step on ``batch``, at ``temperature`` (), ``active_steps`` () after the warm-up.
 
-        ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D), ``kernel`` the MMD's, and the
-        softmax of ``logits`` (N, K), scores over ``temperature``, what is predicted.
+        ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D), ``kernel`` the MMD's.
         """
+        tokens = batch.tokens
         if not tokens.requires_grad:
             self.say(
                 "detached",
                 "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
                 "detach(), unless the encoder is to stay as it is.",
             )
-        self.std, self.temperature, self.kernel = std, temperature, kernel
+        self.std, self.kernel = std, kernel
+        figures = output.scores.detach() / temperature, output.assignments, output.prototype_loss.detach()
         idle = self._no_optimizer_steps(tokens)
-        figures = logits.detach(), assignments, prototype_loss.detach(), active_steps, idle
-        self._measure(tokens.detach(), keep, prototypes, *figures)
+        self._measure(tokens.detach(), batch.mask, prototypes, *figures, temperature, active_steps, idle)
 
     def _no_optimizer_steps(self, tokens: Tensor) -> Tensor | None:
         """() bool: whether the encoder is what it was at the last look, as in accumulation; None: nobody knows."""
@@ -155,11 +158,12 @@ class LayerWatch:
     def _measure(
         self,
         tokens: Tensor,
-        keep: Tensor | None,
+        mask: Tensor | None,
         prototypes: Tensor,
         logits: Tensor,
         assignments: Tensor,
         prototype_loss: Tensor,
+        temperature: Tensor,
         active_steps: Tensor,
         idle: Tensor | None,
     ) -> None:
@@ -170,19 +174,20 @@ class LayerWatch:
         known = learns and several and last is not None and last.device == shown.device
         untouched = torch.eq(cast(Tensor, last), shown).all() if known else shown.new_zeros((), dtype=torch.bool)
         untouched = untouched if idle is None else untouched & ~idle
-        keep = torch.ones_like(assignments, dtype=torch.bool) if keep is None else keep
-        lowest = torch.where(keep, tokens.amin(1), torch.inf)
-        radius = torch.where(keep, ((tokens - prototypes[assignments]) / self.std).square().mean(1), 0.0)
-        entropy = torch.where(keep, torch.special.entr(logits.float().softmax(1)).sum(1), 0.0)
+        mask = torch.ones_like(assignments, dtype=torch.bool) if mask is None else mask
+        lowest = torch.where(mask, tokens.amin(1), torch.inf)
+        radius = torch.where(mask, ((tokens - prototypes[assignments]) / self.std).square().mean(1), 0.0)
+        entropy = torch.where(mask, torch.special.entr(logits.float().softmax(1)).sum(1), 0.0)
         unit = math.log(max(2, len(prototypes)))
         figures = torch.stack(
             [
                 prototype_loss / unit,
-                entropy.sum() / keep.sum() / unit,
+                entropy.sum() / mask.sum() / unit,
                 lowest.amin(),
-                radius.sum() / keep.sum(),  # NaN where no latent counts: nothing is said of it
+                radius.sum() / mask.sum(),  # NaN where no latent counts: nothing is said of it
                 torch.pdist(shown.float() / self.std).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
+                temperature,
                 untouched,
                 (shown.isfinite().all() & tokens.isfinite().all()).logical_not(),
             ]
@@ -213,6 +218,7 @@ class LayerWatch:
         radius: float,
         separation: float,
         active_steps: float,
+        temperature: float,
         untouched: float,
         broken: float,
     ) -> None:
@@ -242,7 +248,7 @@ class LayerWatch:
                     "from data (head.init_from) or use fewer prototypes.",
                 )
             else:
-                higher = f"{2 * loss * self.temperature:.2g}"
+                higher = f"{2 * loss * temperature:.2g}"
                 self.say(
                     "sure",
                     f"{found}: latents are surer of their prototypes than they are right; a guess would cost as much. "

@@ -11,9 +11,9 @@ from torch import Tensor
 from ._checks import check_choice, check_number, check_positive_int
 from ._distributed import Group, Ranks, sum_
 from ._state import WideState
-from .functional.problem import NAN_POLICIES, as_marginals, check_marginals
 from .functional.prototypes import prototype_cross_entropy_and_gradient
 from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy_and_gradient
+from .functional.sinkhorn_arguments import NAN_POLICIES, as_marginals, check_marginals
 from .kernels.snapshot import snapshot
 
 ADAPTIVE = "adaptive"

@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from ._checks import check_instance, warn
-from .kernels.once import transforming
-from .regularizer import PrototypicalRegularizer, RegularizerOutput
+from .kernels.first_order import transforming
+from .output import RegularizerOutput
+from .regularizer import PrototypicalRegularizer
 
 Select = int | str | slice | None
 # What saves and loads the layer too, where a library builds its models anew.

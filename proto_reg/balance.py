@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ._distributed import sum_
-from .kernels.once import Once
-from .kernels.rows import add_at_weights, attach, balance
+from .kernels.first_order import Once
+from .kernels.layer_ops import add_at_weights, attach, balance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,7 +60,7 @@ class AttachDirection(torch.autograd.Function):
         return None, by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
 
 
-def of_a_leaf(z: Tensor) -> bool:
+def is_of_leaf(z: Tensor) -> bool:
     """Whether ``z`` is a leaf that requires a gradient, or a view of one: torch lets nobody write to it in place.
 
     A graph that is traced cannot tell: True.
@@ -81,12 +81,12 @@ def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
 
 
 def add_up(
-    a: Tensor, b: Tensor, weight_a: float, weight_b: float, group: ProcessGroup | None, active: Tensor | None = None
+    a: Tensor, b: Tensor, weight_a: float, weight_b: float, group: ProcessGroup | None, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """weight_a a / |a| + weight_b b / |b| of rows (N, D), norms over those of all ranks; and weight_a / |a|, ().
 
-    ``active`` () or (2,): shares of their usual size that the weights have; None: all of it.
+    ``shares`` () or (2,): shares of their usual size that the weights have; None: all of it.
     """
-    if group is None and active is None:
+    if group is None and shares is None:
         return balance(a, b, weight_a, weight_b)
-    return add_at_weights(a, b, norms([a, b], group), weight_a, weight_b, active)
+    return add_at_weights(a, b, norms([a, b], group), weight_a, weight_b, shares)

@@ -11,7 +11,7 @@ from ._checks import check_number, compute_dtype
 from ._distributed import Group, Ranks, local_part, sum_
 from ._state import Record
 from .kernels.follow import follow
-from .kernels.rows import typical_sums
+from .kernels.layer_ops import typical_sums
 
 
 class Version:
@@ -28,32 +28,32 @@ class Version:
 
 
 class PrototypeFollower(Record):
-    """Whenever an optimizer has moved the prototypes, moves them on by a share of the way to their typical latents.
+    """Moves the prototypes a share of the way to their typical latents, whenever an optimizer has moved them.
 
-    Cosine scores give prototypes no radial gradient, and an optimizer's step is as small for them as for any weight:
-    left to it, they stay at the distance from each other that they were initialised with. The mean of their latents
-    tells both direction and distance, but of two kinds of example in one cluster it is neither. So latents weigh the
-    less the farther they are (mean shift; :func:`~.kernels.rows.typical_sums_plain`), and prototypes go to a mode.
+    Cosine scores give prototypes no radial gradient, and an optimizer's step is as small for them as for any weight. So
+    without a follower they stay at their initial distance from each other. The mean of a prototype's latents tells
+    direction and distance. But with two kinds of example in one cluster it is neither of them. So a latent counts the
+    less the farther it is (mean shift), and prototypes go to a mode.
 
-    Two things must come together: latents that were observed while the prototype loss was at work, and prototypes that
-    are no longer where they were last seen. So whatever holds prototypes still holds them still here too: a frozen
-    parameter, accumulation between steps, a step that GradScaler skipped. The comparison is made on the device; nothing
-    waits for it.
+    A prototype moves if two things come together: latents were recorded while the prototype loss was at work, and the
+    prototypes are no longer where they were last seen. So what holds prototypes still for an optimizer holds them still
+    here too: a frozen parameter, accumulation between steps, a step that GradScaler skipped. The device makes the
+    comparison; the host does not wait.
 
-    Where prototypes have been converted to half precision, ``seen`` keeps the digits that they cannot hold: a way too
-    short for bfloat16 adds up there from step to step, until it shows.
+    In half precision a step may be too short for the prototypes. ``last_prototypes`` keeps the digits that they cannot
+    hold, so short steps add up there until they show.
 
-    A single prototype has no gradient by which an optimizer could move it: it follows with every training pass.
+    A single prototype has no gradient by which an optimizer could move it. It follows with every training step.
 
     Args:
-        prototypes: (K, D), for the shape and dtype of the state, which stays float32 or wider.
-        rate: share of the way, in [0, 1); 0 leaves prototypes to the optimizer alone and keeps no state.
+        prototypes: (K, D), for the shape and dtype of the state, which is float32 or wider.
+        rate: share of the way, in [0, 1). 0 leaves prototypes to the optimizer alone and keeps no state.
         group: the processes whose latents are summed: ``"default"``, None or a ProcessGroup.
     """
 
     sums: Tensor
-    mass: Tensor
-    seen: Tensor
+    weight_sums: Tensor
+    last_prototypes: Tensor
 
     def __init__(self, prototypes: Tensor, rate: float, *, group: Group = "default") -> None:
         super().__init__()
@@ -65,9 +65,9 @@ class PrototypeFollower(Record):
         if self.rate:
             like = prototypes.detach().to(compute_dtype(prototypes.dtype))
             self.register_buffer("sums", torch.zeros_like(like))
-            self.register_buffer("mass", torch.zeros_like(like[:, 0]))
+            self.register_buffer("weight_sums", torch.zeros_like(like[:, 0]))
             # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
-            self.register_buffer("seen", torch.zeros_like(like))
+            self.register_buffer("last_prototypes", torch.zeros_like(like))
 
     @torch.no_grad()
     def move(self, prototypes: Tensor, shards: Any = None) -> None:
@@ -84,7 +84,7 @@ class PrototypeFollower(Record):
         # by that count, a write of nothing goes past it too, for graphs that hold the prototypes would mind; so does
         # the move of a single prototype.
         touched = torch.compiler.is_compiling() or prototypes._version != self.version.moved
-        follow(prototypes if touched else prototypes.data, self.sums, self.mass, self.seen, self.rate)
+        follow(prototypes if touched else prototypes.data, self.sums, self.weight_sums, self.last_prototypes, self.rate)
         self.moved(prototypes)
 
     def moved(self, prototypes: Tensor) -> None:
@@ -95,11 +95,11 @@ class PrototypeFollower(Record):
 
     def _move_shards(self, prototypes: Tensor, shards: Any) -> None:
         """Every rank computes the same move of all prototypes, and makes it in its own part."""
-        moved = prototypes.to(self.seen.dtype, copy=True)
+        moved = prototypes.to(self.last_prototypes.dtype, copy=True)
         before = moved.clone()
-        torch.ops.proto_reg.follow(moved, self.sums, self.mass, self.seen, self.rate)
+        torch.ops.proto_reg.follow(moved, self.sums, self.weight_sums, self.last_prototypes, self.rate)
         prototypes.copy_(moved)
-        self.seen.copy_(prototypes)  # in the dtype that they are gathered in
+        self.last_prototypes.copy_(prototypes)  # in the dtype that they are gathered in
         shards.to_local().add_(local_part(moved - before, shards))
 
     def observe(
@@ -107,21 +107,21 @@ class PrototypeFollower(Record):
         tokens: Tensor,
         assignments: Tensor,
         prototypes: Tensor,
-        counted: Tensor | None = None,
+        mask: Tensor | None = None,
         std: float = 1.0,
     ) -> None:
-        """Remember the finite ones of latents ``tokens`` (N, D) by their ``prototypes`` (K, D), ``assignments`` (N,).
+        """Record the finite latents among ``tokens`` (N, D) by their ``prototypes`` (K, D), ``assignments`` (N,).
 
-        ``counted`` (N,) or () bool says which latents count, ``std`` is the unit of distances. Sums are taken over all
+        ``mask``: (N,) or () bool, True where a latent counts. ``std``: the unit of distances. Sums are over all
         processes of the group.
         """
         if not self.rate:
             return
-        both = typical_sums(tokens.to(self.sums.dtype), assignments, counted, prototypes, std)
+        both = typical_sums(tokens.to(self.sums.dtype), assignments, mask, prototypes, std)
         both = sum_(both, self.ranks.active())
         # Not +=, which would have the module register its buffers anew.
         self.sums.add_(both[:, :-1])
-        self.mass.add_(both[:, -1])
+        self.weight_sums.add_(both[:, -1])
 
     @torch.no_grad()
     def forget(self, index: Tensor, prototypes: Tensor) -> None:
@@ -129,8 +129,8 @@ class PrototypeFollower(Record):
         if not self.rate:
             return
         self.sums[index] = 0
-        self.mass[index] = 0
-        self.seen[index] = prototypes[index].to(self.seen.dtype)
+        self.weight_sums[index] = 0
+        self.last_prototypes[index] = prototypes[index].to(self.last_prototypes.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

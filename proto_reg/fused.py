@@ -1,58 +1,62 @@
-"""The layer's common training step as one compiled operator: when it can be, and its call."""
+"""The layer's common training step as one compiled operator: whether it can be, and its call."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .assigner import SinkhornAssigner
-from .follower import PrototypeFollower
-from .functional.problem import reachable
+from .batch import BatchShard
+from .functional.sinkhorn_arguments import reachable
 from .head import PrototypeHead
 from .kernels import backends
-from .kernels.rows import ordinary
+from .kernels.layer_ops import ordinary
 from .mmd import AnchoredMMDLoss
-from .usage import UsageMeter
+from .output import RegularizerOutput
+from .pull import Pull
+from .record import Records, adapt
+from .schedule import StepFactors
 
 COMPILED = ("auto", "cpu")  # what a component's backend may be
 
 
-def fused_step(
-    z: Tensor,
-    keep: Tensor | None,
+def fused_pull(
+    batch: BatchShard,
     head: PrototypeHead,
     assigner: SinkhornAssigner,
     mmd: AnchoredMMDLoss,
-    counters: tuple[PrototypeFollower | None, UsageMeter, Tensor] | None,
-    active: Tensor | None,
-    sharpness: Tensor | None,
+    records: Records | None,
+    factors: StepFactors,
     temperature: float,
     prototype_weight: float,
     mmd_weight: float,
-) -> tuple[Tensor, ...] | None:
-    """What ``proto_reg::balanced_step`` returns for latents ``z`` (N, D); None where something asks for more than it.
+) -> Pull | None:
+    """Follow, pull and record by ``proto_reg::balanced_step``; None if the step asks for more than it can.
 
     It takes float32 on the CPU, components of our own classes with the Gaussian kernel and the analytic target, and
-    this process's latents alone. ``counters`` are the follower, which moves the prototypes before and remembers their
-    latents, the meter and the layer's steps; None counts nothing. ``active`` () or (2,), ``sharpness`` ():
-    None for 1.
+    the latents of one process without a queue. ``records``: None records nothing.
     """
-    # One function, for in a training that does not fit the nearest caches each one more takes microseconds.
+    # One function: in a training that does not fit the nearest caches each one more takes microseconds.
     ours = type(head) is PrototypeHead and type(assigner) is SinkhornAssigner and type(mmd) is AnchoredMMDLoss
     if not ours or not head.in_closed_form() or head.shards is not None or torch.compiler.is_compiling():
         return None
-    if mmd.kernel != "gaussian" or mmd.target != "analytic" or mmd.features is not None:
+    form, z = mmd.options, batch.tokens
+    if form.kernel != "gaussian" or form.target != "analytic" or form.features is not None:
         return None
-    if assigner.backend not in COMPILED or mmd.backend not in COMPILED or backends.choose("auto", z) != "cpu":
+    if batch.total > mmd.max_tokens or assigner.backend not in COMPILED or form.backend not in COMPILED:
+        return None
+    if backends.choose("auto", z) != "cpu":
         return None
     prototypes, marginals = head.prototypes, assigner.marginals
-    sums = mass = seen = usage = totals = steps = None
+    sums = weight_sums = last_prototypes = usage = totals = steps = None
     rate, follower = 0.0, None
-    if counters is not None:
-        follower, meter, steps = counters
-        usage, totals = meter.counts, meter.totals
-        if follower is not None:
-            sums, mass, seen, rate = follower.sums, follower.mass, follower.seen, follower.rate
+    if records is not None:
+        usage, totals, steps = records.meter.counts, records.meter.totals, records.steps
+        if records.follower.rate:
+            if not prototype_weight:
+                return None
+            follower = records.follower
+            sums, weight_sums, rate = follower.sums, follower.weight_sums, follower.rate
+            last_prototypes = follower.last_prototypes if prototypes.requires_grad else None
             head.to_write_to()
     # State is wider after .double(), and strided where the prototypes are.
     if not ordinary(z, prototypes) or any(
@@ -61,34 +65,36 @@ def fused_step(
         return None
     if sums is not None and not (sums.is_contiguous() and prototypes.is_contiguous()):
         return None
-    tol = None if assigner.tol is None else reachable(assigner.tol, z.dtype, head.num_prototypes)
-    results = torch.ops.proto_reg.balanced_step.default(
+    direction, step, *results = torch.ops.proto_reg.balanced_step.default(
         z,
-        keep,
+        batch.mask,
         prototypes,
         marginals,
-        active,
-        sharpness,
-        head.scores,
+        factors.shares,
+        factors.sharpness,
+        head.similarity,
         head.std,
         assigner.epsilon,
         assigner.num_iters,
-        tol,
+        None if assigner.tol is None else reachable(assigner.tol, z.dtype, head.num_prototypes),
         assigner.nan_policy == "isolate",
         temperature,
-        mmd.scales,
-        mmd.statistic == "unbiased",
-        mmd.reduction == "mean",
+        form.scales,
+        form.statistic == "unbiased",
+        form.reduction == "mean",
         prototype_weight,
         mmd_weight,
         sums,
-        mass,
-        seen if prototypes.requires_grad else None,
+        weight_sums,
+        last_prototypes,
         rate,
         usage,
         totals,
         steps,
     )
+    pulled = Pull(direction, [(prototypes, step)], RegularizerOutput._make(results))
     if follower is not None and prototypes.requires_grad:
         follower.moved(prototypes)
-    return results
+    if records is not None and prototype_weight:
+        adapt(batch, pulled.output, factors, assigner, temperature)
+    return pulled

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype, warn
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
-from .functional.prototypes import SCORES, prototype_scores
+from .functional.prototypes import SIMILARITIES, prototype_scores
 from .kernels.scores import scores_and_pull_back
 
 
@@ -22,7 +22,7 @@ class PrototypeHead(nn.Module):
     Args:
         latent_dim: D.
         num_prototypes: K. With K = 1 the prototype loss has no gradient: only the layer's follower moves the prototype.
-        scores: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
+        similarity: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
         std: standard deviation of the distribution around each prototype that training aims at, 1 by default.
             Reconstruction decides how far apart an encoder puts latents: README, "The scale of the latents", tells
@@ -47,14 +47,14 @@ class PrototypeHead(nn.Module):
         latent_dim: int,
         num_prototypes: int,
         *,
-        scores: str = "cosine",
+        similarity: str = "cosine",
         std: float | None = None,
         init_std: float | None = None,
     ) -> None:
         super().__init__()
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.num_prototypes = check_positive_int("num_prototypes", num_prototypes)
-        self.scores = check_choice("scores", scores, SCORES)
+        self.similarity = check_choice("similarity", similarity, SIMILARITIES)
         self.std = 1.0 if std is None else check_number("std", std, above=0)
         self._std_given = std is not None
         self.init_std = None if init_std is None else check_number("init_std", init_std, above=0)
@@ -119,7 +119,7 @@ class PrototypeHead(nn.Module):
                 f"z: expected shape (..., {self.latent_dim}), got {tuple(z.shape)}. Put the latent axis last, or build "
                 "the head with the latent_dim of your encoder."
             )
-        return prototype_scores(z, self.prototypes, self.scores, std=self.std)
+        return prototype_scores(z, self.prototypes, self.similarity, std=self.std)
 
     def in_closed_form(self) -> bool:
         """Whether scores and their gradients are those of the formulas: a head of one's own may compute others."""
@@ -133,7 +133,7 @@ class PrototypeHead(nn.Module):
         """
         if self.in_closed_form():
             v = self.prototypes.detach().to(z.dtype)
-            scores, to_both = scores_and_pull_back(z, v, self.scores, self.std)
+            scores, to_both = scores_and_pull_back(z, v, self.similarity, self.std)
 
             def pull_back(by_scores: Tensor) -> tuple[Tensor, list[Tensor]]:
                 by_z, by_prototypes = to_both(by_scores)
@@ -235,7 +235,7 @@ class PrototypeHead(nn.Module):
         return index
 
     def extra_repr(self) -> str:
-        return f"{self.latent_dim}, {self.num_prototypes}, scores={self.scores!r}, std={self.std:g}"
+        return f"{self.latent_dim}, {self.num_prototypes}, similarity={self.similarity!r}, std={self.std:g}"
 
 
 class PrototypeMixture(MixtureSameFamily):

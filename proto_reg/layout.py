@@ -28,6 +28,15 @@ class Layout:
         self.positions = " ".join(axis for axis in self.axes if axis != "d")
         self.is_rows = self.latent_axis == 1 == len(self.axes) - 1  # nothing to rearrange
 
+    def check_rank(self, z: Tensor) -> None:
+        """TypeError or ValueError unless ``z`` is a floating-point tensor with as many axes as the pattern."""
+        check_floating("z", z)
+        if z.ndim != len(self.axes):
+            raise ValueError(
+                f"z: expected a {self.pattern!r} tensor, got shape {tuple(z.shape)}. Set layout= to what your encoder "
+                "returns."
+            )
+
     def tokens(
         self, z: Tensor, mask: Tensor | None, latent_dim: int, *, empty: bool = False
     ) -> tuple[Tensor, Tensor | None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice
+from ._checks import check_positive_int
 from ._distributed import Group, Ranks
-from .functional.mmd import BACKENDS, DEFAULT_SCALES, anchored_mmd, anchored_mmd_and_gradient, check_mmd_options
+from .functional.mmd import DEFAULT_SCALES, MMDOptions, evaluate_mmd
 
 
 class AnchoredMMDLoss(nn.Module):
@@ -23,10 +25,15 @@ class AnchoredMMDLoss(nn.Module):
         statistic: ``"unbiased"`` or ``"biased"``.
         reduction: ``"mean"`` weighs clusters by their size, ``"sum"`` adds them up.
         features: number of random frequencies that estimate the statistic in linear time; None computes it exactly.
-        seed: of the frequencies.
+        max_tokens: the layer hands over at most this many latents of a training step, a new subsample each step.
+            A program of ``torch.export`` hands over all. A call of this module takes all that it gets.
+        seed: of the frequencies and of the subsamples.
         backend: ``"auto"``, ``"torch"`` or ``"cpu"``.
         group: the processes whose latents are one batch in training mode: ``"default"`` (the default process group, if
             there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
+
+    Attributes:
+        options: the options above that the function takes, as one tuple.
 
     Raises:
         TypeError, ValueError: an option that is not one of these, named.
@@ -41,42 +48,38 @@ class AnchoredMMDLoss(nn.Module):
         statistic: str = "unbiased",
         reduction: str = "mean",
         features: int | None = None,
+        max_tokens: int = 4096,
         seed: int = 0,
         backend: str = "auto",
         group: Group = "default",
     ) -> None:
         super().__init__()
-        check_mmd_options(kernel, scales, target, statistic, reduction, features, seed)
-        self.kernel = kernel
-        self.scales = tuple(float(s) for s in scales)
-        self.target = target
-        self.statistic = statistic
-        self.reduction = reduction
-        self.features = features
-        self.seed = seed
-        self.backend = check_choice("backend", backend, BACKENDS)
+        self.options = MMDOptions(kernel, scales, target, statistic, reduction, features, seed, backend).checked()
+        self.max_tokens = check_positive_int("max_tokens", max_tokens, minimum=2)
         self.ranks = Ranks(group)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None, std: float = 1.0
+        ) -> Tensor: ...
 
     def forward(
         self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None, std: float = 1.0
     ) -> Tensor:
-        """Scalar loss of latents ``z`` (B, D) around ``anchors`` (K, D), the normal distributions of deviation ``std``.
+        """Loss () of latents ``z`` (B, D) around ``anchors`` (K, D), the normal distributions of deviation ``std``.
 
-        ``assignments`` are (B,) int64 or (B, K) weights, ``mask`` (B,) bool leaves latents out.
+        ``assignments`` are (B,) int64 or (B, K) weights. ``mask`` (B,) bool is True for the latents that count.
         """
-        group = self.ranks.active(self.training)
-        return anchored_mmd(z, anchors, assignments, mask=mask, std=std, group=group, **self._options())
+        return evaluate_mmd(z, anchors, assignments, self.options, std, mask, None, self.ranks.active(self.training))[0]
 
+    @torch.no_grad()
     def value_and_gradient(
         self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None, std: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """The loss () and its gradient by ``z`` (B, D), both without autograd history."""
-        group = self.ranks.active(self.training)
-        return anchored_mmd_and_gradient(z, anchors, assignments, mask=mask, std=std, group=group, **self._options())
-
-    def _options(self) -> dict:
-        names = ("kernel", "scales", "target", "statistic", "reduction", "features", "seed", "backend")
-        return {name: getattr(self, name) for name in names}
+        """The loss () and its gradient by ``z`` (B, D), both without a graph."""
+        return evaluate_mmd(z, anchors, assignments, self.options, std, mask, None, self.ranks.active(self.training))
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items() if value is not None)
+        options = (f"{name}={value!r}" for name, value in self.options._asdict().items() if value is not None)
+        return ", ".join([*options, f"max_tokens={self.max_tokens}"])

@@ -43,7 +43,8 @@ class LatentQueue(Record):
     def __init__(self, size: int, latent_dim: int, *, group: Group = "default") -> None:
         super().__init__()
         self.ranks = Ranks(group)
-        self.size = check_positive_int("queue_size", size)
+        self.size = check_positive_int("size", size)
+        self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.register_buffer("latents", torch.zeros(size, latent_dim, dtype=torch.float32))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -63,34 +64,29 @@ class LatentQueue(Record):
         first, step = dist.get_rank(group), dist.get_world_size(group)
         return snapshot(self.latents)[first::step], self.in_use[first::step]
 
-    def below(
-        self,
-        rows: Tensor,
-        keep: Tensor | None,
-        group: ProcessGroup | None,
-        of: Callable | None = None,
+    def append_past(
+        self, scores: Tensor, mask: Tensor | None, group: ProcessGroup | None, head: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """``rows`` (N, ...) and below them this process's past latents, or what is computed ``of`` them; which count.
+        """``scores`` (N, K) and below them the scores of this process's past latents; beside them which rows count.
 
-        All rows, or those where ``keep`` (N,) is True; of the slots those in use. The past carries no gradient.
+        ``mask``: (N,) bool, which rows of ``scores`` count; None for all. Of the slots those in use count. ``head``
+        gives the scores of latents. The past carries no gradient.
         """
         latents, in_use = self.part(group)
-        past = latents.to(rows.dtype)
-        if of is not None:
-            with torch.no_grad():
-                past = of(past)
-        counted = in_use.new_ones(rows.shape[0]) if keep is None else keep
-        return torch.cat([rows, past]), torch.cat([counted, in_use])
+        with torch.no_grad():
+            past = head(latents.to(scores.dtype))
+        mask = in_use.new_ones(scores.shape[0]) if mask is None else mask
+        return torch.cat([scores, past]), torch.cat([mask, in_use])
 
     @torch.no_grad()
-    def push(self, tokens: Tensor, counted: Tensor | None = None) -> None:
-        """Enqueue the finite ones of ``tokens`` (N, D), those where ``counted`` (N,) bool is True; the last Q of them.
+    def push(self, tokens: Tensor, mask: Tensor | None = None) -> None:
+        """Enqueue the finite ones of ``tokens`` (N, D), those where ``mask`` (N,) bool is True; the last Q of them.
 
         The rows come in their order: of more rows than slots the last remain.
         """
         group = self.ranks.active()
         usable = tokens.isfinite().all(1)
-        usable = usable if counted is None else usable & counted
+        usable = usable if mask is None else usable & mask
         if tokens.shape[0] == 0:  # a rank without latents takes part in the sums all the same
             tokens, usable = tokens.new_zeros(1, tokens.shape[1]), usable.new_zeros(1)
         number = usable.cumsum(0)  # of each usable row, from 1

@@ -8,14 +8,14 @@ else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
 Hooks: TypeAlias = tuple[Callable, Callable]
 Buffers: TypeAlias = Sequence[tuple[nn.Module, str]]
 
@@ -53,20 +53,27 @@ class Replay:
     def __reduce__(self) -> tuple:
         return Replay, ()
 
-    @contextmanager
-    def state(self, hooks: Hooks, buffers: Buffers) -> Iterator[bool]:
-        """Whether a forward under ``hooks`` runs again; while it does, ``buffers`` are as they were the first time."""
-        before = self._before(hooks)
+    def run(
+        self, function: Callable[..., T], buffers: Callable[[], Buffers] | None, counting: bool, *arguments: Any
+    ) -> T:
+        """``function(counting, *arguments)``. Where a checkpoint runs it again, it counts nothing and finds ``buffers``
+        as they were the first time.
+
+        ``buffers``: what the function both depends on and changes; None for nothing.
+        """
+        hooks = None if buffers is None else saving_hooks()
+        if hooks is None or buffers is None:
+            return function(counting, *arguments)
+        before, present = self._before(hooks), buffers()
         if before is None:
-            self._keep(hooks, [getattr(module, name).clone() for module, name in buffers])
-            yield False
-            return
-        now = [getattr(module, name) for module, name in buffers]
-        _put(buffers, before)
+            self._keep(hooks, [getattr(module, name).clone() for module, name in present])
+            return function(counting, *arguments)
+        now = [getattr(module, name) for module, name in present]
+        _put(present, before)
         try:
-            yield True
+            return function(False, *arguments)
         finally:
-            _put(buffers, now)
+            _put(present, now)
 
     def _before(self, hooks: Hooks) -> list[Tensor] | None:
         backward = torch._C._current_graph_task_id()  # -1 outside a backward pass

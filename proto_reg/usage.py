@@ -8,7 +8,7 @@ from torch import Tensor
 from ._distributed import Group, Ranks, sum_
 from ._state import Record
 from .functional.metrics import SEPARATION, nearest_other
-from .kernels.rows import tally
+from .kernels.layer_ops import tally
 
 
 class UsageMeter(Record):
@@ -46,11 +46,11 @@ class UsageMeter(Record):
         scores: Tensor,
         prototypes: Tensor,
         losses: tuple[Tensor, Tensor],
-        counted: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        """Count a pass of latents ``tokens`` (N, D) with ``scores`` (N, K): the finite ones where ``counted`` (N,)."""
+        """Count the finite latents among ``tokens`` (N, D) with ``scores`` (N, K), where ``mask`` (N,) is True."""
         group = self.ranks.active()
-        pass_of_rank = tokens, scores, prototypes, counted, *losses
+        pass_of_rank = tokens, scores, prototypes, mask, *losses
         if group is None:
             tally(self.counts, self.totals, *pass_of_rank)
             return

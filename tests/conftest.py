@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import proto_reg
-from proto_reg import regularizer
+from proto_reg import PrototypicalRegularizer, Schedule
 from proto_reg.kernels import backends, build, closed_forms
 
 warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
@@ -26,11 +26,21 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+# In tests the prototypes are at work from the first step. Tests of the schedule that users get say so by a marker.
+DEFAULTS = Schedule.__init__.__defaults__
+Schedule.__init__.__defaults__ = tuple(0 if value == Schedule.mmd_steps else value for value in DEFAULTS)
+
+
 @pytest.fixture(autouse=True)
-def at_work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers whose prototypes are at work from the first step, but in tests of the warm-up that users get."""
-    if "warm_up" not in request.keywords:
-        monkeypatch.setattr(regularizer, "PROTOTYPE_WARMUP", 0)
+def default_schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "warm_up" in request.keywords:
+        monkeypatch.setattr(Schedule.__init__, "__defaults__", DEFAULTS)
+
+
+def untracked(layer: PrototypicalRegularizer) -> PrototypicalRegularizer:
+    """The layer, which counts nothing from now on."""
+    layer.tracking = False
+    return layer
 
 
 @pytest.fixture(scope="session", autouse=True)

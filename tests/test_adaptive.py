@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from conftest import untracked
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from proto_reg import PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import PrototypeHead, PrototypicalRegularizer, Schedule, SinkhornAssigner
 
 K, DIM = 6, 8
 SHARES = torch.tensor([0.5, 0.25, 0.12, 0.06, 0.04, 0.03])
@@ -79,7 +80,7 @@ def test_no_share_falls_below_the_smoothed_one() -> None:
 
 def test_compiled_and_plain_steps_agree(backend: str) -> None:
     torch.manual_seed(0)
-    layer = layer_of(temperature=(0.3, 0.1), temperature_steps=20, ramp_steps=3)
+    layer = layer_of(schedule=Schedule(temperature=(0.3, 0.1), temperature_steps=20, ramp_steps=3))
     twin = copy.deepcopy(layer)
     twin.mmd.backend = "torch"  # takes the whole step past the fused operator
     for seed in range(10):
@@ -105,8 +106,12 @@ def test_rows_that_do_not_count_change_nothing() -> None:
 def test_only_training_with_the_prototype_loss_at_work_changes_them() -> None:
     z, _ = clusters(64)
     uniform = adaptive().marginals
-    untracked, idle, warm = layer_of(tracking=False), layer_of(prototype_weight=0), layer_of(warmup_steps=2)
-    for layer in (untracked, idle, warm):
+    uncounted, idle, warm = (
+        untracked(layer_of()),
+        layer_of(prototype_weight=0),
+        layer_of(schedule=Schedule(warmup_steps=2)),
+    )
+    for layer in (uncounted, idle, warm):
         step(layer, z)
         assert torch.equal(layer.assigner.marginals, uniform)
     step(warm, z)

@@ -257,7 +257,7 @@ def test_layer_comes_to_the_models_mode_and_device() -> None:
 
 
 def test_components_are_options() -> None:
-    head = PrototypeHead(DIM, K, scores="euclidean")
+    head = PrototypeHead(DIM, K, similarity="euclidean")
     assert attached(head=head)[1].layer.head is head
 
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from proto_reg import (
     AnchoredMMDLoss,
+    LatentQueue,
     PrototypeHead,
     PrototypeWarning,
     PrototypicalRegularizer,
     PrototypicalTraining,
+    Schedule,
     SinkhornAssigner,
 )
 
@@ -101,14 +103,22 @@ def test_epsilon(digits: Tensor) -> None:
 @pytest.mark.parametrize(
     ("long", "short"),
     [
-        ({"warmup_steps": 100}, {"warmup_steps": 50}),
-        ({"prototype_warmup_steps": 60, "ramp_steps": 40}, {"prototype_warmup_steps": 30, "ramp_steps": 40}),
+        ({"schedule": Schedule(warmup_steps=100)}, {"schedule": Schedule(warmup_steps=50)}),
+        ({"schedule": Schedule(mmd_steps=60, ramp_steps=40)}, {"schedule": Schedule(mmd_steps=30, ramp_steps=40)}),
     ],
     ids=str,
 )
 def test_warm_up(digits: Tensor, long: dict, short: dict) -> None:
-    assert "horten" in says(warned(digits, build(total_steps=100, **long)), "covers all 100 steps")
-    assert warned(digits, build(total_steps=100, **short), 100) == []
+    def told(options: dict) -> Callable[[], PrototypicalRegularizer]:
+        def layer() -> PrototypicalRegularizer:
+            built = build(**options)()
+            built.expect(100)
+            return built
+
+        return layer
+
+    assert "horten" in says(warned(digits, told(long)), "covers all 100 steps")
+    assert warned(digits, told(short), 100) == []
 
 
 def test_warm_up_of_algorithm_1(digits: Tensor) -> None:
@@ -133,9 +143,11 @@ def test_thousands_of_dimensions(digits: Tensor) -> None:
 
 def test_few_latents(digits: Tensor) -> None:
     words = "8 latents for 10 prototypes"
-    assert "larger batches, queue_size= or fewer prototypes" in says(warned(digits, build(), 60, size=8), words)
+    assert "larger batches, fewer prototypes or queue=LatentQueue(size, latent_dim)" in says(
+        warned(digits, build(), 60, size=8), words
+    )
     assert silent(warned(digits, build(), 60, size=32), words)
-    assert silent(warned(digits, build(queue_size=64), 60, size=8), words)
+    assert silent(warned(digits, lambda: build(queue=LatentQueue(64, DIM))(), 60, size=8), words)
     assert silent(warned(digits, build(count=4), 60, size=8), words)
 
 
@@ -198,7 +210,7 @@ def test_no_better_than_by_chance(digits: Tensor) -> None:
     high = {"temperature": 3.0, "assigner": SinkhornAssigner(1.5)}
     text = says(warned(digits, build(**high), 410), words)
     assert "Lower the temperature, start from data (head.init_from) or use fewer prototypes" in text
-    assert warned(digits, build(temperature=0.3, assigner=SinkhornAssigner(0.15)), 410) == []
+    assert warned(digits, build(schedule=Schedule(temperature=0.3), assigner=SinkhornAssigner(0.15)), 410) == []
 
 
 @pytest.mark.parametrize(("scores", "temperature"), [("euclidean", 0.1), ("dot", 0.1), ("dot", 0.3)])
@@ -207,7 +219,7 @@ def test_surer_than_right(digits: Tensor, scores: str, temperature: float) -> No
 
     def layer(temperature: float) -> Callable[[], PrototypicalRegularizer]:
         options = {"temperature": temperature, "assigner": SinkhornAssigner(temperature / 2)}
-        return lambda: PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, scores=scores), **options)
+        return lambda: PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, similarity=scores), **options)
 
     texts = warned(digits, layer(temperature), 410)
     assert silent(texts, "chance")

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from layers import DIM, OPTIONS, SHARES, K, layer_with
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import PrototypicalRegularizer
 from proto_reg.functional import anchored_mmd, latent_metrics, sinkhorn
 
-DIM, K, BATCH, STEPS = 8, 5, 32, 12
-SHARES = [0.1, 0.3, 0.2, 0.15, 0.25]
-# Options, made anew for each layer: components belong to one.
-OPTIONS: dict[str, Callable[[], dict]] = {
-    "plain": dict,
-    "schedules": lambda: {"warmup_steps": 2, "prototype_warmup_steps": 3, "ramp_steps": 3},
-    "temperature": lambda: {"temperature": (0.3, 0.1), "temperature_steps": 5},
-    "noise": lambda: {"noise": 0.1, "noise_steps": 8, "warmup_steps": 2},
-    "queue": lambda: {"queue_size": 40},
-    "queue_mmd": lambda: {"queue_size": 40, "queue_mmd": True, "max_tokens": 16},
-    "max_tokens": lambda: {"max_tokens": 16},
-    "soft": lambda: {"soft": True},
-    "features": lambda: {"mmd": AnchoredMMDLoss(features=8)},
-    "sampled": lambda: {"mmd": AnchoredMMDLoss(target="sampled")},
-    "imq": lambda: {"mmd": AnchoredMMDLoss("imq", statistic="biased")},
-    "energy": lambda: {"mmd": AnchoredMMDLoss("energy", reduction="sum")},
-    "isolate": lambda: {"assigner": SinkhornAssigner(nan_policy="isolate", marginals=SHARES, tol=1e-3)},
-    "dot": lambda: {"head": PrototypeHead(DIM, K, scores="dot", std=0.5)},
-    "euclidean": lambda: {"head": PrototypeHead(DIM, K, scores="euclidean")},
-    "without tracking": lambda: {"tracking": False, "max_tokens": 16},
-}
+BATCH, STEPS = 32, 12
 
 
 @contextmanager
@@ -95,7 +76,7 @@ def walk(layer: PrototypicalRegularizer, steps: int) -> list[Tensor]:
 
 @pytest.mark.warm_up
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "maps"])
 @pytest.mark.parametrize("kind", ["float64", "meta"])
 def test_a_training_under_other_defaults_is_the_same(kind: str, options: str, mode: str) -> None:
     # In the second, past the 50 steps of the default start.
@@ -103,7 +84,7 @@ def test_a_training_under_other_defaults_is_the_same(kind: str, options: str, mo
     trainings = []
     for other in (False, True):
         torch.manual_seed(0)
-        layer = PrototypicalRegularizer(DIM, K, mode=mode, **OPTIONS[options]())
+        layer = layer_with(options, mode=mode)
         if not other:
             trainings.append(walk(layer, steps))
             continue

@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proto_reg import (
     AnchoredMMDLoss,
+    LatentQueue,
     PrototypeHead,
     PrototypicalRegularizer,
     PrototypicalTraining,
+    Schedule,
     SinkhornAssigner,
     regularizer,
 )
@@ -207,7 +209,7 @@ class Autoencoder(nn.Module):
     def __init__(self, **options) -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(12, DIM), nn.Linear(DIM, 12)
-        warm = {"warmup_steps": 1, "prototype_warmup_steps": 1}
+        warm = {"schedule": Schedule(warmup_steps=1, mmd_steps=1)}
         self.regularizer = PrototypicalRegularizer(DIM, K, **(warm | options))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -254,6 +256,10 @@ def one_against_two(weighted: bool = False, masked: bool = False, **options) -> 
     stay_equal(model)
 
 
+def few(group: str | None) -> dict:
+    return {"mmd": AnchoredMMDLoss(max_tokens=24, group=group)}
+
+
 def adaptive(group: str | None) -> SinkhornAssigner:
     return SinkhornAssigner(marginals="adaptive", num_prototypes=K, group=group)
 
@@ -273,16 +279,15 @@ def layer() -> None:
     for limit in (regularizer.GATHERED, 0):  # small batches computed by each process, and sums exchanged
         regularizer.GATHERED = limit
         one_against_two()
-        one_against_two(masked=True, max_tokens=24)
+        one_against_two(masked=True, components=few)
         for weighted in (False, True):
             one_against_two(weighted, components=lambda group: {"assigner": adaptive(group)})
         an_uneven_end()
         an_empty_rank()
     # A bucket for each parameter: DDP's all-reduces before and after the layer's own in the backward pass.
     one_against_two(ddp={"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True})
-    one_against_two(weighted=True, max_tokens=24)
-    one_against_two(soft=True, follow_rate=0.0)
-    one_against_two(components=lambda group: {"mmd": AnchoredMMDLoss(features=30, group=group)}, max_tokens=24)
+    one_against_two(weighted=True, components=few)
+    one_against_two(components=lambda group: {"mmd": AnchoredMMDLoss(features=30, max_tokens=24, group=group)})
     algorithm_1()
     compiled()
 
@@ -290,7 +295,7 @@ def layer() -> None:
 def an_uneven_end() -> None:
     """A last batch of 32 + 7, or of 32 + 0, hangs nobody."""
     for last in ((32, 7), (32, 0)):
-        model = built(max_tokens=24)
+        model = built(mmd=AnchoredMMDLoss(max_tokens=24))
         x = spread(dist.get_rank(), 3, 32, 12)
         batches = [x[0], x[1], x[2][: last[dist.get_rank()]]]
         train(DistributedDataParallel(model), batches, [None] * 3, False)
@@ -299,7 +304,7 @@ def an_uneven_end() -> None:
 
 def an_empty_rank() -> None:
     """Rows of the other rank alone: its gradients are those of one process, over the number of ranks."""
-    for options in ({}, {"layout": "b d h w", "max_tokens": 20}):
+    for options in ({}, {"layout": "b d h w", "mmd": AnchoredMMDLoss(max_tokens=20)}):
         layer, alone = (PrototypicalRegularizer(DIM, K, group=group, **options) for group in ("default", None))
         z = spread(1, *((8, DIM, 2, 3) if options else (48, DIM))).requires_grad_()
         dist.broadcast(layer.head.prototypes.data, 0)
@@ -375,7 +380,7 @@ def compiled() -> None:
         function(mine := z.clone().requires_grad_(), anchors, assignments).backward()
         torch.testing.assert_close(mine.grad, loss.value_and_gradient(z, anchors, assignments)[1])
     x = [spread(dist.get_rank(), 16, 12)]
-    eager, model = (built(warmup_steps=0, prototype_warmup_steps=0) for _ in range(2))
+    eager, model = (built(schedule=Schedule(mmd_steps=0)) for _ in range(2))
     train(eager, x * 2, [None] * 2, False)
     train(torch.compile(model, backend="aot_eager"), x * 2, [None] * 2, False)
     for name, value in eager.state_dict().items():
@@ -419,10 +424,10 @@ def algorithm_1() -> None:
 
 def lifecycle() -> None:
     """Usage, queue and revival are those of all ranks; past latents are balanced once, not once for each rank."""
-    layer = PrototypicalRegularizer(DIM, K, queue_size=40, queue_mmd=True)
+    layer = PrototypicalRegularizer(DIM, K, queue=LatentQueue(40, DIM))
     dist.broadcast(layer.head.prototypes.data, 0)
     layer.head.prototypes.data.abs_()[3] *= -1
-    alone = PrototypicalRegularizer(DIM, K, queue_size=40, queue_mmd=True, group=None)
+    alone = PrototypicalRegularizer(DIM, K, queue=LatentQueue(40, DIM, group=None), group=None)
     alone.load_state_dict(layer.state_dict())
     sizes = ((16, 7), (9, 20), (12, 0))
     batches = [1 + spread(i, sum(counts), DIM) for i, counts in enumerate(sizes)]

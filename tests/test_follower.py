@@ -19,7 +19,7 @@ def test_latents_that_do_not_count_are_not_remembered() -> None:
     z = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [torch.inf, 0.0], [5.0, 6.0], [7.0, 8.0]])
     follower.observe(z, torch.tensor([0, 0, 1, 1, 0]), v, torch.tensor([True, True, True, True, False]))
     weights = torch.tensor([(1 + 5 / 2) ** -2, (1 + 61 / 2) ** -2, 0])
-    torch.testing.assert_close(follower.mass, weights)
+    torch.testing.assert_close(follower.weight_sums, weights)
     torch.testing.assert_close(follower.sums, weights[:, None] * torch.tensor([[1.0, 2.0], [5.0, 6.0], [0.0, 0.0]]))
 
 
@@ -45,7 +45,7 @@ def test_prototypes_that_nobody_touched_are_not_written_to() -> None:
     with torch.no_grad():
         v += 1
     follower.move(v)
-    assert follower.mass.tolist() == [0, 0, 0]
+    assert follower.weight_sums.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -64,8 +64,8 @@ def test_prototypes_follow_whatever_optimizer_moves_them(optimizer: type, fused:
 @pytest.mark.parametrize("operator", ["follow", "follow_float32"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_single_prototype_waits_for_no_optimizer(operator: str, count: int) -> None:
-    v, sums, mass = torch.zeros(count, 2), torch.full((count, 2), 8.0), torch.full((count,), 2.0)
-    getattr(torch.ops.proto_reg, operator)(v, sums, mass, v.clone(), 0.5)
+    v, sums, weight_sums = torch.zeros(count, 2), torch.full((count, 2), 8.0), torch.full((count,), 2.0)
+    getattr(torch.ops.proto_reg, operator)(v, sums, weight_sums, v.clone(), 0.5)
     assert v.unique().tolist() == [2.0 if count == 1 else 0.0]
 
 

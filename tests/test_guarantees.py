@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import untracked
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypeHead, PrototypicalRegularizer, Schedule, SinkhornAssigner
 
 PIXELS, DIM, K, BATCH = 12, 8, 5, 32
-EVERYTHING = {
-    "queue_size": 50,
-    "queue_mmd": True,
-    "warmup_steps": 1,
-    "prototype_warmup_steps": 1,
-    "ramp_steps": 2,
-    "temperature": (0.3, 0.1),
-    "temperature_steps": 4,
-}
+
+
+def everything() -> dict:
+    """Options with state and schedules, made anew for each layer."""
+    schedule = Schedule(warmup_steps=1, mmd_steps=1, ramp_steps=2, temperature=(0.3, 0.1), temperature_steps=4)
+    return {"queue": LatentQueue(50, DIM), "schedule": schedule}
 
 
 class Autoencoder(nn.Module):
@@ -66,7 +64,7 @@ def assert_equal_state(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize(("mode", "masked"), [("balanced", False), ("weighted", True)])
 def test_compiles_as_one_graph_with_everything_on(mode: str, masked: bool) -> None:
     torch._dynamo.reset()
-    eager = PrototypicalRegularizer(DIM, K, mode=mode, **EVERYTHING).double()
+    eager = PrototypicalRegularizer(DIM, K, mode=mode, **everything()).double()
     inside = copy.deepcopy(eager)
     compiled = torch.compile(inside, fullgraph=True)
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.5) for layer in (eager, inside)]
@@ -89,9 +87,8 @@ def test_compiles_as_one_graph_with_everything_on(mode: str, masked: bool) -> No
 OPEN = {"named": torch.export.Dim("batch"), "auto": torch.export.Dim.AUTO}
 EXPORTED = {
     "plain": {},
-    "everything": EVERYTHING,
-    "few": {"max_tokens": 16},
-    "soft": {"soft": True},
+    "everything": everything(),
+    "few": {"mmd": AnchoredMMDLoss(max_tokens=16)},
     "isolate": {"assigner": SinkhornAssigner(marginals=[0.2] * K, nan_policy="isolate", tol=1e-3)},
     "features": {"mmd": AnchoredMMDLoss(features=8)},
     "sampled": {"mmd": AnchoredMMDLoss(target="sampled")},
@@ -117,14 +114,14 @@ def test_torch_export(options: str, batch: str, backend: str) -> None:
 
 
 def test_an_exported_loss_is_that_of_all_latents() -> None:
-    model = PrototypicalRegularizer(DIM, K, max_tokens=8).eval()
+    model = PrototypicalRegularizer(DIM, K, mmd=AnchoredMMDLoss(max_tokens=8)).eval()
     program = torch.export.export(model, (torch.rand(7, DIM),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     model.max_tokens, z = BATCH, torch.randn(BATCH, DIM)
     for ours, theirs in zip(program.module()(z)[1], model(z)[1], strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("options", [{}, everything()], ids=["plain", "everything"])
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_onnx(options: dict, tmp_path: Path, backend: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -146,14 +143,13 @@ def test_onnx(options: dict, tmp_path: Path, backend: str) -> None:
     "options",
     [
         {},
-        EVERYTHING,
-        {"soft": True},
-        {"max_tokens": 16},
+        everything(),
+        {"mmd": AnchoredMMDLoss(max_tokens=16)},
         {"assigner": SinkhornAssigner(marginals=[0.2] * K, nan_policy="isolate")},
         {"mmd": AnchoredMMDLoss(target="sampled")},
-        {"head": PrototypeHead(DIM, K, scores="euclidean")},
+        {"head": PrototypeHead(DIM, K, similarity="euclidean")},
     ],
-    ids=["plain", "everything", "soft", "max_tokens", "isolate", "sampled", "euclidean"],
+    ids=["plain", "everything", "max_tokens", "isolate", "sampled", "euclidean"],
 )
 def test_torch_func_with_tracking_off(options: dict) -> None:
     layer = PrototypicalRegularizer(DIM, K, mode="weighted", **options).double()
@@ -183,19 +179,20 @@ def test_torch_func_with_tracking_off(options: dict) -> None:
 
 def test_torch_func_says_what_it_cannot_do() -> None:
     z = torch.randn(BATCH, DIM)
-    for options in ({"mode": "weighted"}, {"tracking": False}, {}):
-        layer = PrototypicalRegularizer(DIM, K, **options)
+    layers = PrototypicalRegularizer(DIM, K, mode="weighted"), PrototypicalRegularizer(DIM, K)
+    for layer in (*layers, untracked(PrototypicalRegularizer(DIM, K))):
         with pytest.raises(RuntimeError, match="expected a layer with mode='weighted' and tracking=False"):
             torch.func.grad(lambda z, layer=layer: layer(z)[0].sum())(z)
         assert layer.steps == 0
-    layer = PrototypicalRegularizer(DIM, K, mode="weighted", tracking=False)
+    layer = untracked(PrototypicalRegularizer(DIM, K, mode="weighted"))
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.func.jacrev(torch.func.grad(lambda z: layer(z)[1].loss), chunk_size=1)(z)
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_a_training_forward_without_tracking_changes_nothing(mode: str) -> None:
-    model = Autoencoder(mode=mode, tracking=False, **EVERYTHING)
+    model = Autoencoder(mode=mode, **everything())
+    untracked(model.regularizer)
     optimizer = torch.optim.SGD([*model.encoder.parameters(), *model.decoder.parameters()], lr=0.1)
     before = copy.deepcopy(model.regularizer)
     for _ in range(3):
@@ -204,7 +201,7 @@ def test_a_training_forward_without_tracking_changes_nothing(mode: str) -> None:
 
 
 def test_deepcopy_and_pickle_go_on_alike() -> None:
-    model = Autoencoder(**EVERYTHING)
+    model = Autoencoder(**everything())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         step(model, optimizer, torch.rand(BATCH, PIXELS))
@@ -220,23 +217,23 @@ def test_deepcopy_and_pickle_go_on_alike() -> None:
 
 def test_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    model = Autoencoder(**EVERYTHING)
+    model = Autoencoder(**everything())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         step(model, optimizer, torch.rand(BATCH, PIXELS))
     safetensors.save_file(model.state_dict(), tmp_path / "state.safetensors")
-    loaded = Autoencoder(**EVERYTHING)
+    loaded = Autoencoder(**everything())
     loaded.load_state_dict(safetensors.load_file(tmp_path / "state.safetensors"))
     assert_equal_state(loaded, model)
     safetensors.save_model(model, str(tmp_path / "model.safetensors"))
-    loaded = Autoencoder(**EVERYTHING)
+    loaded = Autoencoder(**everything())
     assert safetensors.load_model(loaded, str(tmp_path / "model.safetensors")) == (set(), [])
     assert_equal_state(loaded, model)
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_exponential_moving_average(use_buffers: bool) -> None:
-    model = Autoencoder(**EVERYTHING)
+    model = Autoencoder(**everything())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = None
@@ -267,7 +264,7 @@ def test_exponential_moving_average(use_buffers: bool) -> None:
 def test_resume_in_the_middle_of_an_epoch_is_exact(mode: str) -> None:
     def build() -> tuple[Autoencoder, torch.optim.Optimizer]:
         torch.manual_seed(1)
-        model = Autoencoder(mode=mode, max_tokens=24, **EVERYTHING)
+        model = Autoencoder(mode=mode, mmd=AnchoredMMDLoss(max_tokens=24), **everything())
         return model, torch.optim.Adam(model.parameters(), lr=0.01)
 
     data = torch.rand(9, BATCH, PIXELS)
@@ -293,7 +290,7 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(mode: str) -> None:
 def test_weights_of_zero_change_no_bit_of_clipping_and_accumulation() -> None:
     torch.manual_seed(1)
     plain = nn.Sequential(nn.Linear(PIXELS, DIM), nn.Linear(DIM, PIXELS))
-    model = Autoencoder(prototype_weight=0.0, mmd_weight=0.0, queue_size=20)
+    model = Autoencoder(prototype_weight=0.0, mmd_weight=0.0, queue=LatentQueue(20, DIM))
     model.encoder, model.decoder = copy.deepcopy(plain[0]), copy.deepcopy(plain[1])
     both = nn.ModuleList([model.encoder, model.decoder])
     optimizers = [torch.optim.Adam(each.parameters(), lr=0.01) for each in (plain, model)]
@@ -322,7 +319,7 @@ def test_autocast_and_gradient_scaler(mode: str, dtype: torch.dtype, scaled: boo
     x = torch.rand(BATCH, PIXELS)
     for mixed in (False, True):
         torch.manual_seed(1)
-        model = Autoencoder(mode=mode, **EVERYTHING)
+        model = Autoencoder(mode=mode, **everything())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", enabled=mixed and scaled)
         for _ in range(5):
@@ -346,7 +343,7 @@ def test_autocast_and_gradient_scaler(mode: str, dtype: torch.dtype, scaled: boo
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_state_keeps_every_digit_in_half_precision(dtype: torch.dtype) -> None:
-    model = Autoencoder(assigner=SinkhornAssigner(marginals=[0.1, 0.3, 0.2, 0.15, 0.25]), **EVERYTHING)
+    model = Autoencoder(assigner=SinkhornAssigner(marginals=[0.1, 0.3, 0.2, 0.15, 0.25]), **everything())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         step(model, optimizer, torch.rand(BATCH, PIXELS))
@@ -363,14 +360,14 @@ def test_state_keeps_every_digit_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_a_model_made_without_memory_begins_as_any_other() -> None:
     with torch.device("meta"):
-        model = Autoencoder(**EVERYTHING)
+        model = Autoencoder(**everything())
     model.to_empty(device="cpu")
     for buffer in model.buffers():
         buffer.fill_(7)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    fresh = Autoencoder(**EVERYTHING)
+    fresh = Autoencoder(**everything())
     for (name, buffer), expected in zip(model.named_buffers(), fresh.buffers(), strict=True):
         assert torch.equal(buffer, expected), name
     fresh.load_state_dict(model.state_dict())

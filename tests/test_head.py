@@ -16,7 +16,7 @@ from proto_reg import PrototypeHead, PrototypicalRegularizer
 def test_scores_by_their_formulas() -> None:
     z = torch.randn(3, 4, 8)
     for scores in ("cosine", "dot", "euclidean"):
-        head = PrototypeHead(8, 5, scores=scores)
+        head = PrototypeHead(8, 5, similarity=scores)
         v = head.prototypes
         expected = {
             "cosine": F.cosine_similarity(z[..., None, :], v, dim=-1),
@@ -119,8 +119,8 @@ def test_bad_arguments() -> None:
         head(torch.randn(2, 5))
     with pytest.raises(TypeError, match="floating-point"):
         head(torch.ones(2, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="scores: expected one of 'cosine'"):
-        PrototypeHead(4, 3, scores="l2")
+    with pytest.raises(ValueError, match="similarity: expected one of 'cosine'"):
+        PrototypeHead(4, 3, similarity="l2")
     with pytest.raises(ValueError, match="std: expected a finite number > 0"):
         head.mixture(0.0)
 

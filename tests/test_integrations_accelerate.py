@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from proto_reg import PrototypicalRegularizer, attach
+from proto_reg import PrototypicalRegularizer, Schedule, attach
 from proto_reg.integrations.accelerate import log_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ class Run:
             **options,
         )
         model = AE()
-        attach(model, "encoder", DIM, K, warmup_steps=4)
+        attach(model, "encoder", DIM, K, schedule=Schedule(warmup_steps=4))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         x = torch.from_numpy(load_digits().data[: 64 * BATCHES] / 16).float()
         loader = DataLoader(TensorDataset(x), batch_size=64, shuffle=True)

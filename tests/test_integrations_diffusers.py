@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from test_examples import run
 from torch import Tensor
 
-from proto_reg import PrototypeHead, PrototypeWarning, attach
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypeWarning, attach
 from proto_reg.integrations.diffusers import PrototypicalAutoencoder
 
 
@@ -70,7 +70,7 @@ def test_loss_falls_and_prototypes_learn(form: partial, digits: Tensor) -> None:
 
 
 def test_shapes_of_what_the_layer_computed(digits: Tensor) -> None:
-    out = positions(tiny(), max_tokens=64)(digits[:10])
+    out = positions(tiny(), mmd=AnchoredMMDLoss(max_tokens=64))(digits[:10])
     assert out.sample.shape == (10, 1, 8, 8)
     assert out.latents.shape == (10, 4, 4, 4)
     assert out.info.scores.shape == (10, 6, 4, 4)
@@ -131,14 +131,14 @@ def test_the_folder_is_still_the_plain_autoencoders(digits: Tensor, tmp_path: Pa
 
 def test_components_of_ones_own_come_back_by_hand(tmp_path: Path) -> None:
     def head() -> PrototypeHead:
-        return PrototypeHead(4, 6, scores="euclidean")
+        return PrototypeHead(4, 6, similarity="euclidean")
 
     model = positions(tiny(), head=head())
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="head: expected the component"):
         PrototypicalAutoencoder.from_pretrained(tmp_path)
     loaded = PrototypicalAutoencoder.from_pretrained(tmp_path, head=head())
-    assert loaded.regularizer.head.scores == "euclidean"
+    assert loaded.regularizer.head.similarity == "euclidean"
     assert torch.equal(loaded.regularizer.head.prototypes, model.regularizer.head.prototypes)
 
 

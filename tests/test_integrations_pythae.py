@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from sklearn.datasets import load_digits
 from test_examples import run
 from torch import Tensor, nn
 
-from proto_reg import PrototypeWarning, attach
+from proto_reg import PrototypeWarning, Schedule, attach
 from proto_reg.integrations.pythae import PrototypeSampler, PrototypeSamplerConfig, PrototypicalAE, PrototypicalAEConfig
 
 
@@ -93,13 +94,17 @@ def test_reloaded_reconstructs_the_same_bits(digits: Tensor, trained) -> None:
 
 
 def test_options_survive_the_folder(tmp_path: Path) -> None:
-    options = {"scores": "euclidean", "mode": "weighted", "temperature": 0.2, "prototype_weight": 0.3}
-    options |= {"mmd_weight": 0.4, "warmup_steps": 7, "prototype_warmup_steps": 3, "follow_rate": 0.0}
-    options |= {"mmd_warmup_weight": 0.6, "noise": 0.2, "noise_steps": 5}
-    small(**options).save(str(tmp_path))
-    layer = PrototypicalAE.load_from_folder(str(tmp_path)).regularizer
-    assert layer.head.scores == options.pop("scores")
-    assert layer.follower.rate == options.pop("follow_rate")
+    schedule = Schedule(warmup_steps=7, mmd_steps=3, mmd_weight=0.6, temperature=(0.3, 0.2), temperature_steps=4)
+    options = {"mode": "weighted", "prototype_weight": 0.3, "mmd_weight": 0.4}
+    small(similarity="euclidean", schedule=schedule, follow_rate=0.0, noise=0.2, noise_steps=5, **options).save(
+        str(tmp_path)
+    )
+    model = PrototypicalAE.load_from_folder(str(tmp_path))
+    layer = model.regularizer
+    assert layer.head.similarity == "euclidean"
+    assert layer.follower.rate == 0.0
+    assert (model.noise.size, model.noise.steps) == (0.2, 5)
+    assert replace(layer.schedule, temperature=tuple(layer.schedule.temperature)) == schedule
     for name, value in options.items():
         assert getattr(layer, name) == value
 
@@ -268,8 +273,8 @@ def test_samples_around_a_prototype_are_of_its_kind(trained) -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(ValueError, match="scores: expected one of"):
-        small(scores="cos")
+    with pytest.raises(ValueError, match="similarity: expected one of"):
+        small(similarity="cos")
     with pytest.raises(ValueError, match="num_prototypes: expected"):
         PrototypicalAE(PrototypicalAEConfig(input_dim=(1, 8, 8), num_prototypes=0))
     with pytest.raises(TypeError, match="model: expected a PrototypicalAE, got AE"):

@@ -19,7 +19,7 @@ scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed: pip inst
 from scvi.data import synthetic_iid  # noqa: E402
 from scvi.model import SCVI  # noqa: E402
 
-from proto_reg import Attachment, PrototypeWarning, attach  # noqa: E402
+from proto_reg import Attachment, PrototypeWarning, Schedule, attach  # noqa: E402
 from proto_reg.integrations.scvi import PrototypicalSCVI  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]
@@ -120,7 +120,7 @@ def test_without_weights_it_is_scvi_to_the_bit() -> None:
         prototype_kwargs={
             "prototype_weight": 0.0,
             "mmd_weight": 0.0,
-            "prototype_warmup_steps": 0,
+            "schedule": Schedule(mmd_steps=0),
         },
     )
     ours.module.load_state_dict(plain.module.state_dict(), strict=False)

@@ -79,7 +79,7 @@ def test_training_with_accumulation(tmp_path: Path, bf16: bool) -> None:
     assert state["step"] == result.global_step
     # The Trainer's default optimizer is a fused one: prototypes follow their latents all the same.
     assert "fused" in run.args.optim
-    assert model.prototypes.follower.mass.sum() <= 2 * 64
+    assert model.prototypes.follower.weight_sums.sum() <= 2 * 64
 
 
 @pytest.mark.parametrize("save_steps", [10, 7])

@@ -12,7 +12,7 @@ from proto_reg.functional import latent_metrics
 
 
 def head_at(v: torch.Tensor, scores: str = "euclidean") -> PrototypeHead:
-    head = PrototypeHead(v.shape[1], len(v), scores=scores)
+    head = PrototypeHead(v.shape[1], len(v), similarity=scores)
     head.prototypes.data.copy_(v)
     return head
 

@@ -10,7 +10,7 @@ from conftest import naive_mmd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto_reg import AnchoredMMDLoss, PrototypicalRegularizer
+from proto_reg import AnchoredMMDLoss
 from proto_reg.functional import anchored_mmd
 from proto_reg.functional.features import frequencies
 from proto_reg.functional.mmd import DEFAULT_SCALES
@@ -298,5 +298,3 @@ def test_features_say_what_they_cannot_do() -> None:
         anchored_mmd(z, v, torch.rand(20, 3, dtype=torch.float64), features=20)
     with pytest.raises(ValueError, match="features: expected an int >= 6, got 5"):
         AnchoredMMDLoss(features=5)
-    with pytest.raises(ValueError, match="soft: expected False with features="):
-        PrototypicalRegularizer(2, 3, mmd=AnchoredMMDLoss(features=6), soft=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from proto_reg import AnchoredMMDLoss
 from proto_reg.functional import anchored_mmd
-from proto_reg.functional.mmd import DEFAULT_SCALES, anchored_mmd_and_gradient
+from proto_reg.functional.mmd import DEFAULT_SCALES
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 
@@ -29,10 +29,16 @@ def case(rows: int, groups: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return z, v, assignments
 
 
+def value_and_gradient(
+    z: Tensor, v: Tensor, assignments: Tensor, mask: Tensor | None = None, std: float = 1.0, **options
+) -> tuple[Tensor, Tensor]:
+    return AnchoredMMDLoss(**options).value_and_gradient(z, v, assignments, mask, std)
+
+
 def errors(z: Tensor, v: Tensor, assignments: Tensor, backend: str, **options) -> tuple[float, float]:
     """Of the loss, and of the gradient relative to its largest entry, against float64."""
-    expected, by_z = anchored_mmd_and_gradient(z.double(), v.double(), assignments, **options)
-    loss, gradient = anchored_mmd_and_gradient(z, v, assignments, backend=backend, **options)
+    expected, by_z = value_and_gradient(z.double(), v.double(), assignments, **options)
+    loss, gradient = value_and_gradient(z, v, assignments, backend=backend, **options)
     assert loss.dtype == gradient.dtype == torch.float32
     size = by_z.abs().max().clamp_min(1e-30)
     return float((loss - expected).abs()), float((gradient - by_z).abs().max() / size)
@@ -75,11 +81,11 @@ def test_clusters_of_many_tiles(rows: int, groups: int, dim: int) -> None:
 def test_few_and_no_members() -> None:
     z, v, _ = case(6, 5, 7)
     for assignments in ([0, 1, 2, 3, 4, -1], [-1] * 6, [7, 5, -3, 99, 2**40, -(2**40)]):
-        loss, gradient = anchored_mmd_and_gradient(z, v, torch.tensor(assignments), backend="cpu")
+        loss, gradient = value_and_gradient(z, v, torch.tensor(assignments), backend="cpu")
         assert loss == 0
         assert not gradient.any()
     pair = torch.tensor([3, 0, -1, 3, 1, 2])
-    gradient = anchored_mmd_and_gradient(z, v, pair, backend="cpu")[1]
+    gradient = value_and_gradient(z, v, pair, backend="cpu")[1]
     assert (gradient.abs().sum(1) > 0).tolist() == [True, False, False, True, False, False]
 
 
@@ -101,7 +107,7 @@ def test_far_from_the_anchors_and_from_the_origin() -> None:
     plain = errors(z + 30, v, assignments, "torch")
     assert far[0] <= max(2e-7, 2 * plain[0])
     assert far[1] <= max(3e-6, 2 * plain[1])
-    lost = anchored_mmd_and_gradient(z * 1e4, v, assignments, backend="cpu")[1]  # every exponential is 0
+    lost = value_and_gradient(z * 1e4, v, assignments, backend="cpu")[1]  # every exponential is 0
     assert not lost.any()
 
 
@@ -115,7 +121,7 @@ def test_coinciding_latents_have_a_finite_gradient() -> None:
 def test_nan_stays_in_its_cluster(dim: int, bad: float) -> None:
     z, v, assignments = case(300, 4, dim)  # more than plain torch does in one matrix
     z[150, 1], assignments[150] = bad, 2
-    results = [anchored_mmd_and_gradient(z, v, assignments, backend=name) for name in ("cpu", "torch")]
+    results = [value_and_gradient(z, v, assignments, backend=name) for name in ("cpu", "torch")]
     for loss, gradient in results:
         assert loss.isnan()
         assert torch.equal(gradient.isnan().any(1), assignments == 2)
@@ -128,8 +134,8 @@ def test_nan_stays_in_its_cluster(dim: int, bad: float) -> None:
 def test_non_contiguous_inputs() -> None:
     z, v, assignments = case(60, 4, 20)
     mask = torch.rand(60) < 0.7
-    expected = anchored_mmd_and_gradient(z, v, assignments, mask=mask, backend="cpu")
-    strided = anchored_mmd_and_gradient(
+    expected = value_and_gradient(z, v, assignments, mask=mask, backend="cpu")
+    strided = value_and_gradient(
         z.T.contiguous().T,
         torch.cat([v, v], 1)[:, :20],
         assignments.repeat_interleave(2)[::2],
@@ -148,8 +154,8 @@ def test_the_same_bits_for_any_number_of_threads_and_memory(rows: int, groups: i
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            anchored_mmd_and_gradient(9 * z, v, assignments, backend="cpu")  # leaves other numbers behind
-            results.append(anchored_mmd_and_gradient(z, v, assignments, backend="cpu"))
+            value_and_gradient(9 * z, v, assignments, backend="cpu")  # leaves other numbers behind
+            results.append(value_and_gradient(z, v, assignments, backend="cpu"))
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(False)
@@ -211,12 +217,13 @@ def test_a_backend_that_cannot_is_refused_with_the_cure() -> None:
 
 BY_ISA = """
 import sys, torch
-from proto_reg.functional.mmd import anchored_mmd_and_gradient
+sys.path.insert(0, "tests")
+from test_mmd_kernel import value_and_gradient
 torch.manual_seed(0)
 results = []
 for rows, groups, dim in ((5, 1, 1), (64, 5, 3), (256, 30, 256), (300, 2, 17), (900, 3, 70)):
     z, v, assignments = torch.randn(rows, dim), torch.randn(groups, dim), torch.randint(groups, (rows,))
-    results += anchored_mmd_and_gradient(z, v, assignments, backend="cpu")
+    results += value_and_gradient(z, v, assignments, backend="cpu")
 torch.save(results, sys.argv[1])
 """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor
 
-from proto_reg import PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import LatentNoise, PrototypicalRegularizer
 from proto_reg.functional import with_noise
 
 DIM, K, BATCH = 8, 4, 24
@@ -46,56 +46,48 @@ def test_a_latent_of_zeros_has_none() -> None:
     assert torch.equal(z.grad, torch.ones(2, DIM))
 
 
-@pytest.mark.parametrize("mode", ["balanced", "weighted"])
-def test_it_is_added_behind_the_layer(mode: str) -> None:
-    noisy = PrototypicalRegularizer(DIM, K, mode=mode, noise=0.3)
-    plain = PrototypicalRegularizer(DIM, K, mode=mode)
+def test_the_module_is_the_function_in_training_and_nothing_else() -> None:
+    noise, z = LatentNoise(0.3), torch.randn(BATCH, DIM)
+    torch.manual_seed(1)
+    expected = with_noise(z, 0.3)
+    torch.manual_seed(1)
+    assert torch.equal(noise(z), expected)
+    assert noise.eval()(z) is z
+    assert LatentNoise(0.0)(z) is z
+
+
+def test_behind_the_layer_it_leaves_losses_and_state_alone() -> None:
+    noisy, plain = PrototypicalRegularizer(DIM, K), PrototypicalRegularizer(DIM, K)
     plain.load_state_dict(noisy.state_dict())
-    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (noisy, plain)]
-    for _ in range(3):
-        z, g = torch.randn(2, BATCH, DIM)
-        results = []
-        for layer, optimizer in zip((noisy, plain), optimizers, strict=True):
-            leaf = z.clone().requires_grad_()
-            torch.manual_seed(1)
-            out, info = layer(leaf)
-            out = out if layer is noisy else with_noise(out, 0.3)
-            ((out * g).sum() + (info.loss if mode == "weighted" else 0)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            results.append([out, leaf.grad, *info, *layer.state_dict().values()])
-        for ours, theirs in zip(*results, strict=True):
-            assert torch.equal(ours, theirs)
+    noise, z = LatentNoise(0.3), torch.randn(BATCH, DIM)
+    found = []
+    for layer in (noisy, plain):
+        out, info = layer(z.clone().requires_grad_())
+        (noise(out) if layer is noisy else out).sum().backward()
+        found.append([*info, *layer.state_dict().values()])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
-def test_there_is_none_at_inference() -> None:
-    layer = PrototypicalRegularizer(DIM, K, noise=0.3)
-    z = torch.randn(BATCH, DIM, requires_grad=True)
-    with torch.no_grad():
-        assert layer(z)[0] is z
-    assert layer.eval()(z)[0] is z
-
-
-def test_it_sets_in_with_the_regularisers_and_may_end() -> None:
-    schedule = {"warmup_steps": 2, "prototype_warmup_steps": 1, "ramp_steps": 1}
-    layers = [PrototypicalRegularizer(DIM, K, noise=0.3, noise_steps=steps, **schedule) for steps in (0, 5)]
-    z = torch.randn(BATCH, DIM, requires_grad=True)
-    sizes = torch.zeros(2, 6)
-    for step in range(6):
-        for layer, row in zip(layers, sizes, strict=True):
-            torch.manual_seed(1)
-            row[step] = (layer(z)[0] - z).detach().norm()
-    share = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 0, 1, 2, 2, 0]]) / 2
-    torch.testing.assert_close(sizes, share * sizes.max())
+def test_it_may_end() -> None:
+    noise, z = LatentNoise(0.3, steps=2), torch.randn(BATCH, DIM)
+    noise.eval()(z)
+    changed = [not torch.equal(noise.train()(z), z) for _ in range(3)]
+    assert changed == [True, True, False]
+    resumed = LatentNoise(0.3, steps=2)
+    resumed.load_state_dict(noise.state_dict())
+    assert torch.equal(resumed(z), z)
+    resumed.reset_parameters()
+    assert not torch.equal(resumed(z), z)
 
 
 def test_latents_that_do_not_count_are_returned_as_they_came() -> None:
-    layer = PrototypicalRegularizer(DIM, K, noise=0.3, layout="b d h w")
+    noise = LatentNoise(0.3, layout="b d h w")
     z = torch.randn(3, DIM, 4, 5, requires_grad=True)
     mask = torch.rand(3, 4, 5) > 0.4
     with torch.no_grad():
         z.movedim(1, -1)[~mask] = float("nan")
-    out, _ = layer(z, mask=mask)
+    out = noise(z, mask=mask)
     out.sum().backward()
     changed = (out != z).movedim(1, -1)
     assert changed[mask].all()
@@ -104,32 +96,28 @@ def test_latents_that_do_not_count_are_returned_as_they_came() -> None:
     assert z.grad.isfinite().all()
 
 
-def test_a_latent_that_is_isolated_reaches_nothing() -> None:
-    layer = PrototypicalRegularizer(DIM, K, noise=0.3, assigner=SinkhornAssigner(nan_policy="isolate"))
+def test_a_latent_that_is_nan_reaches_nothing() -> None:
     z = torch.randn(BATCH, DIM)
     z[3] = float("nan")
     z.requires_grad_()
-    out, _ = layer(z)
-    out[torch.arange(BATCH) != 3].sum().backward()
-    assert z.grad.isfinite().all()
+    LatentNoise(0.3)(z)[torch.arange(BATCH) != 3].sum().backward()
+    assert z.grad[torch.arange(BATCH) != 3].isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["balanced", "weighted"])
-@pytest.mark.parametrize("schedule", [{}, {"warmup_steps": 1}, {"noise_steps": 2}])
+@pytest.mark.parametrize("steps", [0, 2])
 @inductor.patch(fallback_random=True)  # the numbers that eager torch draws
-def test_it_compiles_as_one_graph(mode: str, schedule: dict) -> None:
+def test_it_compiles_as_one_graph(steps: int) -> None:
     torch._dynamo.reset()
-    eager = PrototypicalRegularizer(DIM, K, mode=mode, noise=0.3, **schedule)
-    inside = copy.deepcopy(eager)
-    compiled = torch.compile(inside, fullgraph=True)
+    eager = LatentNoise(0.3, steps)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
     for _ in range(3):
         z, g = torch.randn(2, BATCH, DIM)
         results = []
         for call in (eager, compiled):
             leaf = z.clone().requires_grad_()
             torch.manual_seed(1)
-            out, info = call(leaf)
-            ((out * g).sum() + info.loss).backward()
+            out = call(leaf)
+            (out * g).sum().backward()
             results.append([out.detach(), leaf.grad])
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -137,14 +125,13 @@ def test_it_compiles_as_one_graph(mode: str, schedule: dict) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_it_has_the_latents_dtype(dtype: torch.dtype) -> None:
-    layer = PrototypicalRegularizer(DIM, K, noise=0.3, warmup_steps=1, ramp_steps=1)
-    for begun in (False, True, True):
-        z = (20_000 * torch.randn(BATCH, DIM).clamp(-2, 2)).to(dtype).requires_grad_()  # in float16 |z| overflows
-        out, _ = layer(z)
-        out.mean().backward()
-        assert out.dtype == z.grad.dtype == dtype
-        assert torch.equal(out, z) != begun
-        assert z.grad.isfinite().all()
+    noise = LatentNoise(0.3)
+    z = (20_000 * torch.randn(BATCH, DIM).clamp(-2, 2)).to(dtype).requires_grad_()  # in float16 |z| overflows
+    out = noise(z)
+    out.mean().backward()
+    assert out.dtype == z.grad.dtype == dtype
+    assert not torch.equal(out, z)
+    assert z.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -165,9 +152,11 @@ def test_arguments_of_the_function(arguments: dict, error: type, name: str) -> N
         with_noise(torch.ones(BATCH, DIM, dtype=torch.int64), 0.1)
 
 
-@pytest.mark.parametrize(("noise", "error"), [(-0.1, ValueError), (float("nan"), ValueError), ("0.1", TypeError)])
-def test_arguments_of_the_layer(noise: object, error: type) -> None:
-    with pytest.raises(error, match="noise: expected"):
-        PrototypicalRegularizer(DIM, K, noise=noise)
-    with pytest.raises(ValueError, match="noise_steps: expected"):
-        PrototypicalRegularizer(DIM, K, noise=0.1, noise_steps=-1)
+@pytest.mark.parametrize(("size", "error"), [(-0.1, ValueError), (float("nan"), ValueError), ("0.1", TypeError)])
+def test_arguments_of_the_module(size: object, error: type) -> None:
+    with pytest.raises(error, match="size: expected"):
+        LatentNoise(size)
+    with pytest.raises(ValueError, match="steps: expected"):
+        LatentNoise(0.1, -1)
+    with pytest.raises(ValueError, match="z: expected a 'b d h w' tensor"):
+        LatentNoise(0.1, layout="b d h w")(torch.randn(BATCH, DIM))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from conftest import log_sinkhorn, naive_mmd
+from conftest import log_sinkhorn
 
-from proto_reg import PrototypicalRegularizer, SinkhornAssigner
-from proto_reg.functional import prototype_cross_entropy, sinkhorn
-from proto_reg.functional.mmd import DEFAULT_SCALES
-from proto_reg.queue import LatentQueue
+from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg.functional import prototype_cross_entropy
 
 DIM, K, BATCH = 8, 4, 12
 
@@ -42,7 +42,7 @@ def test_a_batch_without_latents_changes_nothing() -> None:
 
 def test_no_slot_counts_before_it_is_filled() -> None:
     plain = PrototypicalRegularizer(DIM, K)
-    queued = PrototypicalRegularizer(DIM, K, queue_size=64, queue_mmd=True, head=plain.head)
+    queued = PrototypicalRegularizer(DIM, K, queue=LatentQueue(64, DIM), head=plain.head)
     z = torch.randn(BATCH, DIM)
     results = []
     for layer in (plain, queued):
@@ -56,7 +56,7 @@ def test_no_slot_counts_before_it_is_filled() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_past_enters_the_balance_and_not_the_loss(masked: bool) -> None:
-    layer = PrototypicalRegularizer(DIM, K, queue_size=20).double()
+    layer = PrototypicalRegularizer(DIM, K, queue=LatentQueue(20, DIM)).double()
     past, z = torch.randn(20, DIM), torch.randn(BATCH, DIM, dtype=torch.float64)
     layer.queue.push(past)
     mask = torch.rand(BATCH) > 0.3 if masked else None
@@ -71,7 +71,7 @@ def test_the_past_enters_the_balance_and_not_the_loss(masked: bool) -> None:
 
 
 def test_the_balanced_gradient_with_a_queue_is_that_of_the_losses() -> None:
-    layer = PrototypicalRegularizer(DIM, K, queue_size=20, queue_mmd=True).double()
+    layer = PrototypicalRegularizer(DIM, K, queue=LatentQueue(20, DIM)).double()
     layer.queue.push(torch.randn(20, DIM))
     z, g = torch.randn(2, BATCH, DIM, dtype=torch.float64)
     leaf = z.clone().requires_grad_()
@@ -84,21 +84,9 @@ def test_the_balanced_gradient_with_a_queue_is_that_of_the_losses() -> None:
     torch.testing.assert_close(layer.head.prototypes.grad, by_prototypes * by_v)
 
 
-def test_the_mmd_takes_past_latents_as_constants() -> None:
-    layer = PrototypicalRegularizer(DIM, K, queue_size=40, queue_mmd=True).double()
-    layer.queue.push(torch.randn(40, DIM))
-    z = torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
-    loss = layer.losses(z).mmd_loss
-    both = torch.cat([z, layer.queue.latents])
-    assignments = sinkhorn(layer.head(both).detach()).argmax(1)
-    expected = naive_mmd(both, layer.head.prototypes.detach(), assignments, "gaussian", DEFAULT_SCALES, True)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (loss, expected)))
-
-
-@pytest.mark.parametrize("options", [{"soft": True}, {"max_tokens": 6}, {"layout": "b d h w"}], ids=str)
+@pytest.mark.parametrize("options", [{"mmd": AnchoredMMDLoss(max_tokens=6)}, {"layout": "b d h w"}], ids=str)
 def test_it_goes_with_the_other_options(options: dict) -> None:
-    layer = PrototypicalRegularizer(DIM, K, queue_size=30, queue_mmd=True, **options)
+    layer = PrototypicalRegularizer(DIM, K, queue=LatentQueue(30, DIM), **options)
     shape = (3, DIM, 2, 2) if "layout" in options else (BATCH, DIM)
     for _ in range(4):
         z = torch.randn(shape, requires_grad=True)
@@ -117,20 +105,30 @@ def test_an_assigner_of_ones_own_sees_the_past() -> None:
             self.rows = int(mask.sum())
             return torch.nn.functional.one_hot(scores.argmax(1), K).to(scores.dtype)
 
-    layer = PrototypicalRegularizer(DIM, K, queue_size=10, assigner=Nearest())
+    layer = PrototypicalRegularizer(DIM, K, queue=LatentQueue(10, DIM), assigner=Nearest())
     for rows in (BATCH, BATCH + 10):
         layer(torch.randn(BATCH, DIM, requires_grad=True))
         assert layer.assigner.rows == rows
 
 
 def test_eval_and_untracked_passes_leave_it_alone() -> None:
-    layer = PrototypicalRegularizer(DIM, K, queue_size=10)
+    layer = PrototypicalRegularizer(DIM, K, queue=LatentQueue(10, DIM))
     layer.eval()(torch.randn(BATCH, DIM))
     layer.train()
     layer.tracking = False
     layer(torch.randn(BATCH, DIM, requires_grad=True))
     assert int(layer.queue.filled) == 0
-    with pytest.raises(ValueError, match="queue_mmd: expected False without a queue"):
-        PrototypicalRegularizer(DIM, K, queue_mmd=True)
-    with pytest.raises(ValueError, match="queue_size: expected an int >= 0"):
-        PrototypicalRegularizer(DIM, K, queue_size=-1)
+
+
+@pytest.mark.parametrize(
+    ("queue", "words"),
+    [
+        (lambda: LatentQueue(0, DIM), "size: expected an int >= 1"),
+        (lambda: LatentQueue(10, 0), "latent_dim: expected an int >= 1"),
+        (lambda: LatentQueue(10, DIM + 1), f"queue: expected latent_dim={DIM}, got {DIM + 1}"),
+        (lambda: 512, "queue: expected a LatentQueue, got int"),
+    ],
+)
+def test_a_queue_that_does_not_fit(queue: Callable[[], LatentQueue], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        PrototypicalRegularizer(DIM, K, queue=queue())

@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 import proto_reg
-from proto_reg import PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypicalRegularizer, Schedule, SinkhornAssigner
 
 DIM, K, BATCH = 16, 5, 48
 
@@ -46,7 +46,7 @@ LAYOUTS = {"b d": (BATCH, DIM), "b n d": (6, 8, DIM), "b d h w": (3, DIM, 4, 4),
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scores", ["cosine", "dot", "euclidean"])
 def test_balanced_gradient_is_what_it_says(scores: str, layout: str, masked: bool) -> None:
-    head = proto_reg.PrototypeHead(DIM, K, scores=scores)
+    head = proto_reg.PrototypeHead(DIM, K, similarity=scores)
     layer = PrototypicalRegularizer(DIM, K, head=head, layout=layout, prototype_weight=0.3, mmd_weight=0.2).double()
     z = torch.randn(LAYOUTS[layout], dtype=torch.float64)
     g = torch.randn_like(z)
@@ -171,7 +171,7 @@ def test_summed_and_mean_losses_give_the_same_direction() -> None:
 
 def test_eval_no_grad_and_warm_up_are_the_identity() -> None:
     z = torch.randn(BATCH, DIM, requires_grad=True)
-    layer = PrototypicalRegularizer(DIM, K, warmup_steps=2)
+    layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=2))
     g = torch.randn(BATCH, DIM)
     assert layer.eval()(z)[0] is z
     layer.train()
@@ -195,7 +195,9 @@ def test_eval_assigns_by_scores_and_still_reports_losses() -> None:
 
 
 def test_weighted_mode_is_the_classic_form() -> None:
-    layer = PrototypicalRegularizer(DIM, K, mode="weighted", prototype_weight=0.7, mmd_weight=0.4, warmup_steps=1)
+    layer = PrototypicalRegularizer(
+        DIM, K, mode="weighted", prototype_weight=0.7, mmd_weight=0.4, schedule=Schedule(warmup_steps=1)
+    )
     z = torch.randn(BATCH, DIM, requires_grad=True)
     out, info = layer(z)
     assert out is z
@@ -269,7 +271,7 @@ def test_prototypes_follow_their_latents_once_an_optimizer_moved_them() -> None:
 
 @pytest.mark.parametrize(
     ("prototypes", "options"),
-    [(K, {"warmup_steps": 99}), (K, {"prototype_weight": 0.0}), (K, {"follow_rate": 0.0})],
+    [(K, {"schedule": Schedule(warmup_steps=99)}), (K, {"prototype_weight": 0.0}), (K, {"follow_rate": 0.0})],
 )
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_what_holds_prototypes_still_holds_them_still(prototypes: int, options: dict, decay: float) -> None:
@@ -301,7 +303,9 @@ def test_frozen_prototypes_stay() -> None:
 def test_max_tokens_takes_a_seeded_subsample_and_leaves_the_random_stream_alone() -> None:
     def gradients(seed: int, steps: int) -> torch.Tensor:
         torch.manual_seed(0)
-        layer = PrototypicalRegularizer(DIM, K, max_tokens=32, seed=seed, prototype_weight=0.0, mmd_weight=1.0)
+        layer = PrototypicalRegularizer(
+            DIM, K, mmd=AnchoredMMDLoss(max_tokens=32, seed=seed), prototype_weight=0.0, mmd_weight=1.0
+        )
         z, g = torch.randn(2, 200, DIM)
         state = torch.get_rng_state()
         for _ in range(steps):
@@ -318,7 +322,7 @@ def test_max_tokens_takes_a_seeded_subsample_and_leaves_the_random_stream_alone(
 
 
 def test_subsample_prefers_positions_that_count() -> None:
-    layer = PrototypicalRegularizer(DIM, K, max_tokens=32, prototype_weight=0.0)
+    layer = PrototypicalRegularizer(DIM, K, mmd=AnchoredMMDLoss(max_tokens=32), prototype_weight=0.0)
     z, g = torch.randn(2, 200, DIM)
     mask = torch.zeros(200, dtype=torch.bool)
     mask[:40] = True
@@ -368,7 +372,14 @@ def test_a_failing_call_changes_nothing() -> None:
 
 @pytest.mark.parametrize("layout", ["b d", "b d h w"])
 @pytest.mark.parametrize(
-    "options", [{}, {"warmup_steps": 2}, {"mode": "weighted"}, {"max_tokens": 24}, {"soft": True}], ids=str
+    "options",
+    [
+        {},
+        {"schedule": Schedule(warmup_steps=2)},
+        {"mode": "weighted"},
+        {"mmd": AnchoredMMDLoss(max_tokens=24)},
+    ],
+    ids=str,
 )
 def test_compiles_as_one_graph_forward_and_backward(layout: str, options: dict) -> None:
     torch._dynamo.reset()
@@ -419,7 +430,10 @@ def train(
 def test_exact_resume() -> None:
     def build() -> tuple[nn.Module, PrototypicalRegularizer, torch.optim.Optimizer]:
         torch.manual_seed(1)
-        model, layer = nn.Linear(DIM, DIM), PrototypicalRegularizer(DIM, K, warmup_steps=2, max_tokens=16)
+        model, layer = (
+            nn.Linear(DIM, DIM),
+            PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=2), mmd=AnchoredMMDLoss(max_tokens=16)),
+        )
         return model, layer, torch.optim.Adam([*model.parameters(), *layer.parameters()], lr=0.01)
 
     data = torch.randn(9, BATCH, DIM)
@@ -459,9 +473,8 @@ def two_at_once(layer: PrototypicalRegularizer, call) -> list[torch.Tensor]:
     "options",
     [
         {},
-        {"max_tokens": 24, "warmup_steps": 1, "ramp_steps": 4},
-        {"queue_size": 64, "queue_mmd": True, "temperature": (0.3, 0.1), "temperature_steps": 4},
-        {"soft": True},
+        {"mmd": AnchoredMMDLoss(max_tokens=24), "schedule": Schedule(warmup_steps=1, ramp_steps=4)},
+        {"queue": LatentQueue(64, DIM), "schedule": Schedule(temperature=(0.3, 0.1), temperature_steps=4)},
     ],
     ids=str,
 )
@@ -478,7 +491,9 @@ def test_two_forwards_before_one_backward(options: dict, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_a_compiled_epoch_with_a_smaller_last_batch(mode: str) -> None:
     torch._dynamo.reset()
-    layer = PrototypicalRegularizer(DIM, K, mode=mode, max_tokens=24, queue_size=64, layout="b n d")
+    layer = PrototypicalRegularizer(
+        DIM, K, mode=mode, mmd=AnchoredMMDLoss(max_tokens=24), queue=LatentQueue(64, DIM), layout="b n d"
+    )
     inside = copy.deepcopy(layer)
     trainings = []
     for each, call in ((layer, layer), (inside, torch.compile(inside, fullgraph=True, backend="aot_eager"))):
@@ -629,9 +644,13 @@ def test_frozen_encoder_still_teaches_prototypes() -> None:
 
 def test_paper_preset() -> None:
     layer = PrototypicalRegularizer.paper(DIM, K, mmd_weight=0.5)
-    assert layer.head.scores == "dot"
-    assert (layer.mmd.target, layer.mmd.statistic, layer.mmd.reduction) == ("sampled", "biased", "sum")
-    assert layer.mmd.scales == (2.0,)
+    assert layer.head.similarity == "dot"
+    assert (layer.mmd.options.target, layer.mmd.options.statistic, layer.mmd.options.reduction) == (
+        "sampled",
+        "biased",
+        "sum",
+    )
+    assert layer.mmd.options.scales == (2.0,)
     assert (layer.mode, layer.prototype_weight, layer.mmd_weight, layer.follower.rate) == ("weighted", 1.0, 0.5, 0.0)
     z = torch.randn(BATCH, DIM, requires_grad=True)
     layer(z)[1].loss.backward()
@@ -639,7 +658,7 @@ def test_paper_preset() -> None:
 
 
 def test_components_can_be_replaced() -> None:
-    head = proto_reg.PrototypeHead(DIM, K, scores="euclidean")
+    head = proto_reg.PrototypeHead(DIM, K, similarity="euclidean")
     assigner, mmd = SinkhornAssigner(0.02), proto_reg.AnchoredMMDLoss("energy")
     layer = PrototypicalRegularizer(DIM, K, head=head, assigner=assigner, mmd=mmd)
     assert (layer.head, layer.assigner, layer.mmd) == (head, assigner, mmd)
@@ -650,8 +669,6 @@ def test_components_can_be_replaced() -> None:
             PrototypicalRegularizer(DIM, K, **{name: wrong})
     with pytest.raises(ValueError, match=r"marginals: expected shape \(5,\)"):
         PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(marginals=[0.5, 0.5]))
-    with pytest.raises(ValueError, match="soft: expected False"):
-        PrototypicalRegularizer(DIM, K, soft=True, mmd=proto_reg.AnchoredMMDLoss(target="sampled"))
     assert "mode='balanced'" in repr(layer)
 
 
@@ -665,25 +682,13 @@ def test_a_single_prototype_pulls_at_no_latent(rate: float) -> None:
     assert not layer.head.prototypes.grad.any()
 
 
-def test_soft_clusters_of_hardly_a_latent_stay_finite() -> None:
-    for seed in range(60):
-        torch.manual_seed(seed)
-        layer = PrototypicalRegularizer(32, 30, soft=True, head=proto_reg.PrototypeHead(32, 30, scores="dot"))
-        z = torch.randn(16, 32, requires_grad=True)
-        out, info = layer(z)
-        out.sum().backward()
-        assert info.mmd_loss.isfinite()
-        assert z.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_a_latent_that_is_not_finite_is_nobodys(soft: bool) -> None:
+def test_a_latent_that_is_not_finite_is_nobodys() -> None:
     """All codes of its batch are NaN: no prototype may be drawn to latents that it does not own."""
-    layer = PrototypicalRegularizer(DIM, K, soft=soft)
+    layer = PrototypicalRegularizer(DIM, K)
     z = torch.randn(BATCH, DIM)
     z[3, 2] = torch.inf
     layer(z.requires_grad_())
-    assert not layer.follower.mass.any()
+    assert not layer.follower.weight_sums.any()
 
 
 def test_moved_prototypes_tell_graphs_that_hold_them() -> None:

@@ -9,38 +9,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from layers import DIM, OPTIONS, layer_with
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import LatentNoise
 
-PIXELS, DIM, K, BATCH = 12, 8, 5, 32
-OPTIONS: dict[str, Callable[[], dict]] = {
-    "plain": dict,
-    "schedules": lambda: {"warmup_steps": 2, "prototype_warmup_steps": 3, "ramp_steps": 3},
-    "temperature": lambda: {"temperature": (0.3, 0.1), "temperature_steps": 5},
-    "noise": lambda: {"noise": 0.1, "noise_steps": 6, "ramp_steps": 4},
-    "queue": lambda: {"queue_size": 40},
-    "queue_mmd": lambda: {"queue_size": 40, "queue_mmd": True, "max_tokens": 16},
-    "max_tokens": lambda: {"max_tokens": 16},
-    "soft": lambda: {"soft": True},
-    "features": lambda: {"mmd": AnchoredMMDLoss(features=8)},
-    "sampled": lambda: {"mmd": AnchoredMMDLoss(target="sampled")},
-    "isolate": lambda: {"assigner": SinkhornAssigner(nan_policy="isolate", marginals=[0.2] * K)},
-    "dot": lambda: {"head": PrototypeHead(DIM, K, scores="dot")},
-    "torch": lambda: {"assigner": SinkhornAssigner(backend="torch")},
-    "maps": lambda: {"layout": "b d n"},
-    "without tracking": lambda: {"tracking": False, "max_tokens": 16},
-}
+PIXELS, BATCH = 12, 32
 everything = pytest.mark.parametrize("options", OPTIONS)
 modes = pytest.mark.parametrize("mode", ["balanced", "weighted"])
 
 
 class Model(nn.Module):
-    def __init__(self, **options) -> None:
+    def __init__(self, options: str = "plain", mode: str = "balanced") -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(PIXELS, DIM), nn.Sequential(nn.Linear(DIM, PIXELS), nn.Sigmoid())
-        self.regularizer = PrototypicalRegularizer(DIM, K, follow_rate=0.3, **options)
+        self.regularizer = layer_with(options, mode=mode, follow_rate=0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         """The loss of ``x`` (B, PIXELS); what the layer found is a part of it, whatever the mode."""
@@ -54,9 +38,9 @@ class Model(nn.Module):
         return (self.decoder(z) - x).square().mean() + info.loss + seen
 
 
-def two(mode: str = "balanced", options: str = "queue_mmd") -> list[Model]:
+def two(mode: str = "balanced", options: str = "queue and subsample") -> list[Model]:
     """Two equal models."""
-    model = Model(mode=mode, **OPTIONS[options]())
+    model = Model(options, mode)
     return [model, copy.deepcopy(model)]
 
 
@@ -119,6 +103,16 @@ def test_several_forwards_before_a_backward(order: str, mode: str, options: str)
     assert_same(trained(held, losses(again)), expected)
 
 
+def test_noise_that_ends_counts_once() -> None:
+    plain = nn.Sequential(nn.Linear(PIXELS, DIM), LatentNoise(0.1, steps=5), nn.Linear(DIM, PIXELS))
+    held = copy.deepcopy(plain)
+    torch.manual_seed(3)
+    expected = trained(plain, lambda model, x: [model(x).square().mean()])
+    torch.manual_seed(3)
+    assert_same(trained(held, lambda model, x: [again(model, x).square().mean()]), expected)
+    assert held[1].steps_done == 8
+
+
 @modes
 def test_a_checkpoint_in_a_checkpoint(mode: str) -> None:
     plain, held = two(mode)
@@ -147,7 +141,7 @@ def test_other_hooks_and_a_retained_graph() -> None:
     expected = trained(plain, lambda model, x: [model(x)])
     with torch.autograd.graph.save_on_cpu():
         assert_same(trained(held, lambda model, x: [model(x)]), expected)
-    model, x = Model(queue_size=40, max_tokens=16), torch.rand(BATCH, PIXELS)
+    model, x = Model("queue and subsample"), torch.rand(BATCH, PIXELS)
     gradients = []
     loss = again(model, x)
     for _ in range(2):
@@ -168,7 +162,7 @@ def test_the_reentrant_form_counts_the_run_that_has_a_graph(mode: str) -> None:
 
 
 def test_what_a_checkpoint_found_goes_with_it_and_is_in_no_copy() -> None:
-    model, x = Model(queue_size=40), torch.rand(BATCH, PIXELS)
+    model, x = Model("queue"), torch.rand(BATCH, PIXELS)
     losses = [again(model, x) for _ in range(3)]
     replay = model.regularizer.replay
     assert len(replay._calls) == 3

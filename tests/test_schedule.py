@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import untracked
 from test_warnings import spoken
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from proto_reg import PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import PrototypicalRegularizer, Schedule, SinkhornAssigner
 
 DIM, K, BATCH = 8, 4, 24
 
 
 def test_weights_grow_linearly_after_warm_up() -> None:
-    layer = PrototypicalRegularizer(DIM, K, warmup_steps=2, ramp_steps=3).double()
+    layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=2, ramp_steps=3)).double()
     z, g = torch.randn(2, BATCH, DIM, dtype=torch.float64)
     added, losses, active = [], [], []
     for _ in range(7):
@@ -32,7 +33,7 @@ def test_weights_grow_linearly_after_warm_up() -> None:
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
-    warm = {"warmup_steps": 1, "prototype_warmup_steps": 2, "mmd_warmup_weight": 0.4, "ramp_steps": 1}
+    warm = {"schedule": Schedule(warmup_steps=1, mmd_steps=2, mmd_weight=0.4, ramp_steps=1)}
     layer = PrototypicalRegularizer(DIM, K, mode=mode, follow_rate=0.0, **warm)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     z, g = torch.randn(2, BATCH, DIM)
@@ -42,9 +43,8 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
         assert layer.metrics()["active"] == of_prototypes
         before = layer.head.prototypes.detach().clone()
         weights = 0.03 * of_prototypes, (0.4 if step < 3 else 0.1) * of_mmd
-        constant = PrototypicalRegularizer(
-            DIM, K, mode=mode, prototype_weight=weights[0], mmd_weight=weights[1], follow_rate=0.0, tracking=False
-        )
+        weighed = {"prototype_weight": weights[0], "mmd_weight": weights[1]}
+        constant = untracked(PrototypicalRegularizer(DIM, K, mode=mode, follow_rate=0.0, **weighed))
         constant.head.load_state_dict(layer.head.state_dict())
         gradients = []
         for each in (layer, constant):
@@ -59,14 +59,12 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
 
 
 @pytest.mark.warm_up
-def test_the_default_is_some_steps_of_the_mmd_alone_where_steps_are_counted() -> None:
+def test_the_default_is_some_steps_of_the_mmd_alone() -> None:
     default = PrototypicalRegularizer(DIM, K)
-    assert default.prototype_warmup_steps == 50
-    for without in ({"tracking": False}, {"mmd_weight": 0.0}, {"mmd_warmup_weight": 0.0}):
-        assert PrototypicalRegularizer(DIM, K, **without).prototype_warmup_steps == 0
-    assert PrototypicalRegularizer(DIM, K, tracking=False, prototype_warmup_steps=7).prototype_warmup_steps == 7
-    assert PrototypicalRegularizer.paper(DIM, K).prototype_warmup_steps == 0
-    asked = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=50)
+    assert default.schedule.mmd_steps == 50
+    assert PrototypicalRegularizer(DIM, K, mmd_weight=0.0).schedule.mmd_steps == 0
+    assert PrototypicalRegularizer.paper(DIM, K).schedule.mmd_steps == 0
+    asked = PrototypicalRegularizer(DIM, K, schedule=Schedule(mmd_steps=50))
     asked.load_state_dict(default.state_dict())
     z, g = torch.randn(2, BATCH, DIM)
     for step in range(51):
@@ -80,10 +78,10 @@ def test_the_default_is_some_steps_of_the_mmd_alone_where_steps_are_counted() ->
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_schedules_that_are_over_leave_the_same_bits(mode: str) -> None:
-    over = PrototypicalRegularizer(DIM, K, mode=mode, warmup_steps=1, prototype_warmup_steps=1, ramp_steps=2)
+    over = PrototypicalRegularizer(DIM, K, mode=mode, schedule=Schedule(warmup_steps=1, mmd_steps=1, ramp_steps=2))
     z, g = torch.randn(2, BATCH, DIM)
     for step in range(6):
-        assert (over._active() is None) == (step >= 4)
+        assert (over._factors().shares is None) == (step >= 4)
         over(z.clone().requires_grad_())
     never = PrototypicalRegularizer(DIM, K, mode=mode)
     never.load_state_dict(over.state_dict())
@@ -98,9 +96,11 @@ def test_schedules_that_are_over_leave_the_same_bits(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
-@pytest.mark.parametrize("schedule", [{"warmup_steps": 2}, {"prototype_warmup_steps": 1, "ramp_steps": 1}])
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": Schedule(warmup_steps=2)}, {"schedule": Schedule(mmd_steps=1, ramp_steps=1)}]
+)
 def test_checkpointing_at_the_step_at_which_schedules_end(mode: str, schedule: dict) -> None:
-    layer = PrototypicalRegularizer(DIM, K, mode=mode, noise=0.1, **schedule)
+    layer = PrototypicalRegularizer(DIM, K, mode=mode, **schedule)
 
     def forward(z: torch.Tensor) -> torch.Tensor:
         out, info = layer(z)
@@ -114,33 +114,42 @@ def test_checkpointing_at_the_step_at_which_schedules_end(mode: str, schedule: d
 
 def test_a_schedule_of_fake_tensors(backend: str) -> None:
     with FakeTensorMode():
-        layer = PrototypicalRegularizer(DIM, K, warmup_steps=1, prototype_warmup_steps=1)
+        layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=1, mmd_steps=1))
         out, info = layer(torch.randn(BATCH, DIM, requires_grad=True))
         (out.sum() + info.loss).backward()
     assert out.shape == (BATCH, DIM)
 
 
 def test_prototypes_follow_nothing_until_they_are_warm() -> None:
-    layer = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=2)
+    layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(mmd_steps=2))
     seen = []
     for _ in range(3):
         layer(torch.randn(BATCH, DIM, requires_grad=True))
-        seen.append(bool(layer.follower.mass.any()))
+        seen.append(bool(layer.follower.weight_sums.any()))
     assert seen == [False, False, True]
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_temperature_and_epsilon_anneal_together(mode: str) -> None:
     layer = PrototypicalRegularizer(
-        DIM, K, mode=mode, temperature=(0.5, 0.1), temperature_steps=4, warmup_steps=1, follow_rate=0.0
+        DIM,
+        K,
+        mode=mode,
+        schedule=Schedule(temperature=(0.5, 0.1), temperature_steps=4, warmup_steps=1),
+        follow_rate=0.0,
     ).double()
     z = torch.randn(BATCH, DIM, dtype=torch.float64)
     for tau in (0.5, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1):
         constant = PrototypicalRegularizer(
-            DIM, K, mode=mode, temperature=tau, assigner=SinkhornAssigner(tau / 2), head=layer.head, follow_rate=0.0
+            DIM,
+            K,
+            mode=mode,
+            schedule=Schedule(warmup_steps=1, temperature=tau),
+            assigner=SinkhornAssigner(tau / 2),
+            head=layer.head,
+            follow_rate=0.0,
         ).double()
         constant.steps += int(layer.steps)
-        constant.warmup_steps = 1
         gradients = []
         for each in (layer, constant):
             leaf = z.clone().requires_grad_()
@@ -153,46 +162,66 @@ def test_temperature_and_epsilon_anneal_together(mode: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # the factor of the scores is float32
 
 
-def test_arguments() -> None:
-    for options, words in (
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         ({"temperature": (0.2, 0.1)}, "temperature_steps: expected an int > 0 with two"),
-        (
-            {"temperature_steps": 5},
-            "and 0 with one, got 5",
-        ),
+        ({"temperature_steps": 5}, "and 0 with one, got 5"),
         ({"temperature": (0.2, 0.1, 0.3), "temperature_steps": 5}, "temperature: expected a number or"),
         ({"temperature": (0.2, 0.0), "temperature_steps": 5}, "temperature: expected a finite number > 0"),
         ({"ramp_steps": -1}, "ramp_steps: expected an int >= 0"),
-        ({"prototype_warmup_steps": -1}, "prototype_warmup_steps: expected an int >= 0"),
-        ({"mmd_warmup_weight": -1}, "mmd_warmup_weight: expected a finite number >= 0"),
-    ):
-        with pytest.raises(ValueError) as caught:
-            PrototypicalRegularizer(DIM, K, **options)
-        assert words in str(caught.value)
+        ({"mmd_steps": -1}, "mmd_steps: expected an int >= 0"),
+        ({"mmd_weight": -1}, "mmd_weight: expected a finite number >= 0"),
+    ],
+)
+def test_arguments(options: dict, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Schedule(**options)
+    assert words in str(caught.value)
+    with pytest.raises(TypeError, match="schedule: expected a Schedule, got dict"):
+        PrototypicalRegularizer(DIM, K, schedule=options)
 
 
-def test_a_ramp_as_long_as_the_training_is_warned_of() -> None:
-    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=60, ramp_steps=40, total_steps=100))
-    assert "warmup_steps + ramp_steps = 100 covers all 100 steps" in text
-    assert spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=60, ramp_steps=39, total_steps=100)) == []
-    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, prototype_warmup_steps=100, total_steps=100))
-    assert "prototype_warmup_steps = 100 covers all 100 steps" in text
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (Schedule(warmup_steps=60, ramp_steps=40), ["warmup_steps + ramp_steps = 100 covers all 100 steps"]),
+        (Schedule(mmd_steps=100), ["mmd_steps = 100 covers all 100 steps"]),
+        (Schedule(warmup_steps=60, ramp_steps=39), []),
+    ],
+)
+def test_a_schedule_as_long_as_the_training_is_warned_of(schedule: Schedule, words: list[str]) -> None:
+    said = spoken(lambda: PrototypicalRegularizer(DIM, K, schedule=schedule).expect(100))
+    assert len(said) == len(words)
+    assert all(ours in text for ours, text in zip(words, said, strict=True))
+
+
+@pytest.mark.warm_up
+def test_a_schedule_that_stands_still_is_warned_of() -> None:
+    z = torch.randn(BATCH, DIM, requires_grad=True)
+    (text,) = spoken(lambda: untracked(PrototypicalRegularizer(DIM, K))(z))
+    assert "schedule=Schedule(mmd_steps=0)" in text
+    cured = PrototypicalRegularizer(DIM, K, schedule=Schedule(mmd_steps=0))
+    assert spoken(lambda: untracked(cured)(z)) == []
+    begun = PrototypicalRegularizer(DIM, K)
+    begun(z)
+    assert spoken(lambda: untracked(begun)(z)) == []  # a pass between counted ones
 
 
 def test_a_gpu_is_not_waited_for_to_know_that_a_warm_up_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the step is known from the last look that has arrived, here those after 73 and 123."""
-    layer = PrototypicalRegularizer(DIM, K, warmup_steps=3, prototype_warmup_steps=20, prototype_weight=0.0)
+    layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=3, mmd_steps=20), prototype_weight=0.0)
     z = torch.randn(BATCH, DIM, requires_grad=True)
     known = []
     for _ in range(130):
         layer(z)
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(torch.Tensor, "is_cpu", False)
-            known.append((layer._past(73), layer._past(123), layer._active() is None))
+            known.append((layer._reached() >= 73, layer._reached() >= 123, layer._factors().shares is None))
     assert known == [(False, False, False)] * 72 + [(True, False, True)] * 50 + [(True, True, True)] * 8
     for change in (lambda: layer.load_state_dict(layer.state_dict()), layer.reset_parameters):
         layer.watch.active_steps = 40.0
         change()
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(torch.Tensor, "is_cpu", False)
-            assert not layer._past(1)
+            assert layer._reached() < 1

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
 import torch
 from torch import Tensor
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, attach
+from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, attach
 from proto_reg.functional import anchored_mmd, latent_metrics, prototype_scores
-from proto_reg.functional.mmd import anchored_mmd_and_gradient
 
 DIM, K, BATCH = 12, 5, 64
 UNIT = 0.25  # a power of 2 rounds nothing
@@ -18,8 +18,10 @@ UNIT = 0.25  # a power of 2 rounds nothing
 
 def two_layers(scores: str = "cosine", **options) -> tuple[PrototypicalRegularizer, PrototypicalRegularizer]:
     """One that aims at N(v, I), and one at N(v, UNIT^2 I) around prototypes at UNIT times those points."""
-    one = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, scores=scores), **options)
-    other = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, scores=scores, std=UNIT), **options)
+    one = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, similarity=scores), **copy.deepcopy(options))
+    other = PrototypicalRegularizer(
+        DIM, K, head=PrototypeHead(DIM, K, similarity=scores, std=UNIT), **copy.deepcopy(options)
+    )
     with torch.no_grad():
         other.head.prototypes.copy_(UNIT * one.head.prototypes)
     return one, other
@@ -46,9 +48,8 @@ def train(layer: PrototypicalRegularizer, latents: Tensor, unit: float) -> list[
     [
         {},
         {"mode": "weighted"},
-        {"soft": True},
-        {"queue_size": 2 * BATCH, "queue_mmd": True},
-        {"max_tokens": 16},
+        {"queue": LatentQueue(2 * BATCH, DIM)},
+        {"mmd": AnchoredMMDLoss(max_tokens=16)},
         {"mmd": AnchoredMMDLoss("energy")},
         {"mmd": AnchoredMMDLoss(features=24)},
     ],
@@ -91,7 +92,7 @@ def test_samples_are_those_of_the_distribution_aimed_at() -> None:
 
 
 def test_euclidean_scores_are_the_mixtures_log_posterior() -> None:
-    head = PrototypeHead(DIM, K, scores="euclidean", std=0.3)
+    head = PrototypeHead(DIM, K, similarity="euclidean", std=0.3)
     z = head.sample(20)
     torch.testing.assert_close(head(z).softmax(1), head.mixture().responsibilities(z), rtol=1e-4, atol=1e-5)
 
@@ -111,7 +112,7 @@ def test_gradient_is_that_of_the_value() -> None:
     assert torch.autograd.gradcheck(lambda z: anchored_mmd(z, v, assignments, std=0.6), z)
     value = anchored_mmd(z, v, assignments, std=0.6)
     (gradient,) = torch.autograd.grad(value, z)
-    torch.testing.assert_close(anchored_mmd_and_gradient(z, v, assignments, std=0.6)[1], gradient)
+    torch.testing.assert_close(AnchoredMMDLoss().value_and_gradient(z, v, assignments, std=0.6)[1], gradient)
 
 
 @pytest.mark.parametrize("std", [0.3, 1 / 6, 1.0, 12345.678])

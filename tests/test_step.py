@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import across_instruction_sets
+from conftest import across_instruction_sets, untracked
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypeHead, PrototypicalRegularizer, Schedule, SinkhornAssigner
 from proto_reg.functional.mmd import DEFAULT_SCALES
-from proto_reg.kernels import backends, rows
-from proto_reg.kernels.step import balanced_step_plain
+from proto_reg.kernels import backends, layer_ops
+from proto_reg.kernels.step import balanced_step_reference
 
 DIM, K, BATCH = 16, 5, 48
-SCORES = ("cosine", "dot", "euclidean")
+SIMILARITIES = ("cosine", "dot", "euclidean")
 operators = torch.ops.proto_reg
 
 
@@ -27,18 +27,18 @@ def loaded(cpu_library: object) -> None:
     assert backends.choose("cpu", torch.zeros(1, 1)) == "cpu"
 
 
-def case(count: int, groups: int, dim: int, scores: str = "cosine", **changes) -> dict:
+def case(count: int, groups: int, dim: int, similarity: str = "cosine", **changes) -> dict:
     """Every argument of the operator: latents around some prototypes, and state that has seen others."""
     v = 0.5 * torch.randn(groups, dim)
-    scale = 1.0 if scores == "cosine" else float(dim)
+    scale = 1.0 if similarity == "cosine" else float(dim)
     return {
         "z": v[torch.randint(groups, (count,))] + torch.randn(count, dim),
         "mask": None,
         "prototypes": v,
         "marginals": None,
-        "active": None,
+        "shares": None,
         "sharpness": None,
-        "scores": scores,
+        "similarity": similarity,
         "std": 1.0,
         "epsilon": 0.05 * scale,
         "num_iters": 3,
@@ -51,8 +51,8 @@ def case(count: int, groups: int, dim: int, scores: str = "cosine", **changes) -
         "prototype_weight": 0.3,
         "mmd_weight": 0.2,
         "sums": torch.randn(groups, dim),
-        "mass": torch.randint(3, (groups,)) / 4,
-        "seen": v + 0.01,
+        "weight_sums": torch.randint(3, (groups,)) / 4,
+        "last_prototypes": v + 0.01,
         "follow_rate": 0.02,
         "usage": torch.arange(groups),
         "totals": torch.rand(4),
@@ -74,7 +74,7 @@ def compare(arguments: dict, tolerance: float = 2e-5) -> None:
     ours, theirs = copies(arguments, torch.float32), copies(arguments, torch.float64)
     with torch.no_grad():
         found = operators.balanced_step(*ours.values())
-        expected = balanced_step_plain(*theirs.values())
+        expected = balanced_step_reference(*theirs.values())
     found += tuple(value for value in ours.values() if isinstance(value, Tensor))
     expected += tuple(value for value in theirs.values() if isinstance(value, Tensor))
     for a, b in zip(found, expected, strict=True):
@@ -89,26 +89,26 @@ def compare(arguments: dict, tolerance: float = 2e-5) -> None:
     count=st.integers(16, 120),
     groups=st.integers(2, 40),
     dim=st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 64, 100]),
-    scores=st.sampled_from(SCORES),
+    similarity=st.sampled_from(SIMILARITIES),
     masked=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_any_shape_against_float64(count, groups, dim, scores, masked, seed) -> None:
+def test_any_shape_against_float64(count, groups, dim, similarity, masked, seed) -> None:
     torch.manual_seed(seed)
     mask = torch.rand(count) < 0.8 if masked else None
-    arguments = case(count, groups, dim, scores, mask=mask)
+    arguments = case(count, groups, dim, similarity, mask=mask)
     # Nearly equal codes would be put to other prototypes by float32 than by float64.
     with torch.no_grad():
-        codes = balanced_step_plain(*copies(arguments, torch.float64).values())[-2]
+        codes = balanced_step_reference(*copies(arguments, torch.float64).values())[-2]
     first = codes.topk(2, 1).values
     assume((first[:, 0] - first[:, 1]).amin() > 1e-4)
     compare(arguments, 1e-3)
 
 
-@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("shape", [(48, 30, 32), (300, 40, 100), (600, 9, 200)])
-def test_small_and_large_products(shape: tuple[int, int, int], scores: str) -> None:
-    compare(case(*shape, scores), 1e-4)
+def test_small_and_large_products(shape: tuple[int, int, int], similarity: str) -> None:
+    compare(case(*shape, similarity), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -117,20 +117,20 @@ def test_small_and_large_products(shape: tuple[int, int, int], scores: str) -> N
         {"marginals": torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1])},
         {"tol": 1e-2, "num_iters": 50},
         {"sharpness": torch.tensor(0.4)},
-        {"active": torch.tensor(0.3)},
-        {"active": torch.tensor(0.0)},
-        {"active": torch.tensor([0.0, 0.6])},
-        {"active": torch.tensor([0.4, 1.0]), "mask": torch.arange(BATCH) % 3 > 0},
-        {"active": torch.tensor([1.0, 0.0])},
-        {"active": torch.tensor(0.5), "sharpness": torch.tensor(2.0), "mask": torch.arange(BATCH) % 3 > 0},
+        {"shares": torch.tensor(0.3)},
+        {"shares": torch.tensor(0.0)},
+        {"shares": torch.tensor([0.0, 0.6])},
+        {"shares": torch.tensor([0.4, 1.0]), "mask": torch.arange(BATCH) % 3 > 0},
+        {"shares": torch.tensor([1.0, 0.0])},
+        {"shares": torch.tensor(0.5), "sharpness": torch.tensor(2.0), "mask": torch.arange(BATCH) % 3 > 0},
         {"mask": torch.zeros(BATCH, dtype=torch.bool)},
         {"unbiased": False, "by_mass": False, "scales": [1.0]},
         {"prototype_weight": 0.0},
         {"std": 0.4},
-        {"scores": "dot", "std": 3.0},
-        {"scores": "euclidean", "std": 0.4},
-        {"seen": None},
-        {"sums": None, "mass": None, "seen": None},
+        {"similarity": "dot", "std": 3.0},
+        {"similarity": "euclidean", "std": 0.4},
+        {"last_prototypes": None},
+        {"sums": None, "weight_sums": None, "last_prototypes": None},
         {"usage": None, "totals": None, "steps": None},
     ],
     ids=lambda changes: "-".join(changes),
@@ -141,13 +141,13 @@ def test_every_option_against_float64(changes: dict) -> None:
 
 def test_prototypes_that_were_not_moved_do_not_follow() -> None:
     arguments = case(BATCH, K, DIM)
-    arguments["seen"] = arguments["prototypes"].clone()
+    arguments["last_prototypes"] = arguments["prototypes"].clone()
     compare(arguments)
     after = copies(arguments, torch.float32)
     *_, assignments = operators.balanced_step(*after.values())
     assert torch.equal(after["prototypes"], arguments["prototypes"])
     weights = (1 + (after["z"] - after["prototypes"][assignments]).square().mean(1)) ** -2
-    torch.testing.assert_close((after["mass"] - arguments["mass"]).sum(), weights.sum())
+    torch.testing.assert_close((after["weight_sums"] - arguments["weight_sums"]).sum(), weights.sum())
 
 
 @pytest.mark.parametrize(("groups", "dim"), [(1, DIM), (1, 1), (K, 1)])
@@ -191,8 +191,8 @@ def test_attach(shape: tuple[int, ...]) -> None:
     gradient, direction, step = torch.randn(shape), torch.randn(shape), torch.randn(4, 6)
     for given_ in (gradient, torch.ones(()).expand(shape)):
         with torch.no_grad():
-            found = rows.attach(given_, direction.mT.contiguous().mT, step)
-        expected = rows.attach_plain(given_.double(), direction.double(), step.double())
+            found = layer_ops.attach(given_, direction.mT.contiguous().mT, step)
+        expected = layer_ops.attach_reference(given_.double(), direction.double(), step.double())
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
@@ -219,18 +219,18 @@ def test_where_it_is_taken() -> None:
     z, mask = torch.randn(BATCH, DIM), torch.rand(BATCH) > 0.2
     for options in (
         {},
-        {"warmup_steps": 2, "ramp_steps": 3},
-        {"warmup_steps": 1, "prototype_warmup_steps": 2, "ramp_steps": 2},
-        {"temperature": (0.3, 0.1), "temperature_steps": 4},
-        {"head": PrototypeHead(DIM, K, scores="euclidean")},
+        {"schedule": Schedule(warmup_steps=2, ramp_steps=3)},
+        {"schedule": Schedule(warmup_steps=1, mmd_steps=2, ramp_steps=2)},
+        {"schedule": Schedule(temperature=(0.3, 0.1), temperature_steps=4)},
+        {"head": PrototypeHead(DIM, K, similarity="euclidean")},
         {"assigner": SinkhornAssigner(nan_policy="isolate", marginals=[0.2] * K, tol=1e-2)},
         {"follow_rate": 0.0},
-        {"tracking": False},
         {"group": None},
     ):
         assert taken(PrototypicalRegularizer(DIM, K, **options), z, mask), options
     assert taken(PrototypicalRegularizer(DIM, K, layout="b d h w"), torch.randn(2, DIM, 3, 3))
     assert taken(PrototypicalRegularizer(DIM, K), z.bfloat16())
+    assert taken(untracked(PrototypicalRegularizer(DIM, K)), z)
     with torch.autocast("cpu", torch.bfloat16):
         assert taken(PrototypicalRegularizer(DIM, K), z.detach())
 
@@ -241,9 +241,8 @@ def test_where_it_is_not_taken() -> None:
 
     z = torch.randn(BATCH, DIM)
     for options in (
-        {"soft": True},
-        {"queue_size": 8},
-        {"max_tokens": 20},
+        {"queue": LatentQueue(8, DIM)},
+        {"mmd": AnchoredMMDLoss(max_tokens=20)},
         {"mode": "weighted"},
         {"head": Own(DIM, K)},
         {"mmd": AnchoredMMDLoss("energy")},
@@ -257,7 +256,9 @@ def test_where_it_is_not_taken() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{}, {"warmup_steps": 2, "ramp_steps": 2}, {"layout": "b d h w"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"schedule": Schedule(warmup_steps=2, ramp_steps=2)}, {"layout": "b d h w"}], ids=str
+)
 def test_a_training_is_that_of_float64(options: dict, masked: bool) -> None:
     torch.manual_seed(1)
     encoder, layer = nn.Linear(DIM, DIM), PrototypicalRegularizer(DIM, K, **options)
@@ -291,8 +292,8 @@ torch.manual_seed(0)
 assert backends.choose("cpu", torch.zeros(1, 1)) == "cpu"
 results = []
 for shape in ((5, 1, 1), (48, 30, 32), (50, 7, 17), (40, 3, 100)):
-    for scores in ("cosine", "euclidean"):
-        results += torch.ops.proto_reg.balanced_step(*case(*shape, scores).values())
+    for similarity in ("cosine", "euclidean"):
+        results += torch.ops.proto_reg.balanced_step(*case(*shape, similarity).values())
 torch.save(results, sys.argv[1])
 """
 

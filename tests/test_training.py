@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import proto_reg
-from proto_reg import PrototypicalRegularizer, PrototypicalTrainerMixin, PrototypicalTraining
-from proto_reg.tokens import Share
+from proto_reg import (
+    AnchoredMMDLoss,
+    LatentQueue,
+    PrototypicalRegularizer,
+    PrototypicalTrainerMixin,
+    PrototypicalTraining,
+)
+from proto_reg.batch import BatchShard, subsample
 from proto_reg.training import frozen_batch_statistics, isolated_step
 
 DIM, K, PIXELS = 8, 4, 12
@@ -242,12 +248,12 @@ def test_frozen_and_tied_parameters() -> None:
 
 
 def test_the_subsample_changes_from_batch_to_batch() -> None:
-    encoder, decoder, layer = parts(max_tokens=8)
+    encoder, decoder, layer = parts(mmd=AnchoredMMDLoss(max_tokens=8))
     training = PrototypicalTraining(encoder, decoder, layer, warmup_epochs=0)
-    alone = Share(None, start=0, total=32, counts=(32,), masked=False)
-    first, _ = layer._subsample(32, None, alone)
+    batch = BatchShard.undivided(torch.rand(32, DIM), None)
+    first, _ = subsample(batch, 8, layer.steps, seed=0)
     training.step(torch.rand(32, PIXELS))
-    assert not torch.equal(first.sort().values, layer._subsample(32, None, alone)[0].sort().values)
+    assert not torch.equal(first.sort().values, subsample(batch, 8, layer.steps, seed=0)[0].sort().values)
 
 
 def test_a_vae_encoder_through_encode() -> None:
@@ -264,7 +270,7 @@ def test_a_vae_encoder_through_encode() -> None:
 
 
 def test_steps_are_counted_like_the_layers_own() -> None:
-    encoder, decoder, layer = parts(queue_size=40)
+    encoder, decoder, layer = parts(queue=LatentQueue(40, DIM))
     training = PrototypicalTraining(encoder, decoder, layer, warmup_epochs=1)
     data = batches(3)
     for x in data:

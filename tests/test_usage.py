@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from proto_reg import PrototypeHead, PrototypicalRegularizer
+from proto_reg import LatentQueue, PrototypeHead, PrototypicalRegularizer
 from proto_reg.functional import latent_metrics
 
 DIM, K, BATCH = 6, 5, 40
@@ -100,14 +100,14 @@ def test_nobody_remembers_the_dead(optimizer, names: set[str]) -> None:
     state = optimizer.state[layer.head.prototypes]
     before = {name: state[name].clone() for name in names}
     layer.follower.sums += 1
-    layer.follower.mass += 1
+    layer.follower.weight_sums += 1
     index = layer.revive(torch.randn(50, DIM), optimizer=optimizer)
     for name in names:
         assert before[name][index].any()
         assert not state[name][index].any()
         assert torch.equal(state[name][:3], before[name][:3])
     assert not layer.follower.sums[index].any()
-    assert (layer.follower.mass > 0).tolist() == [True] * 3 + [False] * 2
+    assert (layer.follower.weight_sums > 0).tolist() == [True] * 3 + [False] * 2
     revived = layer.head.prototypes.detach().clone()[index]
     layer(torch.zeros(BATCH, DIM, requires_grad=True))  # nothing pulls them back to where they were
     assert torch.equal(layer.head.prototypes[index], revived)
@@ -124,7 +124,7 @@ def test_equal_draws_for_equal_generators() -> None:
 
 
 def test_latents_come_from_the_queue_where_none_are_given() -> None:
-    layer, _ = lived(spread(), queue_size=64)
+    layer, _ = lived(spread(), queue=LatentQueue(64, DIM))
     held = layer.queue.latents.clone()
     layer.revive()
     assert all((held == row).all(1).any() for row in layer.head.prototypes[3:])
@@ -155,7 +155,7 @@ def test_a_failing_revival_changes_nothing() -> None:
     other = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))])
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     for options, kind, words in (
-        ({}, ValueError, "z: expected latents to choose from, got None and no queue"),
+        ({}, ValueError, "z: expected latents to choose from, got None, and the layer has no queue"),
         ({"z": torch.randn(1, DIM)}, ValueError, "z: expected at least 2 finite latents"),
         ({"z": torch.full((9, DIM), torch.nan)}, ValueError, "got 0"),
         ({"z": torch.randn(9, DIM + 1)}, ValueError, "with d = 6, got shape (9, 7)"),

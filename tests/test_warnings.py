@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import proto_reg
-from proto_reg import PrototypeHead, PrototypicalRegularizer, SinkhornAssigner
+from proto_reg import LatentQueue, PrototypeHead, PrototypicalRegularizer, Schedule, SinkhornAssigner
 from proto_reg._warnings import SETTLED
 
 DIM, K = 16, 4
@@ -31,22 +31,25 @@ def walk(layer: PrototypicalRegularizer, z: torch.Tensor, steps: int, **options)
 
 
 def test_nothing_is_said_where_nothing_is_wrong() -> None:
-    layer = PrototypicalRegularizer(DIM, K, total_steps=500)
+    layer = PrototypicalRegularizer(DIM, K)
+    layer.expect(500)
     layer.head.prototypes.data.copy_(10 * torch.eye(DIM)[:K])
     z = layer.head.sample(200)
     assert spoken(lambda: walk(layer, z, 2 * SETTLED + 100)) == []
 
 
 def test_epsilon_equal_to_temperature() -> None:
-    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(0.1), temperature=0.1))
+    (text,) = spoken(
+        lambda: PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(0.1), schedule=Schedule(temperature=0.1))
+    )
     assert "epsilon = temperature = 0.1" in text
     assert "smaller" in text
 
 
 def test_warm_up_as_long_as_the_training() -> None:
-    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=100, total_steps=100))
+    (text,) = spoken(lambda: PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=100)).expect(100))
     assert "covers all 100 steps" in text
-    assert spoken(lambda: PrototypicalRegularizer(DIM, K, warmup_steps=99, total_steps=100)) == []
+    assert spoken(lambda: PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=99)).expect(100)) == []
 
 
 def test_thousands_of_dimensions() -> None:
@@ -58,7 +61,7 @@ def test_fewer_latents_than_prototypes_is_legitimate_and_said_once() -> None:
     layer = PrototypicalRegularizer(DIM, 8)
     (text,) = spoken(lambda: walk(layer, torch.randn(3, DIM), 3))
     assert text.startswith("3 latents for 8 prototypes")
-    queued = PrototypicalRegularizer(DIM, 8, queue_size=20)
+    queued = PrototypicalRegularizer(DIM, 8, queue=LatentQueue(20, DIM))
     assert spoken(lambda: walk(queued, torch.randn(3, DIM), 3)) == []
 
 
@@ -110,17 +113,17 @@ def test_prototypes_that_no_optimizer_knows() -> None:
 @pytest.mark.parametrize("begin", [0, 50, 75, 300])
 def test_a_warm_up_does_not_put_warnings_off(begin: int) -> None:
     """They come so many steps after it, as they do without one."""
-    without = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=begin)
+    without = PrototypicalRegularizer(DIM, K, schedule=Schedule(mmd_steps=begin))
     z = without.head.sample(64).requires_grad_()
     assert not any("No optimizer" in text for text in spoken(lambda: [without(z) for _ in range(begin + 99)]))
     assert any("No optimizer" in text for text in spoken(lambda: without(z)))
-    stuck = PrototypicalRegularizer(DIM, K, prototype_warmup_steps=begin, temperature=100.0)
+    stuck = PrototypicalRegularizer(DIM, K, schedule=Schedule(mmd_steps=begin, temperature=100.0))
     assert not any("ln K" in text for text in spoken(lambda: walk(stuck, torch.randn(64, DIM), begin + SETTLED - 1)))
     assert "Lower the temperature" in one_of(stuck, torch.randn(64, DIM), 1, "ln K")
 
 
 def test_a_loss_stuck_at_its_maximum() -> None:
-    layer = PrototypicalRegularizer(DIM, K, temperature=100.0)
+    layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(temperature=100.0))
     assert "Lower the temperature" in one_of(layer, torch.randn(64, DIM), SETTLED + 1, "ln K")
 
 

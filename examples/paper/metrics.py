@@ -57,7 +57,7 @@ def evaluate(
 
 def centres_head(centres: Tensor) -> PrototypeHead:
     """Prototypes at ``centres`` (K, D); latents belong to the nearest."""
-    head = PrototypeHead(centres.shape[1], len(centres), scores="euclidean").to(centres)
+    head = PrototypeHead(centres.shape[1], len(centres), similarity="euclidean").to(centres)
     head.place(slice(None), centres)
     return head
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .._checks import (
     check_choice,
@@ -20,15 +21,15 @@ from .._checks import (
 from .._distributed import Group, resolve, size, with_gradients
 from ..kernels import backends
 from ..kernels.closed_forms import KERNELS
+from ..kernels.first_order import transforming, with_slopes
 from ..kernels.mmd import (
-    anchored_mmd_loss_plain,
+    anchored_mmd_loss_reference,
     anchored_mmd_loss_without_graph,
     anchored_mmd_reference,
     weighted_mmd_reference,
 )
-from ..kernels.once import transforming, with_slopes
+from ..kernels.mmd_distributed import gathered_mmd, gathered_weighted_mmd
 from .features import feature_mmd
-from .gathered import gathered_mmd, gathered_weighted_mmd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,8 +40,48 @@ STATISTICS = ("unbiased", "biased")
 REDUCTIONS = ("mean", "sum")
 BACKENDS = ("auto", "torch", "cpu")
 
-# Kernel and scales; whether the statistic is unbiased, and clusters weigh as many latents as they have.
+# Kernel and scales; whether the statistic is unbiased; whether a cluster weighs as many latents as it has.
 Form: TypeAlias = tuple[str, list[float], bool, bool]
+
+
+class MMDOptions(NamedTuple):
+    """What :func:`anchored_mmd` can be told beside its tensors; see there."""
+
+    kernel: str = "gaussian"
+    scales: Sequence[float] = DEFAULT_SCALES
+    target: str = "analytic"
+    statistic: str = "unbiased"
+    reduction: str = "mean"
+    features: int | None = None
+    seed: int = 0
+    backend: str = "auto"
+
+    def checked(self) -> Self:
+        """The same, with scales as floats. TypeError or ValueError for an option that is not a documented one."""
+        check_choice("kernel", self.kernel, KERNELS)
+        check_choice("target", self.target, TARGETS)
+        check_choice("statistic", self.statistic, STATISTICS)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("backend", self.backend, BACKENDS)
+        check_positive_int("seed", self.seed, minimum=0)
+        if isinstance(self.scales, str) or not isinstance(self.scales, Sequence):
+            came = type(self.scales).__name__
+            raise TypeError(f"scales: expected a sequence of numbers, got {came}. Pass (1.0,) for one.")
+        if len(self.scales) == 0:
+            raise ValueError("scales: expected at least one bandwidth, got none. Leave the default, or pass (1.0,).")
+        scales = tuple(check_number("scales", scale, above=0) for scale in self.scales)
+        if self.features is not None:
+            check_positive_int("features", self.features, minimum=len(scales))
+            if self.kernel != "gaussian" or self.target != "analytic":
+                raise ValueError(
+                    f"features: expected None with kernel={self.kernel!r} and target={self.target!r}, got "
+                    f"{self.features}. Frequencies are drawn for the Gaussian kernel and the analytic target."
+                )
+        return self._replace(scales=scales)
+
+    def form(self) -> Form:
+        """As the operators take it."""
+        return self.kernel, list(self.scales), self.statistic == "unbiased", self.reduction == "mean"
 
 
 def anchored_mmd(
@@ -99,72 +140,38 @@ def anchored_mmd(
         TypeError, ValueError: a wrong rank, dtype, size or value, named; a backend that cannot compute this.
         RuntimeError: a backend that is not built here. Both say why, and what to do.
     """
-    options = (std, kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
-    return _evaluate(z, anchors, assignments, *options)[0]
+    options = MMDOptions(kernel, scales, target, statistic, reduction, features, seed, backend).checked()
+    return evaluate_mmd(z, anchors, assignments, options, std, mask, generator, group)[0]
 
 
-@torch.no_grad()
-def anchored_mmd_and_gradient(
+def evaluate_mmd(
     z: Tensor,
     anchors: Tensor,
     assignments: Tensor,
-    *,
+    options: MMDOptions,
     std: float = 1.0,
-    kernel: str = "gaussian",
-    scales: Sequence[float] = DEFAULT_SCALES,
-    target: str = "analytic",
-    statistic: str = "unbiased",
-    reduction: str = "mean",
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
-    features: int | None = None,
-    seed: int = 0,
-    backend: str = "auto",
     group: Group = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`anchored_mmd` and its gradient by ``z`` (B, D), which the operator has already: no graph is built."""
-    options = (std, kernel, scales, target, statistic, reduction, mask, generator, features, seed, backend, group)
-    return _evaluate(z, anchors, assignments, *options)
-
-
-def _evaluate(
-    z: Tensor,
-    anchors: Tensor,
-    assignments: Tensor,
-    std: float,
-    kernel: str,
-    scales: Sequence[float],
-    target: str,
-    statistic: str,
-    reduction: str,
-    mask: Tensor | None,
-    generator: torch.Generator | None,
-    features: int | None,
-    seed: int,
-    backend: str,
-    group: Group,
-) -> tuple[Tensor, Tensor]:
-    """The loss, differentiable, and its gradient by ``z``, which is not."""
+    """:func:`anchored_mmd` under ``options`` that were checked, and its gradient by ``z`` (B, D), a constant."""
     ranks = resolve(group)
     z, anchors, assignments = check_mmd_inputs(z, anchors, assignments, mask, empty=ranks is not None)
-    check_mmd_options(kernel, scales, target, statistic, reduction, features, seed)
     check_number("std", std, above=0)
-    form = kernel, [float(s) for s in scales], statistic == "unbiased", reduction == "mean"
-    hard, sampled = not assignments.is_floating_point(), target == "sampled"
-    compiled = _compiled(backend, z, anchors, kernel, target, hard and features is None)
+    compiled = _compiled(z, anchors, assignments, options)
     if std != 1:
         z, anchors = z / std, anchors / std
-    if not hard:
-        _check_soft(target, features)
+    if assignments.is_floating_point():
+        _check_soft(options)
         weights = assignments.detach()
         if mask is not None:  # before any product: 0 times a NaN would be one
             z, weights = (torch.where(mask[:, None], x, 0.0) for x in (z, weights))
-        loss, gradient = _weighted(z, anchors, weights, form, ranks)
-    elif features is None and ranks is None:
-        loss, gradient = _alone(z, anchors, assignments, mask, form, sampled, generator, compiled)
+        loss, gradient = _weighted(z, anchors, weights, options.form(), ranks)
+    elif options.features is None and ranks is None:
+        loss, gradient = _alone(z, anchors, assignments, mask, options, generator, compiled)
     else:
         members = assignments if mask is None else torch.where(mask, assignments, -1)
-        loss, gradient = _together(z, anchors, members, form, sampled, generator, features, seed, compiled, ranks)
+        loss, gradient = _together(z, anchors, members, options, generator, compiled, ranks)
     return loss, gradient if std == 1 else gradient / std
 
 
@@ -172,24 +179,22 @@ def _together(
     z: Tensor,
     anchors: Tensor,
     assignments: Tensor,
-    form: Form,
-    sampled: bool,
+    options: MMDOptions,
     generator: torch.Generator | None,
-    features: int | None,
-    seed: int,
     compiled: bool,
     ranks: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """By assignments (B,) of the latents of all ranks: gathered, or by the sums of their ``features``."""
-    kernel, scales, unbiased, by_mass = form
+    kernel, scales, unbiased, by_mass = options.form()
     inside = (assignments >= 0) & (assignments < len(anchors))
     index = torch.where(inside, assignments, 0)
     residuals, members = z - anchors[index], torch.where(inside, index, -1)
     rows = residuals.detach(), members, len(anchors)
-    if features is None:
+    if options.features is None:
+        sampled = options.target == "sampled"
         loss, gradient = gathered_mmd(*rows, kernel, scales, unbiased, by_mass, sampled, generator, compiled, ranks)
     else:
-        values, gradient, counts = feature_mmd(*rows, scales, unbiased, features, seed, ranks)
+        values, gradient, counts = feature_mmd(*rows, scales, unbiased, options.features, options.seed, ranks)
         weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
         loss, gradient = (values * weights).sum(), gradient * weights[index, None]
     gradient = gradient * size(ranks)
@@ -216,38 +221,38 @@ def _alone(
     anchors: Tensor,
     assignments: Tensor,
     mask: Tensor | None,
-    form: Form,
-    sampled: bool,
+    options: MMDOptions,
     generator: torch.Generator | None,
     compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """By assignments (B,) of this process's latents."""
-    kernel, scales, unbiased, by_mass = form
+    kernel, scales, unbiased, by_mass = options.form()
     arguments = (assignments, mask, scales, unbiased, by_mass)
     samples = None
-    if sampled:
+    if options.target == "sampled":
         # Not torch.randn, which takes no generator where a graph leaves the number of latents open.
         samples = torch.empty(z.shape, dtype=z.dtype, device=z.device).normal_(generator=generator)
     if transforming():
         with torch.no_grad():
-            loss, gradient = anchored_mmd_loss_plain(
+            loss, gradient = anchored_mmd_loss_reference(
                 z.detach(), anchors.detach(), *arguments, kernel, samples, anchored_mmd_reference
             )
         return with_slopes("anchored_mmd", loss, [z], [gradient]), gradient
     if not compiled:
-        return anchored_mmd_loss_plain(z, anchors, *arguments, kernel, samples)
+        return anchored_mmd_loss_reference(z, anchors, *arguments, kernel, samples)
     if torch.is_grad_enabled() and (z.requires_grad or anchors.requires_grad):
         return torch.ops.proto_reg.anchored_mmd_loss(z, anchors, *arguments)
     return anchored_mmd_loss_without_graph(z, anchors, *arguments)
 
 
-def _compiled(backend: str, z: Tensor, anchors: Tensor, kernel: str, target: str, hard: bool) -> bool:
-    """Whether the compiled kernel computes this call; ValueError where ``backend`` insists and it cannot."""
-    check_choice("backend", backend, BACKENDS)
+def _compiled(z: Tensor, anchors: Tensor, assignments: Tensor, options: MMDOptions) -> bool:
+    """Whether the compiled kernel computes this call; ValueError where ``options.backend`` insists and it cannot."""
+    backend = options.backend
     if backend == "torch":
         return False
+    exact = options.kernel == "gaussian" and options.target == "analytic" and options.features is None
     single = z.dtype == anchors.dtype == torch.float32
-    if z.is_cpu and single and hard and kernel == "gaussian" and target == "analytic":
+    if z.is_cpu and single and exact and not assignments.is_floating_point():
         return backends.choose(backend, z) == "cpu"
     if backend == "auto":
         return False
@@ -257,9 +262,10 @@ def _compiled(backend: str, z: Tensor, anchors: Tensor, kernel: str, target: str
     )
 
 
-def _check_soft(target: str, features: int | None) -> None:
+def _check_soft(options: MMDOptions) -> None:
     """ValueError for what (B, K) weights cannot be combined with."""
-    if target == "sampled" or features is not None:
+    features = options.features
+    if options.target == "sampled" or features is not None:
         name, analytic, came = ("features", "None", features) if features else ("target", "'analytic'", "'sampled'")
         raise ValueError(
             f"{name}: expected {analytic} with (B, K) weights, got {came}. Leave the default, or use hard "
@@ -299,34 +305,3 @@ def check_mmd_inputs(
                 f"assignments: expected weights >= 0, got a minimum of {lowest:.3g}. Pass codes, not scores."
             )
     return z.to(dtype), anchors.to(dtype), assignments if hard else assignments.to(dtype)
-
-
-def check_mmd_options(
-    kernel: str,
-    scales: Sequence[float],
-    target: str,
-    statistic: str,
-    reduction: str,
-    features: int | None = None,
-    seed: int = 0,
-) -> None:
-    """ValueError or TypeError for an option that is not one of the documented ones."""
-    check_choice("kernel", kernel, KERNELS)
-    check_choice("target", target, TARGETS)
-    check_choice("statistic", statistic, STATISTICS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(scales, str) or not isinstance(scales, Sequence):
-        raise TypeError(f"scales: expected a sequence of numbers, got {type(scales).__name__}. Pass (1.0,) for one.")
-    if len(scales) == 0:
-        raise ValueError("scales: expected at least one bandwidth, got none. Leave the default, or pass (1.0,).")
-    for scale in scales:
-        check_number("scales", scale, above=0)
-    check_positive_int("seed", seed, minimum=0)
-    if features is None:
-        return
-    check_positive_int("features", features, minimum=len(scales))
-    if kernel != "gaussian" or target != "analytic":
-        raise ValueError(
-            f"features: expected None with kernel={kernel!r} and target={target!r}, got {features}. Frequencies are "
-            "drawn for the Gaussian kernel and the analytic target."
-        )

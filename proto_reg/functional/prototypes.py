@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .._checks import check_choice, check_floating, check_mask, check_matrix, check_number, compute_dtype
 from .._distributed import Group, resolve, size, sum_
-from ..kernels.scores import SCORES, scores_plain
+from ..kernels.scores import SIMILARITIES, scores_reference
 from ..kernels.sinkhorn_reference import away_from_codes, cross_entropies, log_probabilities
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine", *, std: float = 1.0) -> Tensor:
+def prototype_scores(z: Tensor, prototypes: Tensor, similarity: str = "cosine", *, std: float = 1.0) -> Tensor:
     """Similarity of every latent to every prototype.
 
     ``"cosine"``: z.v / (|z| |v|), as SwAV.  ``"dot"``: z.v (paper, eq. 10).  ``"euclidean"``: z.v - |v|^2 / 2, the
@@ -31,15 +31,15 @@ def prototype_scores(z: Tensor, prototypes: Tensor, scores: str = "cosine", *, s
         (..., K)
 
     Raises:
-        TypeError, ValueError: an unknown ``scores``, a ``std`` that is no number > 0, or integers.
+        TypeError, ValueError: an unknown ``similarity``, a ``std`` that is no number > 0, or integers.
     """
     check_floating("z", z)
     check_floating("prototypes", prototypes)
-    check_choice("scores", scores, SCORES)
+    check_choice("similarity", similarity, SIMILARITIES)
     check_number("std", std, above=0)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     z, prototypes = z.to(dtype), prototypes.to(dtype)
-    return scores_plain(z, prototypes, scores, std)
+    return scores_reference(z, prototypes, similarity, std)
 
 
 def prototype_cross_entropy(

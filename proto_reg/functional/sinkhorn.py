@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import kernels
 from .._checks import check_floating, check_number
 from .._distributed import Group, resolve, size, with_gradients
-from .problem import operator_arguments
+from .sinkhorn_arguments import SinkhornKeywords, SinkhornOptions, operator_arguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,18 +33,12 @@ def sinkhorn(
     epsilon: float = ...,
     num_iters: int = ...,
     *,
-    tol: float | None = ...,
-    marginals: Tensor | Sequence[float] | None = ...,
-    prototype_mask: Tensor | None = ...,
-    mask: Tensor | None = ...,
-    weights: Tensor | None = ...,
-    nan_policy: str = ...,
     hard: bool = ...,
     differentiable: bool = ...,
-    backend: str = ...,
     out: Tensor | None = ...,
     group: Group = ...,
     return_potentials: Literal[False] = ...,
+    **options: Unpack[SinkhornKeywords],
 ) -> Tensor: ...
 @overload
 def sinkhorn(
@@ -51,18 +46,12 @@ def sinkhorn(
     epsilon: float = ...,
     num_iters: int = ...,
     *,
-    tol: float | None = ...,
-    marginals: Tensor | Sequence[float] | None = ...,
-    prototype_mask: Tensor | None = ...,
-    mask: Tensor | None = ...,
-    weights: Tensor | None = ...,
-    nan_policy: str = ...,
     hard: bool = ...,
     differentiable: bool = ...,
-    backend: str = ...,
     out: Tensor | None = ...,
     group: Group = ...,
     return_potentials: Literal[True],
+    **options: Unpack[SinkhornKeywords],
 ) -> tuple[Tensor, Tensor]: ...
 def sinkhorn(
     scores: Tensor,
@@ -126,10 +115,8 @@ def sinkhorn(
     """
     if (ranks := None if group is None else resolve(group)) is not None:
         _check_grouped(ranks, backend, differentiable)
-    given, (scores, arguments) = scores, operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks,
-        differentiable=differentiable,
-    )  # fmt: skip
+    options = SinkhornOptions(epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend)
+    given, (scores, arguments) = scores, operator_arguments(scores, options, ranks, differentiable=differentiable)
     solve: Callable[..., tuple[Tensor, Tensor]]
     if ranks is not None:
         solve = partial(kernels.sinkhorn_distributed.sinkhorn_over_group, ranks)
@@ -175,15 +162,9 @@ def sinkhorn_cross_entropy(
     num_iters: int = 3,
     temperature: float = 0.1,
     *,
-    tol: float | None = None,
-    marginals: Tensor | Sequence[float] | None = None,
-    prototype_mask: Tensor | None = None,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    nan_policy: str = "propagate",
-    backend: str = "auto",
     group: Group = None,
     return_codes: bool = False,
+    **options: Unpack[SinkhornKeywords],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``prototype_cross_entropy(scores, sinkhorn(scores), temperature)`` in one pass over the scores.
 
@@ -206,24 +187,21 @@ def sinkhorn_cross_entropy(
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
         RuntimeError: a forced backend that is not built, with every reason.
     """
-    if isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled():
+    given = SinkhornOptions(epsilon, num_iters, **options)
+    if isinstance(given.weights, Tensor) and given.weights.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "weights: expected a tensor without gradient, got requires_grad=True. Nothing flows back to weights here: "
             "pass weights.detach(), or weigh the rows' losses yourself."
         )
     if (ranks := resolve(group)) is not None:
         loss, gradient, codes = sinkhorn_cross_entropy_and_gradient(
-            scores.detach(), epsilon, num_iters, temperature, tol=tol, marginals=marginals,
-            prototype_mask=prototype_mask, mask=mask, weights=weights, nan_policy=nan_policy, backend=backend,
-            group=ranks,
-        )  # fmt: skip
+            scores.detach(), epsilon, num_iters, temperature, group=ranks, **options
+        )
         loss = with_gradients(loss, [scores], [gradient])
         return (loss, codes) if return_codes else loss
-    plain, temperature = _cross_entropy_options(scores, temperature, backend)
-    scores, arguments = operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, entropy=True
-    )
-    if kernels.once.transforming():
+    plain, temperature = _cross_entropy_options(scores, temperature, given.backend)
+    scores, arguments = operator_arguments(scores, given, entropy=True)
+    if kernels.first_order.transforming():
         reference = kernels.sinkhorn_reference.sinkhorn_cross_entropy_reference
         loss, _, _, codes = reference(scores, *arguments, temperature, return_codes)
         return (loss, codes.detach()) if return_codes else loss
@@ -237,14 +215,8 @@ def sinkhorn_cross_entropy_and_gradient(
     num_iters: int = 3,
     temperature: float = 0.1,
     *,
-    tol: float | None = None,
-    marginals: Tensor | Sequence[float] | None = None,
-    prototype_mask: Tensor | None = None,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    nan_policy: str = "propagate",
-    backend: str = "auto",
     group: Group = None,
+    **options: Unpack[SinkhornKeywords],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and codes at once: :func:`sinkhorn_cross_entropy` for a backward pass of your own.
 
@@ -253,12 +225,10 @@ def sinkhorn_cross_entropy_and_gradient(
     Returns:
         loss: (); its gradient by ``scores`` (B, K) in their dtype; codes (B, K).
     """
-    ranks = resolve(group)
-    _check_grouped(ranks, backend)
-    plain, temperature = _cross_entropy_options(scores, temperature, backend)
-    scores, arguments = operator_arguments(
-        scores, epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, ranks, entropy=True
-    )
+    given, ranks = SinkhornOptions(epsilon, num_iters, **options), resolve(group)
+    _check_grouped(ranks, given.backend)
+    plain, temperature = _cross_entropy_options(scores, temperature, given.backend)
+    scores, arguments = operator_arguments(scores, given, ranks, entropy=True)
     if ranks is not None:
         return kernels.sinkhorn_distributed.cross_entropy_over_group(ranks, scores, *arguments, temperature)
     loss, gradient, _, codes = kernels.sinkhorn.cross_entropy_without_graph(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from . import (
     backends,
+    first_order,
     follow,
+    layer_ops,
     mmd,
-    once,
-    rows,
     scores,
     sinkhorn,
     sinkhorn_distributed,
@@ -23,10 +23,10 @@ from . import (
 
 __all__ = [
     "backends",
+    "first_order",
     "follow",
+    "layer_ops",
     "mmd",
-    "once",
-    "rows",
     "scores",
     "sinkhorn",
     "sinkhorn_distributed",

@@ -8,40 +8,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import unit_rows, unit_rows_plain, unit_rows_pull_back
+from .layer_ops import unit_rows, unit_rows_pull_back, unit_rows_reference
 
-SCORES = ("cosine", "dot", "euclidean")
+SIMILARITIES = ("cosine", "dot", "euclidean")
 
 
-def scores_plain(z: Tensor, prototypes: Tensor, scores: str, std: float = 1.0) -> Tensor:
+def scores_reference(z: Tensor, prototypes: Tensor, similarity: str, std: float = 1.0) -> Tensor:
     """Scores (..., K) of ``z`` (..., D) against ``prototypes`` (K, D), both in units of ``std``; differentiable.
 
-    By one of ``SCORES``, of which the cosine knows no units.
+    By one of ``SIMILARITIES``, of which the cosine knows no units.
     """
-    if scores == "cosine":
-        return F.linear(unit_rows_plain(z)[0], unit_rows_plain(prototypes)[0])
+    if similarity == "cosine":
+        return F.linear(unit_rows_reference(z)[0], unit_rows_reference(prototypes)[0])
     if std != 1:
         z, prototypes = z / std, prototypes / std
-    if scores == "dot":
+    if similarity == "dot":
         return F.linear(z, prototypes)
     return F.linear(z, prototypes, -0.5 * prototypes.square().sum(-1))
 
 
 @torch.no_grad()
 def scores_and_pull_back(
-    z: Tensor, prototypes: Tensor, scores: str, std: float = 1.0
+    z: Tensor, prototypes: Tensor, similarity: str, std: float = 1.0
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Scores (N, K) of ``z`` (N, D), and a function from the gradient by them to those by ``z`` and ``prototypes``."""
-    if scores != "cosine":
+    if similarity != "cosine":
 
         def pull_back(by_scores: Tensor) -> tuple[Tensor, Tensor]:
             by_scores = by_scores if std == 1 else by_scores / std**2
             by_prototypes = by_scores.mT @ z
-            if scores == "euclidean":
+            if similarity == "euclidean":
                 by_prototypes = by_prototypes - by_scores.sum(0)[:, None] * prototypes
             return by_scores @ prototypes, by_prototypes
 
-        return scores_plain(z, prototypes, scores, std), pull_back
+        return scores_reference(z, prototypes, similarity, std), pull_back
     (unit_z, of_z), (unit_v, of_v) = unit_rows(z), unit_rows(prototypes)
 
     def pull_back_cosine(by_scores: Tensor) -> tuple[Tensor, Tensor]:

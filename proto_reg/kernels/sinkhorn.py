@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import compute_dtype
-from .once import Once, without_graph
+from .first_order import Once, without_graph
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import compute_dtype, warn
 from .._distributed import max_, sum_
-from .once import transforming
+from .first_order import transforming
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -104,7 +104,7 @@ def training_step(name: str, variant: str) -> Callable[[], object]:
         return lambda: training.step(x)
     layer = proto_reg.PrototypicalRegularizer(latent_dim, PROTOTYPES, layout=layout) if variant == WITH else None
     if layer is not None:
-        layer.steps.fill_(layer.prototype_warmup_steps)  # the first steps, of the MMD alone, are not what it costs
+        layer.steps.fill_(layer.schedule.begin)  # the first steps, of the MMD alone, are not what it costs
     model: nn.Module = Autoencoder(encoder, decoder, layer)
     model = DistributedDataParallel(model) if grouped else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from proto_reg import PrototypicalRegularizer
+from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypicalRegularizer, Schedule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
 
 OPTIONS = {
     "plain": {},
-    "queue": {"queue_size": 256, "queue_mmd": True},
-    "subsample": {"max_tokens": 64},
-    "schedules": {"ramp_steps": 5, "temperature": (0.3, 0.1), "temperature_steps": 6, "noise": 0.1},
+    "queue": {"queue": LatentQueue(256, 16)},
+    "subsample": {"mmd": AnchoredMMDLoss(max_tokens=64)},
+    "schedules": {"schedule": Schedule(ramp_steps=5, temperature=(0.3, 0.1), temperature_steps=6)},
 }
 
 
@@ -26,7 +26,7 @@ OPTIONS = {
 def test_a_checkpoint_changes_nothing(options: str, mode: str) -> None:
     """Two forwards before each backward pass; sums on a GPU come in any order."""
     torch.manual_seed(0)
-    layer = PrototypicalRegularizer(16, 10, mode=mode, **OPTIONS[options])
+    layer = PrototypicalRegularizer(16, 10, mode=mode, **copy.deepcopy(OPTIONS[options]))
     model = nn.ModuleList([nn.Linear(20, 16), layer, nn.Linear(16, 20)]).cuda()
     x = torch.randn(8, 2, 128, 20, device="cuda")
 

@@ -38,7 +38,7 @@ class KMeans(Autoencoder):
     def prepare(self, z: Tensor) -> None:
         fitted = SklearnKMeans(self.num_prototypes, n_init=3, random_state=self.plan.seed).fit(z[:20_000].numpy())
         # Euclidean scores: the nearest centre has the highest.
-        centres = PrototypeHead(z.shape[1], self.num_prototypes, scores="euclidean")
+        centres = PrototypeHead(z.shape[1], self.num_prototypes, similarity="euclidean")
         centres.place(slice(None), torch.from_numpy(fitted.cluster_centers_))
         self.__dict__["centres"] = centres  # no parameter of the model that was trained
 

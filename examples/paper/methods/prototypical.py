@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Generator, Tensor, nn
 
 import proto_reg
-from proto_reg import PrototypeHead, PrototypicalRegularizer, PrototypicalTraining
+from proto_reg import LatentNoise, LatentQueue, PrototypeHead, PrototypicalRegularizer, PrototypicalTraining, Schedule
 
 from ..models import Network
 from .method import Method, Plan, reconstruction
@@ -20,8 +20,16 @@ class Prototypical(Method):
 
     Options: ``num_prototypes``; ``preset`` "ours" (the library's defaults) or "paper"; ``sigma``, one Gaussian
     bandwidth in the units of the latents instead of the preset's; any argument of
-    :class:`proto_reg.PrototypicalRegularizer`, with mappings for ``head``, ``assigner`` and ``mmd``.
+    :class:`proto_reg.PrototypicalRegularizer`, with mappings for ``head``, ``assigner`` and ``mmd``; those of its
+    schedule beside them, ``prototype_warmup_steps`` for ``mmd_steps``.
     """
+
+    SCHEDULE: ClassVar[dict[str, str]] = {
+        "warmup_steps": "warmup_steps",
+        "prototype_warmup_steps": "mmd_steps",
+        "ramp_steps": "ramp_steps",
+        "temperature": "temperature",
+    }
 
     PARTS: ClassVar[dict[str, Callable[..., nn.Module]]] = {
         "assigner": proto_reg.SinkhornAssigner,
@@ -46,6 +54,9 @@ class Prototypical(Method):
         if sigma is not None:
             paper = {"target": "sampled", "statistic": "biased", "reduction": "sum"} if preset == "paper" else {}
             options["mmd"] = paper | options.get("mmd", {}) | {"scales": [float(sigma) ** 2 / network.latent_dim]}
+        timed = {self.SCHEDULE[name]: options.pop(name) for name in list(options) if name in self.SCHEDULE}
+        if timed:
+            options["schedule"] = Schedule(**timed)
         options |= {name: part(**options[name]) for name, part in self.PARTS.items() if name in options}
         if head is not None:
             options["head"] = PrototypeHead(network.latent_dim, num_prototypes, **head)
@@ -82,6 +93,7 @@ class Balanced(Prototypical):
         preset: str = "ours",
         warmup: str = "mmd",
         queue_size: int | None = None,
+        noise: float = 0.0,
         **options: Any,
     ) -> None:
         steps = {
@@ -93,14 +105,14 @@ class Balanced(Prototypical):
             raise ValueError(f"warmup: expected one of {sorted(steps)}, got {warmup!r}. Choose one.")
         if queue_size is None:
             queue_size = self.QUEUE if plan.batch_size < 2 * num_prototypes else 0
-        sizes = {"num_prototypes": num_prototypes, "queue_size": queue_size}
-        if "noise" in options:
-            options["noise_steps"] = (plan.epochs - 1) * plan.steps_per_epoch
-        super().__init__(network, plan, preset=preset, **sizes, **(steps[warmup] | options))
+        if queue_size:
+            options["queue"] = LatentQueue(queue_size, network.latent_dim)
+        super().__init__(network, plan, num_prototypes=num_prototypes, preset=preset, **(steps[warmup] | options))
+        self.noise = LatentNoise(noise, (plan.epochs - 1) * plan.steps_per_epoch)
 
     def loss(self, x: Tensor) -> Tensor:
         z, info = self.regularizer(self.network.encode(x))
-        loss = reconstruction(self.network.decoder(z), x)
+        loss = reconstruction(self.network.decoder(self.noise(z)), x)
         return loss if self.regularizer.mode == "balanced" else loss + info.loss
 
 

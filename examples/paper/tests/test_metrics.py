@@ -46,7 +46,7 @@ def perfect(data: ImageData, method: str = "autoencoder", head: PrototypeHead | 
 
 
 def at(points: Tensor, scores: str = "euclidean") -> PrototypeHead:
-    head = PrototypeHead(points.shape[1], len(points), scores=scores)
+    head = PrototypeHead(points.shape[1], len(points), similarity=scores)
     head.place(slice(None), points)
     return head
 

@@ -282,8 +282,8 @@ def test_wae_has_the_noise_of_ours_in_training_until_the_last_epoch(monkeypatch:
 def test_ours_has_no_noise_in_the_last_epoch() -> None:
     plan = Plan(epochs=9, warmup_epochs=0, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
     options = {"num_prototypes": 2, "noise": 0.1}
-    layer = build_method("balanced", build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options).regularizer
-    assert (layer.noise, layer.noise_steps) == (0.1, 40)
+    noise = build_method("balanced", build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options).noise
+    assert (noise.size, noise.steps) == (0.1, 40)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_warm_ups(method: str, options: dict, steps: tuple | list) -> None:
     built = build_method(method, build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options)
     if method == "balanced":
         layer = built.regularizer
-        assert (layer.warmup_steps, layer.prototype_warmup_steps) == steps
+        assert (layer.schedule.warmup_steps, layer.schedule.mmd_steps) == steps
         return
     warm = []
     for epoch in (0, 3):

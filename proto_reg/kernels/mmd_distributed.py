@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._distributed import broadcast_, gather_rows
-from ..kernels.mmd import anchored_mmd_loss_plain, anchored_mmd_loss_without_graph
+from .mmd import anchored_mmd_loss_reference, anchored_mmd_loss_without_graph
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,7 +49,7 @@ def gathered_mmd(
             loss, by_rows = anchored_mmd_loss_without_graph(*arguments, scales, unbiased, by_mass)
         else:
             with torch.no_grad():
-                loss, by_rows = anchored_mmd_loss_plain(*arguments, scales, unbiased, by_mass, kernel, samples)
+                loss, by_rows = anchored_mmd_loss_reference(*arguments, scales, unbiased, by_mass, kernel, samples)
         return loss, gradient.index_copy_(0, own, by_rows[start : start + len(own)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -30,16 +30,35 @@ NAN_POLICIES = ("propagate", "isolate", "raise")
 Arguments: TypeAlias = tuple[Tensor | None, Tensor | None, float, int, float | None, bool]
 
 
+class SinkhornKeywords(TypedDict, total=False):
+    """The keywords that all Sinkhorn functions share; see :func:`proto_reg.functional.sinkhorn`."""
+
+    tol: float | None
+    marginals: Tensor | Sequence[float] | None
+    prototype_mask: Tensor | None
+    mask: Tensor | None
+    weights: Tensor | None
+    nan_policy: str
+    backend: str
+
+
+class SinkhornOptions(NamedTuple):
+    """What the Sinkhorn functions can be told beside the scores; see :func:`proto_reg.functional.sinkhorn`."""
+
+    epsilon: float
+    num_iters: int
+    tol: float | None = None
+    marginals: Tensor | Sequence[float] | None = None
+    prototype_mask: Tensor | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+    nan_policy: str = "propagate"
+    backend: str = "auto"
+
+
 def operator_arguments(
     scores: Tensor,
-    epsilon: float,
-    num_iters: int,
-    tol: float | None,
-    marginals: Tensor | Sequence[float] | None,
-    prototype_mask: Tensor | None,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    nan_policy: str,
+    options: SinkhornOptions,
     group: ProcessGroup | None = None,
     *,
     differentiable: bool = False,
@@ -54,6 +73,7 @@ def operator_arguments(
     Raises:
         TypeError, ValueError: an argument that is not in order, named.
     """
+    epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, _ = options
     if not (isinstance(scores, Tensor) and scores.ndim > 1 and scores.numel() and scores.dtype in DTYPES):
         _check_scores(scores, group)
     if not (type(epsilon) is float and 0.0 < epsilon < math.inf):

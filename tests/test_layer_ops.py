@@ -11,8 +11,8 @@ import torch
 from conftest import across_instruction_sets
 from torch import Tensor
 
-from proto_reg.functional.prototypes import SCORES, prototype_scores
-from proto_reg.kernels import backends, rows
+from proto_reg.functional.prototypes import SIMILARITIES, prototype_scores
+from proto_reg.kernels import backends, layer_ops
 from proto_reg.kernels.follow import follow, follow_reference
 from proto_reg.kernels.scores import scores_and_pull_back
 
@@ -34,14 +34,14 @@ def test_unit_rows_and_their_pull_back(dim: int) -> None:
     x, gradient = torch.randn(9, dim) * 10, torch.randn(9, dim)
     x[4] = 0
     unit, inverse_norms = operators.unit_rows(x)
-    expected, expected_norms = rows.unit_rows_plain(x.double())
+    expected, expected_norms = layer_ops.unit_rows_reference(x.double())
     close(unit, expected)
     close(inverse_norms, expected_norms)
     by_x = operators.unit_rows_pull_back(gradient, unit, inverse_norms)
-    close(by_x, rows.unit_rows_pull_back_plain(gradient.double(), expected, expected_norms))
+    close(by_x, layer_ops.unit_rows_pull_back_reference(gradient.double(), expected, expected_norms))
     assert torch.equal(by_x[4], gradient[4])
     leaf = x.double().requires_grad_()
-    rows.unit_rows_plain(leaf)[0].backward(gradient.double())
+    layer_ops.unit_rows_reference(leaf)[0].backward(gradient.double())
     others = torch.arange(9) != 4
     close(by_x[others], leaf.grad[others])
 
@@ -52,7 +52,7 @@ def test_balance(dim: int) -> None:
     direction, scale = operators.balance(a, b, 0.3, 0.0)
     close(direction.norm(), torch.tensor(0.3))
     close(scale * a.norm(), torch.tensor(0.3))
-    close(operators.balance(a, b, 0.3, 0.2)[0], rows.balance_plain(a.double(), b.double(), 0.3, 0.2)[0])
+    close(operators.balance(a, b, 0.3, 0.2)[0], layer_ops.balance_reference(a.double(), b.double(), 0.3, 0.2)[0])
     nothing, scale = operators.balance(torch.zeros_like(a), torch.zeros_like(a), 0.3, 0.2)
     assert not nothing.any()
     assert scale == 0
@@ -65,7 +65,7 @@ def test_typical_sums_leave_out_what_is_not_finite_or_not_counted(dim: int) -> N
     for mask in (None, counted, torch.tensor(True), torch.tensor(False), counted.repeat_interleave(2)[::2]):
         close(
             operators.typical_sums(x, index, mask, v, 0.7),
-            rows.typical_sums_plain(x.double(), index, mask, v.double(), 0.7),
+            layer_ops.typical_sums_reference(x.double(), index, mask, v.double(), 0.7),
         )
 
 
@@ -79,7 +79,7 @@ def test_tally_adds_up_what_is_finite_and_counted(dim: int) -> None:
         expected = counts.clone(), totals.clone()
         for _ in range(2):
             operators.tally_float32(counts, totals, x, scores, v, mask, *losses)
-            rows.tally_plain(*expected, x.double(), scores.double(), v.double(), mask, *losses)
+            layer_ops.tally_reference(*expected, x.double(), scores.double(), v.double(), mask, *losses)
         assert torch.equal(counts, expected[0])
         close(totals, expected[1])
         assert totals[2] == 5
@@ -112,16 +112,16 @@ def test_latents_too_far_to_weigh_anything_move_nothing(form: Callable[..., None
 
 def test_they_are_taken_where_they_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 5)
-    assert not rows.compiled(x)  # a graph is wanted
+    assert not layer_ops.compiled(x)  # a graph is wanted
     with torch.no_grad():
-        assert rows.compiled(x)
-        assert not rows.compiled(x.double())
-        assert not rows.compiled(x.bfloat16())
-        assert not rows.compiled(x.to("meta"))
+        assert layer_ops.compiled(x)
+        assert not layer_ops.compiled(x.double())
+        assert not layer_ops.compiled(x.bfloat16())
+        assert not layer_ops.compiled(x.to("meta"))
         monkeypatch.setenv("PROTO_REG_BACKEND", "torch")
         backends._reset()
         try:
-            assert not rows.compiled(x)
+            assert not layer_ops.compiled(x)
         finally:
             monkeypatch.undo()
             backends._reset()
@@ -132,11 +132,11 @@ def test_non_contiguous_rows() -> None:
     index = torch.randint(3, (9,))
     with torch.no_grad():
         for ours, plain in (
-            (rows.unit_rows(x)[0], rows.unit_rows_plain(x)[0]),
-            (rows.balance(x, x.flip(0), 1.0, 2.0)[0], rows.balance_plain(x, x.flip(0), 1.0, 2.0)[0]),
+            (layer_ops.unit_rows(x)[0], layer_ops.unit_rows_reference(x)[0]),
+            (layer_ops.balance(x, x.flip(0), 1.0, 2.0)[0], layer_ops.balance_reference(x, x.flip(0), 1.0, 2.0)[0]),
             (
-                rows.typical_sums(x, index, torch.tensor(True), x[:3].T.contiguous().T),
-                rows.typical_sums_plain(x, index, torch.tensor(True), x[:3]),
+                layer_ops.typical_sums(x, index, torch.tensor(True), x[:3].T.contiguous().T),
+                layer_ops.typical_sums_reference(x, index, torch.tensor(True), x[:3]),
             ),
         ):
             close(ours, plain)
@@ -146,12 +146,12 @@ def test_non_contiguous_rows() -> None:
     assert torch.equal(v, seen)
 
 
-@pytest.mark.parametrize("scores", SCORES)
-def test_the_pull_back_is_that_of_autograd(scores: str) -> None:
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_the_pull_back_is_that_of_autograd(similarity: str) -> None:
     z, v, by_scores = torch.randn(30, 12), torch.randn(7, 12), torch.randn(30, 7)
-    found, pull_back = scores_and_pull_back(z, v, scores)
+    found, pull_back = scores_and_pull_back(z, v, similarity)
     wide = [x.double().requires_grad_() for x in (z, v)]
-    expected = prototype_scores(*wide, scores)
+    expected = prototype_scores(*wide, similarity)
     close(found, expected.detach())
     for ours, theirs in zip(pull_back(by_scores), torch.autograd.grad(expected, wide, by_scores.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
