@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import proto_reg
+from proto_reg import Schedule
 
 NMI = {"nmi": ("NMI", ".3f")}  # of the nearest prototypes and the classes
 
@@ -53,7 +54,7 @@ class Variant(VAE):
         super().__init__(pixels, args.latent_dim, args.hidden)
         self.on, self.noise, self.kl = on, noise, kl
         # Without the warm-up of the library's defaults, which would hide some of what differs here.
-        options = {"prototype_weight": args.prototype_weight, "schedule": proto_reg.Schedule(mmd_steps=0)} | layer
+        options = {"prototype_weight": args.prototype_weight, "schedule": Schedule(mmd_steps=0)} | layer
         build = proto_reg.PrototypicalRegularizer
         self.regularizer = build(args.latent_dim, args.prototypes, **options) if on else None
         self.last: tuple[Tensor, Tensor] | None = None  # latents and their assignments
@@ -106,7 +107,7 @@ def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Calla
         "gradient": build(follow_rate=0.0),
         "own group, 10 x rate": build(follow_rate=0.0),
         "scaled by 10": build(follow_rate=0.0, scaled=True),
-        "k-means after warm-up": build(follow_rate=0.0, schedule=proto_reg.Schedule(warmup_steps=args.warmup, mmd_steps=0)),
+        "k-means after warm-up": build(follow_rate=0.0, schedule=Schedule(warmup_steps=args.warmup, mmd_steps=0)),
         "towards the mean, .02": build(follow_rate=0.0),
         "towards typical latents, .02": build(follow_rate=0.02),
         "towards typical latents, .05": build(follow_rate=0.05),

@@ -1,6 +1,6 @@
-"""Which processes a component works with, and the few collectives it needs. With no group each is the identity.
+"""The processes that a component works with, and the collectives it needs. Without a group each is the identity.
 
-The group is ``"default"`` (the default process group, where one of more than one process is initialised), None (this
+The group is ``"default"`` (the default process group, if it is initialised and has several processes), None (this
 process alone) or a ``torch.distributed.ProcessGroup``. Modules work together in training mode and alone in eval mode.
 """
 
@@ -18,14 +18,14 @@ Group: TypeAlias = Union[str, "dist.ProcessGroup", None]
 
 _one_process = False
 
-# Of two names the one that does not warn: torch 2.13 renamed it.
+# torch 2.13 renamed it, and the old name warns.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class Ranks:
-    """The processes that a module chose; which they are is looked up at each call.
+    """The processes that a module works with. Each call looks them up.
 
-    Copies share a ProcessGroup. It means nothing to another run, so a pickle keeps ``"default"`` in its place.
+    Copies share a ProcessGroup. A pickle keeps ``"default"`` instead: a ProcessGroup means nothing to another run.
     """
 
     def __init__(self, group: Group) -> None:
@@ -39,7 +39,7 @@ class Ranks:
         return Ranks, (None if self.group is None else "default",)
 
     def active(self, together: bool = True) -> dist.ProcessGroup | None:
-        """The process group to work with now; None for this process alone, as without ``together``."""
+        """The process group to work with now; None for this process alone, or if ``together`` is False."""
         together = together and self.group is not None and not _one_process and _initialized()
         return resolve(self.group) if together else None
 
@@ -59,7 +59,7 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """Modules work as if there were no other process: on a batch that has been gathered already."""
+    """Inside this context modules work as if there were no other process, on a batch that was gathered before."""
     global _one_process
     before, _one_process = _one_process, True
     try:
@@ -107,7 +107,7 @@ def max_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def broadcast_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``x`` of the group's first rank, in place."""
+    """Overwrite ``x`` with that of the group's first rank, in place."""
     if group is not None:
         dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
     return x
@@ -116,7 +116,7 @@ def broadcast_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def row_counts(count: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
     """``count`` of every rank. Reads them on the host.
 
-    A group that reaches CPUs too (gloo, or the default of both) tells them past the ``device``, which goes on working.
+    A group that reaches CPUs too (gloo, the default group) exchanges them there, and the ``device`` goes on working.
     """
     if group is None:
         return [count]
@@ -127,16 +127,16 @@ def row_counts(count: int, group: dist.ProcessGroup | None, device: torch.device
 
 
 def rows_before(counts: Sequence[int], group: dist.ProcessGroup | None) -> int:
-    """How many of the rows, ``counts`` by rank, come before those of this one."""
+    """The number of rows on the ranks before this one. ``counts``: rows of each rank."""
     return 0 if group is None else sum(counts[: dist.get_rank(group)])
 
 
 def gather_rows(
     rows: Tensor, group: dist.ProcessGroup | None, counts: Sequence[int] | None = None
 ) -> tuple[Tensor, int]:
-    """Rows (n, ...) of all ranks in their order (N, ...), and where this rank's begin; any n, 0 too. No gradient.
+    """The rows of all ranks (N, ...) in their order, and the index of this rank's first row. No gradient.
 
-    ``counts``: n of every rank, if it is known.
+    ``rows``: (n, ...), n may be 0. ``counts``: n of every rank, if it is known.
     """
     if counts is None:
         counts = row_counts(len(rows), group, rows.device)
@@ -151,14 +151,14 @@ def gather_rows(
 
 
 def gather_equal(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``x`` (n, ...) of all ranks (ranks, n, ...), n the same on each."""
+    """The ``x`` (n, ...) of all ranks as (ranks, n, ...). All ranks have the same n."""
     everything = x.new_empty(size(group) * x.shape[0], *x.shape[1:])
     _all_gather(everything, x, group=group)
     return everything.unflatten(0, (size(group), x.shape[0]))
 
 
 def local_part(whole: Tensor, sharded: Any) -> Tensor:
-    """This rank's part of ``whole``, cut as the DTensor ``sharded`` is; no communication."""
+    """This rank's part of ``whole``, cut like the DTensor ``sharded``. No communication."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = sharded.device_mesh
@@ -167,20 +167,20 @@ def local_part(whole: Tensor, sharded: Any) -> Tensor:
 
 
 def is_sharded(x: object) -> bool:
-    """Whether ``x`` is a DTensor, as FSDP2's parameters are between the passes; does not import the module for that."""
+    """Whether ``x`` is a DTensor, as FSDP2's parameters are between passes. It does not import DTensor's module."""
     return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
 def whole(x: Tensor) -> Tensor:
-    """``x``; a DTensor gathered from its shards, which all ranks must ask for."""
+    """``x`` itself, or the whole of a DTensor. All ranks must call it."""
     return cast(Any, x).full_tensor() if is_sharded(x) else x
 
 
 def with_gradients(value: Tensor, tensors: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """``value`` of all ranks, differentiable in ``tensors``, by which this rank knows its gradients; first order only.
+    """``value`` (), whose gradients by this rank's ``tensors`` are the known ``gradients``; first order only.
 
-    Each rank's gradient is that of its own rows, times the number of ranks: averaged over the ranks, as
-    DistributedDataParallel does, they are the gradient of the value.
+    Each rank's gradient is that of its own rows, times the number of ranks. DistributedDataParallel averages over the
+    ranks, which gives the gradient of the value.
     """
     return _WithGradients.apply(value, *tensors, *gradients) if torch.is_grad_enabled() else value
 

@@ -1,4 +1,4 @@
-"""State that counts and averages, and so cannot do with half precision."""
+"""Modules whose state must not be rounded to half precision."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing_extensions import Self
 
 
 class WideState(nn.Module):
-    """A module whose buffers stay as wide as they are under ``.half()`` and ``.bfloat16()``; devices move as ever."""
+    """A module whose buffers keep their precision under ``.half()`` and ``.bfloat16()``. Devices change as usual."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             after = self._buffers[name]
-            # From the value before: rounded to half precision and widened again, it would have lost its digits.
+            # From the value before: rounded and widened again, it would have lost digits.
             if buffer is not None and after is not None and after.dtype.itemsize < buffer.dtype.itemsize:
                 self._buffers[name] = after.to(buffer.dtype) if buffer.is_meta else buffer.to(after.device)
         return self
 
 
 class Record(WideState):
-    """What was seen so far: buffers that begin as zeros."""
+    """A record of what was seen: buffers that begin as zeros."""
 
     def reset_parameters(self) -> None:
-        """Forget it, and whatever memory held where the module came from the meta device by ``to_empty``."""
+        """Zero the buffers. After ``to_empty`` from the meta device they hold anything."""
         for buffer in self._buffers.values():
             if buffer is not None:
                 buffer.zero_()

@@ -1,4 +1,4 @@
-"""What goes wrong quietly, said once with its cure; the device is never waited for."""
+"""Warnings about quiet mistakes: each is said once, with its cure. The host never waits for the device."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .functional.metrics import SEPARATION
 from .output import RegularizerOutput
 from .schedule import Schedule
 
-FIRST_LOOK = 50  # training steps before the first look at the latents; the next at twice as many, and so on
-MANY = 2048  # at most so many prototypes, entries of a parameter or nodes of a graph are looked at
-SETTLED = 400  # training steps after which a loss of ln K, or prototypes close together, are no longer a start
-# r^2/D so many times too small or too large does not mend by itself: after SETTLED steps, and after four times as many.
-# Fashion-MNIST comes to 1 from .14 at SETTLED steps; where it did not come, it was .06 to .10.
+FIRST_LOOK = 50  # training steps before the first look at the latents; the next look is at twice as many
+MANY = 2048  # a look takes at most this many prototypes, entries of a parameter or nodes of a graph
+SETTLED = 400  # after so many training steps a loss of ln K, or close prototypes, are no longer a start
+# An r^2/D that is so many times too small or too large does not mend: after SETTLED steps, after four times as many.
+# On Fashion-MNIST .14 at SETTLED steps came to 1 later; .06 to .10 did not.
 FAR, FAR_LATER = 8.0, 2.0
-GUESSING = 0.9  # share of ln K: predictions of a larger entropy tell no prototype from another
+GUESSING = 0.9  # share of ln K: predictions with a larger entropy are guesses
 
 
 class LayerWatch:
-    """Watches one layer: what shapes and options tell at once, what latents tell every so often."""
+    """Watches one layer: its options and shapes at once, its latents at a few steps."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
         self.weighted = False
         self.std, self.kernel = 1.0, ""
-        self._small = 0  # so many more passes had fewer latents than there are prototypes than had enough
+        self._small = 0  # steps with fewer latents than prototypes, less the steps with enough
         self.looks = 0
         self._last: Tensor | None = None  # the prototypes at the last look
         self._behind: tuple[weakref.ref, Tensor] | None = None  # a parameter of the encoder, and what it was then
@@ -44,7 +44,7 @@ class LayerWatch:
         return self.__dict__ | {"said": set(self.said), "_last": None, "_behind": None, "_pending": None}
 
     def forget(self) -> None:
-        """The layer's steps are no longer those that were seen."""
+        """Forget the step: the layer's count was changed."""
         self._pending, self.active_steps = None, -math.inf
 
     def say(self, key: str, message: str) -> None:
@@ -97,9 +97,9 @@ class LayerWatch:
             )
 
     def due(self, total: int, num_prototypes: int, begin: int) -> bool:
-        """Look at the shapes of a training step, of ``total`` latents in all; whether it is time to look at values.
+        """Look at the shapes of a training step with ``total`` latents. Returns whether it is time to look at values.
 
-        It is after 50, 100, 200, ... steps, in a warm-up of ``begin`` steps and again after it.
+        It is time after 50, 100, 200, ... steps, in a warm-up of ``begin`` steps and again after it.
         """
         if torch.compiler.is_compiling():
             return False
@@ -144,7 +144,7 @@ class LayerWatch:
         self._measure(tokens.detach(), batch.mask, prototypes, *figures, temperature, active_steps, idle)
 
     def _no_optimizer_steps(self, tokens: Tensor) -> Tensor | None:
-        """() bool: whether the encoder is what it was at the last look, as in accumulation; None: nobody knows."""
+        """() bool: whether the encoder is unchanged since the last look, as in accumulation; None if nobody knows."""
         parameter, before = _parameter_behind(tokens), self._behind
         self._behind = None
         # FSDP frees the memory of parameters that it has sharded again.
@@ -167,7 +167,7 @@ class LayerWatch:
         active_steps: Tensor,
         idle: Tensor | None,
     ) -> None:
-        """Queue the figures to look at; on a GPU they arrive while it works on."""
+        """Queue the figures to look at. On a GPU they arrive while it goes on working."""
         learns, prototypes = prototypes.requires_grad, prototypes.detach()
         several, shown = len(prototypes) > 1, prototypes[:MANY]
         last, self._last = self._last, shown.clone()
@@ -184,7 +184,7 @@ class LayerWatch:
                 prototype_loss / unit,
                 entropy.sum() / mask.sum() / unit,
                 lowest.amin(),
-                radius.sum() / mask.sum(),  # NaN where no latent counts: nothing is said of it
+                radius.sum() / mask.sum(),  # NaN if no latent counts; then no warning follows
                 torch.pdist(shown.float() / self.std).amin() if several else prototypes.new_full((), torch.inf),
                 active_steps,
                 temperature,
@@ -222,7 +222,7 @@ class LayerWatch:
         untouched: float,
         broken: float,
     ) -> None:
-        """Say what the figures of :meth:`_measure` tell, in their order."""
+        """Warn by the figures of :meth:`_measure`, which come in their order."""
         self.active_steps = active_steps
         if broken:
             self.say(
@@ -263,7 +263,7 @@ class LayerWatch:
         self._judge_distances(radius, separation, active_steps)
 
     def _judge_distances(self, radius: float, separation: float, active_steps: float) -> None:
-        """Say which std would fit latents whose r^2/D is far from 1, or prototypes that are too close."""
+        """Warn with the std that fits, if r^2/D is far from 1 or prototypes are too close."""
         factor = max(radius, 1e-6) ** 0.5
         std = f"std={self.std * factor:.2g}"
         gaussian = self.kernel == "gaussian"
@@ -304,7 +304,7 @@ class LayerWatch:
 
 
 def _parameter_behind(z: Tensor) -> nn.Parameter | None:
-    """The parameter that is nearest behind ``z`` in its graph: it tells whether any optimizer steps."""
+    """The parameter that is nearest to ``z`` in its graph. It tells whether an optimizer steps."""
     if isinstance(z, nn.Parameter):
         return z
     waiting: deque = deque([z.grad_fn])

@@ -21,7 +21,7 @@ RATE = 0.01  # of adaptive marginals: a memory of a hundred steps
 
 
 class SinkhornAssigner(WideState):
-    """Codes that share a batch out among the prototypes; see :func:`proto_reg.functional.sinkhorn`.
+    """Assigns latents to prototypes so that each prototype gets its share; see :func:`proto_reg.functional.sinkhorn`.
 
     Args:
         epsilon: entropic regularisation, > 0, in units of the scores.
@@ -29,7 +29,7 @@ class SinkhornAssigner(WideState):
         tol: stop once every column is within this relative error of its marginal, at least 2e-6 in float32.
         marginals: (K,) share of the batch for each prototype, summing to 1; uniform by default. ``"adaptive"``:
             training estimates them. Use it where some kinds of data are rarer than others. See :meth:`observe`.
-        num_prototypes: K. Adaptive marginals need it; others tell it themselves.
+        num_prototypes: K, with ``marginals="adaptive"`` only. Other marginals tell it themselves.
         smoothing: in (0, 1]. Adaptive marginals are ``(1 - smoothing)`` times the estimate plus ``smoothing / K``. So
             no share falls below ``smoothing / K``, and no prototype dies of a low share. With 1 all shares are equal.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
@@ -101,11 +101,16 @@ class SinkhornAssigner(WideState):
     def cross_entropy_and_gradient(
         self, scores: Tensor, temperature: float, mask: Tensor | None = None, *, rows: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of softmax(S / tau) against the codes, its gradient by ``scores[:rows]``, the codes; no graph.
+        """Cross-entropy of softmax(S / tau) against the codes, its gradient by ``scores[:rows]``, and the codes.
 
-        One call of the fused operator. A subclass that assigns by a ``forward`` of its own is asked for its codes.
-        With ``rows`` only the first so many of ``scores`` (B, K) enter the loss; all of them enter the balance and get
-        codes.
+        No graph is built. One fused operator computes all three. A subclass with a ``forward`` of its own gives the
+        codes by that.
+
+        Args:
+            scores: (B, K)
+            temperature: tau, > 0.
+            mask: (B,) bool, True where a row counts.
+            rows: only the first ``rows`` rows enter the loss. All enter the balance and get codes.
         """
         if rows is not None or self._assigns_otherwise():
             codes = self._own_codes(scores, mask)
@@ -119,7 +124,7 @@ class SinkhornAssigner(WideState):
         )
 
     @torch.no_grad()
-    def observe(self, scores: Tensor, temperature: float, counted: Tensor | None = None) -> None:
+    def observe(self, scores: Tensor, temperature: float, mask: Tensor | None = None) -> None:
         """Move adaptive marginals a hundredth of the way to the shares that ``scores`` (B, K) show, over all processes.
 
         The shares are mean responsibilities: the mean of softmax(S / tau + log marginals) over the rows. That is a step
@@ -127,14 +132,14 @@ class SinkhornAssigner(WideState):
         which the prototype loss is at work. Other marginals stay as they are.
 
         Args:
-            counted: (B,) or () bool, False leaves the row out, as a row that is not finite is left out.
+            mask: (B,) or () bool, True where a row counts. Rows that are not finite do not count.
         """
         marginals = self.marginals
         if not self.adaptive or marginals is None:
             return
         logits = scores.to(marginals.dtype) / temperature + marginals.log()
         usable = logits.isfinite().all(1)
-        usable = usable if counted is None else usable & counted
+        usable = usable if mask is None else usable & mask
         responsibilities = torch.where(usable[:, None], logits.softmax(1), 0.0)
         both = torch.cat([responsibilities.sum(0), usable.sum(0, keepdim=True).to(marginals.dtype)])
         both = sum_(both, self.ranks.active(self.training))
@@ -149,6 +154,7 @@ class SinkhornAssigner(WideState):
             self.marginals.fill_(1 / len(self.marginals))
 
     def _assigns_otherwise(self) -> bool:
+        """Whether a subclass has a ``forward`` of its own."""
         return type(self).forward is not SinkhornAssigner.forward
 
     def _own_codes(self, scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layer in a model whose source stays as it is: a forward hook on the submodule that returns the latents."""
+"""Puts the layer into a model whose source stays as it is, by a forward hook on the submodule that encodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .output import RegularizerOutput
 from .regularizer import PrototypicalRegularizer
 
 Select = int | str | slice | None
-# What saves and loads the layer too, where a library builds its models anew.
+# Classes that save and load the layer too, for libraries that build their models anew.
 OURS = {"diffusers": "diffusers.PrototypicalAutoencoder", "scvi": "scvi.PrototypicalSCVI"}
 PATIENCE = 10  # training passes without a gradient at the latents, after which we say so
 
@@ -39,29 +39,28 @@ def attach(
 ) -> Attachment:
     """Regularise the latents of ``model`` without touching its source; ``model.prototypes`` is the layer.
 
-    A forward hook passes what the submodule ``encode`` returns through a :class:`PrototypicalRegularizer`. The layer
-    lives in that submodule (in the last module of an nn.Sequential): it is part of the parameters, the ``state_dict``,
-    the copies and pickles of the submodule and of the model. So an optimizer of ``model.encoder.parameters()`` alone
-    knows it.
+    A forward hook passes the output of the submodule ``encode`` through a :class:`PrototypicalRegularizer`. The layer
+    lives in that submodule (in the last module of an nn.Sequential). So it is part of the submodule's and the model's
+    parameters, ``state_dict``, copies and pickles. An optimizer of ``model.encoder.parameters()`` alone knows it.
 
-    Attach before the optimizer is built, before DistributedDataParallel and before ``torch.compile``; for an optimizer
-    that is there already, ``optimizer.add_param_group({"params": attachment.layer.parameters()})``. To load what was
-    saved, build the model, attach, then ``load_state_dict``. A class that builds itself (``from_pretrained``, scvi's
-    ``load``) does not know the layer, unless it attaches in its ``__init__``.
+    Attach before you build the optimizer, before DistributedDataParallel and before ``torch.compile``. If the optimizer
+    is there already, call ``optimizer.add_param_group({"params": attachment.layer.parameters()})``. To load a
+    checkpoint, build the model, attach, then call ``load_state_dict``. A class that builds itself (``from_pretrained``,
+    scvi's ``load``) knows the layer only if it attaches in its ``__init__``.
 
-    Under PEFT attach first, and name the layer in ``modules_to_save=["prototypes"]``: it is then trained and saved with
-    the adapter. ``attachment.layer`` is the one at work.
+    Under PEFT attach first, and name the layer in ``modules_to_save=["prototypes"]``. Then it is trained and saved with
+    the adapter, and ``attachment.layer`` is the one at work.
 
-    Every call of ``encode`` is a step of its own: called twice in a forward pass it counts two, and ``output`` and
-    ``loss`` are those of the last. A second run in a backward pass, by ``torch.utils.checkpoint``, is not a step.
+    Every call of ``encode`` is a step of its own. If a forward pass calls it twice, it counts two, and ``output`` and
+    ``loss`` belong to the last call. A second run by ``torch.utils.checkpoint`` in the backward pass is not a step.
 
     Args:
         model: the autoencoder.
         encode: the submodule whose output is the latent, or its name: ``"encoder"``, ``"encoder.mu"``.
         latent_dim, num_prototypes, options: of :class:`PrototypicalRegularizer`.
         name: the layer's name in ``model``, and in the submodule.
-        select: where in the output the latent is: the index in a tuple or list, the key in a mapping or the name of an
-            attribute, or, for mu and log variance in one tensor, a slice of the axis d of the layout.
+        select: where the latent is in the output: an index of a tuple or list, a key of a mapping, or the name of an
+            attribute. For mu and log variance in one tensor: a slice of the layout's axis d.
 
     Returns:
         The attachment; :meth:`Attachment.detach` takes everything back.
@@ -94,14 +93,14 @@ def attach(
 
 
 class Attachment:
-    """What :func:`attach` did to a model; as a context manager it takes that back at the end."""
+    """What :func:`attach` did to a model. As a context manager it takes that back at the end."""
 
     def __init__(self, model: nn.Module, hook: _LatentHook) -> None:
         self._model, self._hook = model, hook
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "prototypes") -> Self:
-        """The attachment in a copy of a model, or in one that was unpickled. ValueError if there is none."""
+        """The attachment in a copied or unpickled model. ValueError if there is none."""
         hooks = [hook for hook in _hooks(model) if hook.name == name]
         if len(hooks) > 1:
             layer = getattr(model, name, None)
@@ -129,11 +128,11 @@ class Attachment:
 
     @property
     def loss(self) -> Tensor:
-        """() the loss to add to your own in ``mode="weighted"``; nothing to do in ``"balanced"``."""
+        """() the loss to add to your own in ``mode="weighted"``. In ``"balanced"`` there is nothing to add."""
         return self.output.loss
 
     def detach(self) -> None:
-        """Restore the model: hook and submodule are gone, the ``state_dict`` has the keys it had."""
+        """Restore the model: hook and layer are gone, and the ``state_dict`` has its old keys."""
         hook = self._hook
         if hook.handle is not None:
             hook.handle.remove()
@@ -154,7 +153,7 @@ class Attachment:
 class _LatentHook:
     """Forward hook that looks its layer up by name, so that a wrapper may replace it.
 
-    The owner is the submodule, or inside it. So a copy or pickle of the submodule carries all of it, and nothing else.
+    The owner is the submodule or lies inside it. So a copy or pickle of the submodule carries all of it.
     """
 
     def __init__(self, model: nn.Module, path: str, owner: nn.Module, name: str, select: Select) -> None:
@@ -205,7 +204,7 @@ class _LatentHook:
         self.passes = None
 
     def __getstate__(self) -> dict:
-        """Without the last output, whose graph cannot be copied, and without the model, of which this is a part."""
+        """The state without the last output, whose graph cannot be copied, and without the model."""
         return self.__dict__ | {"output": None, "model": None}
 
 
@@ -237,7 +236,7 @@ def _find(model: nn.Module, encode: str | nn.Module) -> tuple[nn.Module, str]:
 
 
 def _owner(target: nn.Module) -> nn.Module:
-    """Where the layer lives: in ``target``, but for an nn.Sequential, which would call it, in its last module."""
+    """The module that the layer lives in: ``target``, or the last module of an nn.Sequential, which calls its own."""
     while isinstance(target, nn.Sequential) and len(target):
         target = target[-1]
     return target
@@ -257,7 +256,7 @@ def _is_wrapped(model: nn.Module, path: str, module: nn.Module) -> bool:
 
 
 def _say_what_comes_back_without(model: nn.Module) -> None:
-    """Warn where a library will build the model anew, unless ``model`` is attaching in its own ``__init__``."""
+    """Warn if a library builds this model anew, unless ``model`` attaches in its own ``__init__``."""
     libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
     if not hasattr(model, "from_pretrained") and "scvi" not in libraries:
         return
@@ -301,7 +300,7 @@ def _take(output: Any, select: Select, axis: int) -> Tensor:
 
 
 def _put(output: Any, select: Select, axis: int, z: Tensor) -> Any:
-    """``output`` with ``z`` in the place of its latent; the object itself is not changed."""
+    """``output`` with ``z`` in the place of its latent. The object itself stays as it is."""
     if select is None:
         return z
     if isinstance(select, slice):

@@ -1,4 +1,4 @@
-"""The gradient of one loss, scaled to the size of another's that is known only in the backward pass."""
+"""Adds gradients that are known beforehand to one that arrives in the backward pass, at sizes relative to it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 ONCE = (
     "PrototypicalRegularizer: expected one derivative through mode='balanced', got a second. Use mode='weighted', or "
-    "call the layer where no gradient is to be differentiated."
+    "call the layer outside of what is differentiated twice."
 )
 
 
 class AttachDirection(torch.autograd.Function):
-    """Identity whose backward adds |g| times a direction known beforehand, and gives the head |g| times its steps.
+    """The identity. Its backward pass adds |g| times a direction to g, and gives the head |g| times its steps.
 
-    ``direction`` like z, or None to add nothing at all; ``counted`` bool, what of g its norm is taken of, or None for
-    all; then the steps of the head's parameters, and those parameters. |g| is over all ranks of the group: one number
-    is all-reduced in the backward pass, as in that of SyncBatchNorm.
+    Inputs: ``direction``, like z, or None to add nothing at all; ``mask``, bool, the entries of g whose norm is |g|, or
+    None for all; the steps of the head's parameters; those parameters. |g| is over all processes of the group: the
+    backward pass all-reduces one number, as that of SyncBatchNorm does.
     """
 
     @staticmethod
@@ -34,36 +34,36 @@ class AttachDirection(torch.autograd.Function):
         group: ProcessGroup | None,
         z: Tensor,
         direction: Tensor | None,
-        counted: Tensor | None,
+        mask: Tensor | None,
         *steps_and_parameters: Tensor,
     ) -> Tensor:
         ctx.group = group
         steps = steps_and_parameters[: len(steps_and_parameters) // 2]
-        ctx.save_for_backward(direction, counted, *steps)
-        # Not a view, which could not be written to: decoders may begin with an in-place ReLU.
+        ctx.save_for_backward(direction, mask, *steps)
+        # No view: torch forbids writes to one, and decoders may begin with an in-place ReLU.
         return z.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        direction, counted, *steps = ctx.saved_tensors
-        if direction is None:  # both weights are 0: not even an added zero, and prototypes without a gradient
+        direction, mask, *steps = ctx.saved_tensors
+        if direction is None:  # both weights are 0: nothing is added, and prototypes get no gradient
             return None, gradient, None, None, *([None] * 2 * len(steps))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             direction = Once.apply(direction, gradient, ONCE)
-        if ctx.group is None and counted is None and len(steps) == 1 and gradient.dtype == direction.dtype:
+        if ctx.group is None and mask is None and len(steps) == 1 and gradient.dtype == direction.dtype:
             by_z, by_parameter = attach(gradient, direction, *steps)
             return None, by_z, None, None, None, by_parameter
-        # In the direction's float32: the norm of a half-precision gradient under loss scaling overflows its dtype.
+        # In float32, as the direction: under loss scaling the norm of a half-precision gradient overflows.
         wide = gradient.to(direction.dtype)
-        (norm,) = norms([wide if counted is None else torch.where(counted, wide, 0.0)], ctx.group)
+        (norm,) = norms([wide if mask is None else torch.where(mask, wide, 0.0)], ctx.group)
         by_z = gradient + (norm * direction).to(gradient.dtype)
         return None, by_z, None, None, *([None] * len(steps)), *(norm * step for step in steps)
 
 
 def is_of_leaf(z: Tensor) -> bool:
-    """Whether ``z`` is a leaf that requires a gradient, or a view of one: torch lets nobody write to it in place.
+    """Whether ``z`` is a leaf that requires a gradient, or a view of one. Torch lets nobody write to it in place.
 
-    A graph that is traced cannot tell: True.
+    While a graph is traced nobody knows: True.
     """
     if torch.compiler.is_compiling() or not z.requires_grad:
         return z.requires_grad
@@ -71,7 +71,7 @@ def is_of_leaf(z: Tensor) -> bool:
 
 
 def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
-    """|gradient| of each, over its rows on all ranks."""
+    """The norms of ``gradients``, over the rows of all processes."""
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
     if group is None:
         return norms
@@ -83,9 +83,9 @@ def norms(gradients: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
 def add_up(
     a: Tensor, b: Tensor, weight_a: float, weight_b: float, group: ProcessGroup | None, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """weight_a a / |a| + weight_b b / |b| of rows (N, D), norms over those of all ranks; and weight_a / |a|, ().
+    """``weight_a a / |a| + weight_b b / |b|`` (N, D) and ``weight_a / |a|`` (), norms over the rows of all processes.
 
-    ``shares`` () or (2,): shares of their usual size that the weights have; None: all of it.
+    ``shares``: (2,) shares of their full size that the weights have; None for 1.
     """
     if group is None and shares is None:
         return balance(a, b, weight_a, weight_b)

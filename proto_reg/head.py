@@ -25,11 +25,11 @@ class PrototypeHead(nn.Module):
         similarity: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
         std: standard deviation of the distribution around each prototype that training aims at, 1 by default.
-            Reconstruction decides how far apart an encoder puts latents: README, "The scale of the latents", tells
-            which one fits. It is part of the state: a head that loads another's has its std from then on, and warns
-            where a different one was given here.
-        init_std: standard deviation of the initial coordinates; by default std / 2, which puts prototypes
-            .7 std sqrt(D) apart.
+            The reconstruction decides how far apart an encoder puts latents; README, "The scale of the latents", tells
+            which std fits. It is part of the state: ``load_state_dict`` sets it, and warns if another one was given
+            here.
+        init_std: standard deviation of the initial coordinates. The default is std / 2: prototypes then lie .7 std
+            sqrt(D) apart.
 
     Attributes:
         prototypes: Parameter (K, D), the points themselves: ``decoder(head.prototypes)`` shows them.
@@ -62,26 +62,26 @@ class PrototypeHead(nn.Module):
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP2 puts the gathered prototypes in the place of their shards while a pass lasts. Whoever moves them then
-        # has to move the shards too: these are what the optimizer holds.
+        # During a pass FSDP2 replaces the shards by the gathered prototypes. Whoever moves these must move the shards
+        # too: the optimizer holds the shards.
         if name == "prototypes":
             before = self.__dict__.get("_parameters", {}).get(name)
             self.__dict__["shards"] = before if is_sharded(before) and not is_sharded(value) else None
         super().__setattr__(name, value)
 
     def get_extra_state(self) -> Tensor:
-        """() float32 ``std``: in ``state_dict``, but no buffer, which others would write to and conversions round."""
+        """() float32 ``std``. It is no buffer: other code would write to it, and conversions would round it."""
         return torch.tensor(self.std, dtype=torch.float32, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over ``std``, with the digits that it was given here, or else with the fewest that it can have had.
+        """Take over ``std``. The fewest digits that round to the stored number are taken.
 
-        It wins over one that was given to the constructor, for a training is to go on as it was; a warning says so.
-        Raises ValueError for one that is not finite and > 0.
+        It replaces a std that was given to the constructor, so that a training goes on as it was; a warning says so.
+        Raises ValueError unless it is finite and > 0.
         """
         stored = check_number("std", state.item(), above=0)
 
-        def is_stored(std: float) -> bool:  # by way of float32, from which half precision was rounded
+        def is_stored(std: float) -> bool:  # half precision was rounded from float32
             return torch.tensor(std, dtype=torch.float32, device="cpu").to(state.dtype).item() == stored
 
         if is_stored(self.std):
@@ -95,7 +95,7 @@ class PrototypeHead(nn.Module):
             )
 
     def to_write_to(self) -> Tensor:
-        """The parameter ``prototypes`` itself. RuntimeError where it is not: what is written to a copy is lost."""
+        """The parameter ``prototypes``. RuntimeError if it is computed from others: a write would be lost."""
         own = self._parameters.get("prototypes")
         if own is None or not own.is_leaf or getattr(own, "_fsdp_flattened", False):  # the last: FSDP1's flat parameter
             raise RuntimeError(
@@ -122,14 +122,14 @@ class PrototypeHead(nn.Module):
         return prototype_scores(z, self.prototypes, self.similarity, std=self.std)
 
     def in_closed_form(self) -> bool:
-        """Whether scores and their gradients are those of the formulas: a head of one's own may compute others."""
+        """Whether scores and gradients are those of the formulas. A subclass may compute others."""
         alone = list(self._parameters) == ["prototypes"] and not self._modules
         return type(self).forward is PrototypeHead.forward and alone
 
     def scores_and_pull_back(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor]]]]:
-        """Scores (N, K) of ``z`` (N, D), and what takes a gradient by them to those by z and by ``self.parameters()``.
+        """Scores (N, K) of ``z`` (N, D), and a function from the gradient by them to those by z and the parameters.
 
-        In closed form here; a head that computes its scores or prototypes otherwise goes through ``torch.func.vjp``.
+        They are in closed form. A subclass that computes other scores or prototypes goes through ``torch.func.vjp``.
         """
         if self.in_closed_form():
             v = self.prototypes.detach().to(z.dtype)
@@ -158,8 +158,8 @@ class PrototypeHead(nn.Module):
     def init_from(self, z: Tensor, generator: torch.Generator | None = None, *, group: Group = "default") -> None:
         """Put the prototypes on K of the latents ``z`` (N, D), chosen by k-means++ (Arthur and Vassilvitskii, 2007).
 
-        In a process group the choice is among the latents of all ranks, made by the first and taken over by the others:
-        all must call; N may differ and be 0. ``group=None`` leaves the choice to this process.
+        In a process group the first rank chooses among the latents of all, and all take its choice. All must call; N may
+        differ and be 0. With ``group=None`` this process chooses alone.
 
         Raises:
             ValueError: fewer than K latents, another D, or latents that are not finite.
@@ -180,7 +180,7 @@ class PrototypeHead(nn.Module):
 
     @torch.no_grad()
     def place(self, index: Tensor | slice, points: Tensor) -> None:
-        """Put the prototypes ``index`` on ``points`` (n, D), in this rank's shard where FSDP2 has cut them."""
+        """Put the prototypes ``index`` on ``points`` (n, D). Under FSDP2 this writes to this rank's shard."""
         prototypes = self.to_write_to()
         if is_sharded(prototypes):
             every = whole(prototypes)
@@ -190,7 +190,7 @@ class PrototypeHead(nn.Module):
             prototypes[index] = points.to(prototypes.dtype)
 
     def mixture(self, std: float | None = None) -> PrototypeMixture:
-        """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``; None: the head's std."""
+        """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``. None: the head's std."""
         return PrototypeMixture(self.prototypes, self.std if std is None else std)
 
     @torch.no_grad()
@@ -202,10 +202,10 @@ class PrototypeHead(nn.Module):
         std: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw latents (num_samples, D) around one prototype, or around prototypes drawn uniformly if None.
+        """Draw latents (num_samples, D) around one prototype. None draws prototypes uniformly.
 
-        ``std`` is the standard deviation around the prototype: None is the head's, which training aims at, 0 the
-        prototype itself. Raises TypeError or ValueError for an argument out of its range.
+        ``std`` is the standard deviation around the prototype. None takes the head's, which training aims at; 0 gives
+        the prototype itself. Raises TypeError or ValueError for an argument out of its range.
         """
         check_positive_int("num_samples", num_samples)
         device = self.prototypes.device
@@ -241,7 +241,7 @@ class PrototypeHead(nn.Module):
 class PrototypeMixture(MixtureSameFamily):
     """sum_k N(v_k, std^2 I) / K as a ``torch.distributions`` object.
 
-    ``-log_prob(z)`` is an out-of-distribution score; ``responsibilities(z)`` (..., K) the posterior over prototypes.
+    ``-log_prob(z)`` is an out-of-distribution score. ``responsibilities(z)`` (..., K) is the posterior over prototypes.
     """
 
     def __init__(self, prototypes: Tensor, std: float = 1.0) -> None:
@@ -267,7 +267,7 @@ class PrototypeMixture(MixtureSameFamily):
             )
         dtype = compute_dtype(torch.promote_types(value.dtype, mean.dtype))
         mean, flat = mean.to(dtype), value.reshape(-1, mean.shape[-1]).to(dtype)
-        # Differences, not the product form: exact in float32 however far from the origin.
+        # By differences: the product form is not exact in float32 far from the origin.
         distance = torch.cdist(flat, mean, compute_mode="donot_use_mm_for_euclid_dist")
         log_density = self.component_distribution.log_prob(mean)  # at distance 0, the normalising constant
         joint = log_density + self.mixture_distribution.logits - 0.5 * (distance / self.std).square()
@@ -275,11 +275,12 @@ class PrototypeMixture(MixtureSameFamily):
 
 
 def kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None, centres: Tensor | None = None) -> Tensor:
-    """Indices (count,) of rows of ``z`` (N, D), each drawn with probability proportional to its squared distance.
+    """Indices (count,) of rows of ``z`` (N, D), by k-means++.
 
-    Of the nearest row drawn before it, or of ``centres`` (M, D) that are there already.
+    A row's probability is proportional to its squared distance from the nearest row that was drawn before, or from the
+    nearest of ``centres`` (M, D).
     """
-    # Only ratios of distances matter: at unit size none overflows, whatever the dtype of z.
+    # Only ratios of distances matter. At unit size no distance overflows, in any dtype.
     z = z.to(compute_dtype(z.dtype))
     there = z[:0] if centres is None else centres.to(z.dtype)
     top = torch.cat([z, there]).abs().amax().clamp_min(torch.finfo(z.dtype).tiny)

@@ -9,10 +9,10 @@ from ._checks import check_floating, check_mask
 
 
 class Layout:
-    """An einops pattern such as ``"b d h w"``: the axis ``d`` is the latent, every position of the others a token.
+    """An einops pattern such as ``"b d h w"``. The axis ``d`` is the latent, and each position of the others a token.
 
     Raises:
-        ValueError: a pattern without ``d``, without another axis, or that names an axis twice.
+        ValueError: a pattern without ``d`` or without another axis, or one that names an axis twice.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -40,7 +40,7 @@ class Layout:
     def tokens(
         self, z: Tensor, mask: Tensor | None, latent_dim: int, *, empty: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents ``z`` as rows (N, D) and ``mask``, z's shape without d, as (N,) or None; ``empty``: N may be 0.
+        """Latents ``z`` as rows (N, D), and ``mask``, z's shape without d, as (N,) or None. ``empty``: N may be 0.
 
         Raises:
             TypeError, ValueError: latents or mask of another rank, size or dtype, or no latents at all.

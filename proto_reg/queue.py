@@ -1,4 +1,4 @@
-"""Past latents, for batches that are too small to say what the latent space looks like."""
+"""Past latents, for small batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class LatentQueue(Record):
     """The last ``size`` latents of training, oldest overwritten first; slots not yet filled are marked so.
 
-    It keeps latents, not their assignments: prototypes move, and each step assigns the past anew. No shape depends on
-    the data, so it can be compiled. In a process group the ranks enqueue into one queue, rank after rank, and all hold
-    the same: one sum of (size, D + 1) numbers a step.
+    Hand it to the layer as ``queue=``. It keeps latents, not assignments: prototypes move, so each step assigns the
+    past anew. No shape depends on the data, so it can be compiled. A process group has one queue: the ranks enqueue
+    one after another, and all hold the same. That takes one sum of (size, D + 1) numbers a step.
 
     Args:
         size: Q, number of slots.
@@ -51,13 +51,13 @@ class LatentQueue(Record):
 
     @property
     def in_use(self) -> Tensor:
-        """(Q,) bool: slots that hold a latent."""
+        """(Q,) bool: which slots hold a latent."""
         return torch.arange(self.size, device=self.filled.device) < snapshot(self.filled)
 
     def part(self, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """Latents (q, D) that this process adds to a batch of ``group``, each latent by one of them; which are in use.
+        """The latents (q, D) that this process adds to a batch of ``group``, and which of them are in use, (q,) bool.
 
-        All slots where there is no group.
+        Each latent belongs to one process. Without a group these are all slots.
         """
         if group is None:
             return snapshot(self.latents), self.in_use
@@ -80,18 +80,18 @@ class LatentQueue(Record):
 
     @torch.no_grad()
     def push(self, tokens: Tensor, mask: Tensor | None = None) -> None:
-        """Enqueue the finite ones of ``tokens`` (N, D), those where ``mask`` (N,) bool is True; the last Q of them.
+        """Enqueue the finite rows of ``tokens`` (N, D) where ``mask`` (N,) bool is True, in their order.
 
-        The rows come in their order: of more rows than slots the last remain.
+        Of more than Q rows the last Q remain.
         """
         group = self.ranks.active()
         usable = tokens.isfinite().all(1)
         usable = usable if mask is None else usable & mask
-        if tokens.shape[0] == 0:  # a rank without latents takes part in the sums all the same
+        if tokens.shape[0] == 0:  # a rank without latents must take part in the sums
             tokens, usable = tokens.new_zeros(1, tokens.shape[1]), usable.new_zeros(1)
         number = usable.cumsum(0)  # of each usable row, from 1
         before, total = _rows_before(number[-1], group)
-        # Of all new rows the last `kept` stay; slot j takes the new row number `row`, or none.
+        # The last `kept` of all new rows stay. Slot j takes new row number `row`, or none.
         kept = total.clamp(max=self.size)
         offset = (torch.arange(self.size, device=total.device) - self.position) % self.size
         row = offset + (total - kept) - before
@@ -110,7 +110,7 @@ class LatentQueue(Record):
 
 
 def _rows_before(count: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """How many rows the ranks before this one have, and all together, where this one has ``count``; both () int64."""
+    """The numbers of rows before this rank's and of all ranks, () int64 each. ``count``: this rank's rows."""
     if group is None:
         return torch.zeros_like(count), count
     rank = dist.get_rank(group)

@@ -1,8 +1,7 @@
-"""Forwards that run again in a backward pass, as ``torch.utils.checkpoint`` has them: they find what they found before.
+"""Lets a forward pass that ``torch.utils.checkpoint`` runs again see the same state, and count once.
 
-A checkpoint takes what autograd would save, and runs its function again when the backward pass asks for it. A layer
-that counts must not count again then. And it has to see the state that it saw the first time, or it computes something
-else.
+A checkpoint does not keep what autograd saves. It runs its function again when the backward pass asks for it. A layer
+must not count again then. And it must see the state of its first run, or it computes something else.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ Buffers: TypeAlias = Sequence[tuple[nn.Module, str]]
 
 
 def saving_hooks() -> Hooks | None:
-    """What packs and unpacks tensors that autograd saves now, as checkpoints do; None while a graph is traced."""
+    """The hooks that pack and unpack what autograd saves, such as a checkpoint's; None while a graph is traced."""
     return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 class Calls:
-    """What each of a layer's calls in one checkpoint found, and how many of them a backward pass has run again."""
+    """The state that each call in one checkpoint found, and how many calls a backward pass has run again."""
 
     def __init__(self) -> None:
         self.found: list[list[Tensor]] = []
         self.backward, self.again = -1, 0
 
     def next(self, backward: int) -> list[Tensor]:
-        """What the call found that runs again now, in the ``backward`` pass of that number."""
+        """The state for the call that runs again now, in the ``backward`` pass of that number."""
         if self.backward != backward:
             self.backward, self.again = backward, 0
         self.again += 1
@@ -41,10 +40,7 @@ class Calls:
 
 
 class Replay:
-    """What a layer's forwards found in its buffers, for as long as the checkpoints last that they ran in.
-
-    It is no state: copies and pickles start without.
-    """
+    """Keeps the buffers that each forward pass found while its checkpoint lasts. Copies and pickles start empty."""
 
     def __init__(self) -> None:
         self._calls: WeakKeyDictionary[object, Calls] = WeakKeyDictionary()
@@ -56,10 +52,10 @@ class Replay:
     def run(
         self, function: Callable[..., T], buffers: Callable[[], Buffers] | None, counting: bool, *arguments: Any
     ) -> T:
-        """``function(counting, *arguments)``. Where a checkpoint runs it again, it counts nothing and finds ``buffers``
-        as they were the first time.
+        """Call ``function(counting, *arguments)``.
 
-        ``buffers``: what the function both depends on and changes; None for nothing.
+        If a checkpoint runs it again, it counts nothing and finds ``buffers`` as they were in its first run.
+        ``buffers``: what the function both reads and changes; None for nothing.
         """
         hooks = None if buffers is None else saving_hooks()
         if hooks is None or buffers is None:
@@ -80,7 +76,7 @@ class Replay:
         if backward == -1 or self._last is None:
             return None
         calls = self._calls.get(_checkpoint(hooks))
-        # In a checkpoint within one that runs again the call has no record of its own.
+        # An inner checkpoint of one that runs again has no record of its own.
         return self._last if calls is None else calls.next(backward)
 
     def _keep(self, hooks: Hooks, found: list[Tensor]) -> None:
@@ -96,7 +92,7 @@ def _put(buffers: Buffers, values: Sequence[Tensor]) -> None:
 
 
 def _checkpoint(hooks: Hooks) -> object | None:
-    """Torch's own record of the checkpoint that set ``hooks``, the same in both runs; None for hooks of others."""
+    """Torch's own record of the checkpoint that set ``hooks``. It is the same in both runs; None for other hooks."""
     pack = inspect.unwrap(hooks[0])
     seen = inspect.getclosurevars(pack).nonlocals if inspect.isfunction(pack) else {}
     again = seen.get("target_frame_ref")  # weak, in the hooks of the second run

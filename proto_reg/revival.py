@@ -1,4 +1,4 @@
-"""Prototypes that no latent is near to, put where latents are."""
+"""Puts unused prototypes where latents are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def revive(
     generator: torch.Generator | None,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """Put prototypes of small ``usage`` (K,) on ``latents`` (N, D); (n,) indices of those that were moved.
+    """Put prototypes of small ``usage`` (K,) on ``latents`` (N, D); returns their indices (n,).
 
     See :meth:`proto_reg.PrototypicalRegularizer.revive`.
     """
@@ -51,7 +51,7 @@ def revive(
 def unused(usage: Tensor, threshold: float | None) -> Tensor:
     """(K,) bool: prototypes whose share of the latents ``usage`` (K,) is below ``threshold``, .1 / K by default."""
     threshold = 0.1 / len(usage) if threshold is None else check_number("threshold", threshold, at_least=0)
-    # A threshold above an equal share could name every prototype, and there would be no living one to draw far from.
+    # A threshold above an equal share could name every prototype. Then no living one would be left.
     if threshold >= 1 / len(usage):
         raise ValueError(
             f"threshold: expected a share below 1/K = {1 / len(usage):.3g}, got {threshold:g}. The default is .1 / K."
@@ -60,7 +60,9 @@ def unused(usage: Tensor, threshold: float | None) -> Tensor:
 
 
 def superfluous(prototypes: Tensor, usage: Tensor, alive: Tensor) -> Tensor:
-    """(K,) bool: living ``prototypes`` (K, D), in units of std, within 2 of one that has more latents and stays."""
+    """(K,) bool: the ``alive`` among ``prototypes`` (K, D) that lie within 2 of one that has more latents and stays.
+
+    Distances are in units of std."""
     v = prototypes.float().cpu()
     near = torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist") < SEPARATION
     alive, stays = alive.cpu(), torch.zeros(len(v), dtype=torch.bool, device=v.device)
@@ -74,15 +76,15 @@ def draw_far(
 ) -> Tensor:
     """Rows (n, D) of ``latents`` (N, D) for the n prototypes of ``gone`` (K,), far from the others and each other.
 
-    By k-means++ (Arthur and Vassilvitskii, 2007) continued from the living prototypes. In a process group all ranks
-    take what the first drew; too few latents on one of them is an error on all.
+    K-means++ (Arthur and Vassilvitskii, 2007) goes on from the living prototypes. In a process group all ranks take the
+    draw of the first. If one rank has too few latents, all raise.
 
     Raises:
         ValueError: fewer finite latents than prototypes to revive.
     """
     count = int(gone.sum())
     latents = latents[latents.isfinite().all(1)].to(prototypes.device)
-    # What one cannot do alone, all must refuse together, or the others wait for ever.
+    # All ranks must raise together: otherwise some would wait for ever.
     too_few = torch.tensor(float(len(latents) < count), dtype=torch.float32, device=latents.device)
     if sum_(too_few, group):
         raise ValueError(
@@ -107,7 +109,7 @@ def check_optimizer(optimizer: Optimizer | None, prototypes: Tensor) -> None:
 
 
 def forget_rows(optimizer: Optimizer | None, prototypes: Tensor, index: Tensor) -> None:
-    """Zero the rows ``index`` of all that ``optimizer`` remembers of ``prototypes`` in their shape: its moments."""
+    """Zero the rows ``index`` of the optimizer's state of ``prototypes``, such as its moments."""
     state = {} if optimizer is None else optimizer.state.get(prototypes, {})
     for value in state.values():
         if not isinstance(value, Tensor) or value.shape != prototypes.shape:

@@ -21,11 +21,11 @@ SCHEDULES = ("paper", "balanced")
 def isolated_step(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> bool:
     """One step of ``optimizer`` on ``loss`` that leaves every ``.grad`` as it was.
 
-    Gradients are averaged over the process group, if there is one. If any is not finite the step is skipped, which
-    takes one read from the device, as in ``torch.amp.GradScaler``.
+    Gradients are averaged over the process group, if there is one. The step is skipped if a gradient is not finite; as
+    in ``torch.amp.GradScaler`` the test takes one read from the device.
 
     Returns:
-        Whether the step was taken; without a parameter that requires a gradient there is none to take.
+        Whether the step was taken. Without a parameter that requires a gradient it is not.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters and loss.requires_grad else ()
@@ -59,23 +59,25 @@ def _set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tenso
 class PrototypicalTraining(nn.Module):
     """Algorithm 1: warm-up epochs of reconstruction, then three isolated steps a batch, or one balanced step.
 
-    After warm-up ``schedule="paper"`` takes, for each batch, a prototype step (encoder and prototypes), an MMD step
-    (encoder, prototypes fixed) and a reconstruction step (encoder and decoder), each with an optimizer and a forward
-    pass of its own; batch-norm statistics move in the last only. ``schedule="balanced"`` takes one step on everything,
-    with the layer in its balanced mode. Neither touches a ``.grad`` that others use.
+    With ``schedule="paper"`` each batch after warm-up takes three steps: a prototype step (encoder and prototypes), an
+    MMD step (encoder, prototypes fixed) and a reconstruction step (encoder and decoder). Each has its own optimizer and
+    forward pass; only the last moves batch-norm statistics. ``schedule="balanced"`` takes one step on everything, with
+    the layer in balanced mode. Neither touches a ``.grad`` that others use.
 
-    A module: its ``state_dict`` holds encoder, decoder, regularizer, the optimizers' state and the epoch, all loadable
-    with ``weights_only=True``. A sampled target draws on torch's random state: keep that too for a bit-exact resume.
+    It is a module. Its ``state_dict`` holds encoder, decoder, regularizer, the optimizers' state and the epoch, and
+    loads with ``weights_only=True``. A sampled target draws from torch's random state: save that too, and a run resumes
+    bit for bit.
 
     Args:
-        encoder: returns latents in the regularizer's layout; decoder: takes them.
-        regularizer: the layer; for ``"paper"``, which takes its losses without weights, ramps and noise, see
+        encoder: returns latents in the regularizer's layout.
+        decoder: takes latents.
+        regularizer: the layer. The schedule ``"paper"`` uses its losses without weights and schedule; see
             :meth:`PrototypicalRegularizer.paper`.
         reconstruction: (decoder output, x) -> scalar; binary cross-entropy with logits by default (paper, eq. 2).
         warmup_epochs: epochs of reconstruction only (paper: 10).
         schedule: ``"paper"`` or ``"balanced"``.
         optimizer: parameters -> optimizer; Adam at 1e-3 by default, as in the paper.
-        encode: x -> latents, where that is not the encoder's call (a VAE that returns mu and logvar, say).
+        encode: x -> latents, if the encoder's call does not return them (a VAE returns mu and logvar).
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
@@ -101,7 +103,7 @@ class PrototypicalTraining(nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}. Wrap it in one.")
         self.encoder, self.decoder, self.regularizer = encoder, decoder, regularizer
         self.reconstruction = reconstruction
-        # Past nn.Module's registration: a module that encodes is part of the encoder already.
+        # Not registered: a module that encodes is part of the encoder already.
         object.__setattr__(self, "_encode", encode)
         self.warmup_epochs = check_positive_int("warmup_epochs", warmup_epochs, minimum=0)
         self.schedule = check_choice("schedule", schedule, SCHEDULES)
@@ -130,26 +132,26 @@ class PrototypicalTraining(nn.Module):
         return self.epoch < self.warmup_epochs
 
     def step(self, x: Tensor) -> dict[str, Tensor]:
-        """Train on one batch; returns its losses, detached: ``reconstruction`` and, after warm-up, the other two."""
+        """Train on one batch and return its losses, detached: ``reconstruction`` and, after warm-up, the other two."""
         losses = self.regularizing_steps(x)
         loss, parts = self.loss(x)
         self._take(self.last_step, loss)
         return losses | parts
 
     def regularizing_steps(self, x: Tensor) -> dict[str, Tensor]:
-        """The paper's prototype step and MMD step on one batch; none in warm-up or with the balanced schedule."""
+        """Take the paper's prototype step and MMD step on one batch. Warm-up and the balanced schedule have none."""
         losses: dict[str, Tensor] = {}
         if self.schedule == "balanced" or self.warming_up:
             return losses
         with frozen_batch_statistics(self.encoder):
             for name in ("prototype", "mmd"):
-                # Counted once a batch; that brings a new subsample for the next, too.
+                # Count once a batch, so that the next batch gets a new subsample.
                 output = self.regularizer.losses(self.encode(x), count=name == "mmd")
                 losses[name] = self._take(name, getattr(output, f"{name}_loss"))
         return losses
 
     def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the last step of a batch descends on, for ``optimizers[last_step]``; beside it its parts, detached."""
+        """The loss of the last step of a batch, for ``optimizers[last_step]``, and its parts, detached."""
         z = self.encode(x)
         if self.schedule == "paper" or self.warming_up:
             reconstruction = self.reconstruction(self.decoder(z), x)
@@ -161,11 +163,11 @@ class PrototypicalTraining(nn.Module):
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def end_epoch(self) -> None:
-        """Count an epoch; :meth:`fit` does it by itself."""
+        """Count an epoch. :meth:`fit` calls this."""
         self.epoch += 1
 
     def fit(self, batches: Iterable, epochs: int) -> list[dict[str, float]]:
-        """Train until ``epochs`` epochs are done in all, so that a resumed run ends where it was meant to.
+        """Train until ``epochs`` epochs are done in all. A resumed run ends at the same epoch.
 
         Args:
             batches: iterated once an epoch; each item is x, or a tuple or list whose first entry is x.
@@ -214,11 +216,11 @@ class PrototypicalTraining(nn.Module):
 
 
 class PrototypicalTrainerMixin:
-    """Gives a trainer class of one's own the whole of Algorithm 1.
+    """Gives your own trainer class the whole of Algorithm 1.
 
-    ``class MyTrainer(PrototypicalTrainerMixin, Anything)``, in any order: nothing is initialised implicitly, call
-    :meth:`init_prototypical` once and :meth:`prototypical_step` for each batch. All state is in
-    ``self.prototypical.state_dict()``, and in the trainer's own if it is a ``torch.nn.Module``.
+    Write ``class MyTrainer(PrototypicalTrainerMixin, Anything)``, in any order. Call :meth:`init_prototypical` once and
+    :meth:`prototypical_step` for each batch; nothing happens by itself. All state is in
+    ``self.prototypical.state_dict()``. A trainer that is a ``torch.nn.Module`` has it in its own, too.
     """
 
     prototypical: PrototypicalTraining
@@ -252,7 +254,7 @@ class PrototypicalTrainerMixin:
 
 @contextmanager
 def frozen_batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch and instance norms below ``module`` normalise as in training but leave their running statistics alone."""
+    """Inside this context the batch and instance norms of ``module`` keep their running statistics."""
     norms = nn.modules.batchnorm._NormBase
     layers = [m for m in module.modules() if isinstance(m, norms) and m.training and m.track_running_stats]
     try:

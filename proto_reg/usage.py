@@ -12,14 +12,13 @@ from .kernels.layer_ops import tally
 
 
 class UsageMeter(Record):
-    """Counts over the training forward passes since the last reset, on their device; nobody waits until they are read.
+    """Counts over the training steps since the last reset, on their device. Only a read waits for the device.
 
-    A latent counts for the prototype that it scores highest with, which is where inference puts it. Balanced codes
-    would hide what they are looked at for: they give a prototype its share even where no latent is near.
+    A latent counts for the prototype with its highest score, as in inference. Balanced codes would hide unused
+    prototypes: they give each its share even if no latent is near.
 
-    In a process group each pass is summed over the ranks as it is counted. So all ranks hold the same state, any of
-    them may read it alone, DistributedDataParallel's broadcast of buffers does no harm, and the checkpoint of one
-    rank resumes all.
+    In a process group each step is summed over the ranks. So all ranks hold the same state, and any of them may read it
+    alone. DistributedDataParallel's broadcast of buffers does no harm, and the checkpoint of one rank resumes all.
 
     Args:
         num_prototypes: K.
@@ -67,7 +66,7 @@ class UsageMeter(Record):
 
     @torch.no_grad()
     def metrics(self, prototypes: Tensor, std: float, **others: Tensor) -> dict[str, float]:
-        """Everything as floats, distances in units of ``std``, NaN where nothing was counted; read once."""
+        """Everything as floats, in one read. Distances are in units of ``std``. NaN means that nothing was counted."""
         usage, latents = self.usage, self.counts.sum()
         prototype_loss, mmd_loss, passes, distance = self.totals.unbind()
         apart = nearest_other(prototypes) / std

@@ -265,14 +265,14 @@ def check_no_nan(
         )
 
 
-def usable(rows: Tensor, keep: Tensor | None, nan_policy: str, group: ProcessGroup | None) -> Tensor | None:
-    """Which of ``rows`` (N, D) count under a policy other than ``"propagate"``, of those where ``keep`` (N,) is True.
+def usable(rows: Tensor, mask: Tensor | None, nan_policy: str, group: ProcessGroup | None) -> Tensor | None:
+    """Which of ``rows`` (N, D) count under a policy other than ``"propagate"``, of those where ``mask`` (N,) is True.
 
     Raises:
         ValueError: under ``"raise"``, on all ranks, if one that counts is not finite.
     """
     if nan_policy == "raise":
-        check_no_nan("z", rows if keep is None else rows[keep], group)
-        return keep
+        check_no_nan("z", rows if mask is None else rows[mask], group)
+        return mask
     finite = rows.isfinite().all(1)
-    return finite if keep is None else keep & finite
+    return finite if mask is None else mask & finite
