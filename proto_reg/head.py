@@ -158,8 +158,8 @@ class PrototypeHead(nn.Module):
     def init_from(self, z: Tensor, generator: torch.Generator | None = None, *, group: Group = "default") -> None:
         """Put the prototypes on K of the latents ``z`` (N, D), chosen by k-means++ (Arthur and Vassilvitskii, 2007).
 
-        In a process group the first rank chooses among the latents of all, and all take its choice. All must call; N may
-        differ and be 0. With ``group=None`` this process chooses alone.
+        In a process group the first rank chooses among the latents of all, and all take its choice. All must call; N
+        may differ and be 0. With ``group=None`` this process chooses alone.
 
         Raises:
             ValueError: fewer than K latents, another D, or latents that are not finite.

@@ -1,4 +1,4 @@
-"""The mathematics as functions; the modules of ``proto_reg`` only hold state around them."""
+"""The mathematics as functions. The modules of ``proto_reg`` add state to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The anchored MMD by random Fourier features: linear in the latents, and across processes a sum of fixed size."""
+"""The anchored MMD by random Fourier features: its time is linear in the latents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def feature_mmd(
     exact statistic. The sums over all ranks of ``group`` are num_groups * (2 * features + 1) numbers.
 
     Args:
-        residuals: (N, D) latents minus their anchors; groups: (N,) int64, -1 leaves the row out.
+        residuals: (N, D) latents minus their anchors.
+        groups: (N,) int64, the cluster of each row; -1 leaves the row out.
 
     Returns:
         values: (num_groups,), exactly 0 for groups of fewer than two rows.
@@ -67,7 +68,7 @@ def feature_mmd(
 def frequencies(like: Tensor, features: int, scales: Sequence[float], seed: int) -> tuple[Tensor, Tensor]:
     """Frequencies (features, D) of the kernel averaged over ``scales``, and their shares (features,), which sum to 1.
 
-    They take the scales in turns, w ~ N(0, I / (D s)); a function of ``seed`` alone, and so equal on all ranks.
+    They take the scales in turns: w ~ N(0, I / (D s)). They depend on ``seed`` alone, so they are equal on all ranks.
     """
     dim = like.shape[1]
     counter = torch.arange(features * dim, device=like.device) + (seed % 2**31) * 0x5851F42D

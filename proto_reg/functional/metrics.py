@@ -1,4 +1,4 @@
-"""What a latent space looks like around its prototypes, in numbers."""
+"""Numbers that describe a latent space around its prototypes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .._distributed import Group, gather_rows, resolve
 from ..kernels.closed_forms import gaussian_null_variance
 from .mmd import DEFAULT_SCALES
 
-SEPARATION = 2.0  # prototypes nearer than so many std overlap by more than 16 % (Bayes error of two normals)
+SEPARATION = 2.0  # in std: two normals that lie nearer overlap by more than 16 % (their Bayes error)
 
 
 @torch.no_grad()
 def latent_metrics(
     z: Tensor, head: nn.Module, labels: Tensor | None = None, *, group: Group = None
 ) -> dict[str, float | Tensor]:
-    """Diagnose latents around the prototypes of ``head``; each latent belongs to the prototype it scores highest with.
+    """Diagnose latents around the prototypes of ``head``.
 
-    All distances are in units of ``head.std``, the standard deviation of the normal distribution around each prototype.
+    Each latent belongs to the prototype with its highest score. All distances are in units of ``head.std``, the
+    standard deviation of the normal distribution around each prototype.
 
     Args:
         z: (N, D) latents, preferably held out.
-        head: a :class:`proto_reg.PrototypeHead`, or any module with ``prototypes`` (K, D) that maps z to scores (N, K);
-            where it has no ``std``, that is 1.
+        head: a :class:`proto_reg.PrototypeHead`, or any module with ``prototypes`` (K, D) that maps z to scores (N, K).
+            Without an attribute ``std`` it is 1.
         labels: (N,) class of each latent, for purity, NMI and ACC; needs the extra ``metrics`` (scikit-learn, SciPy).
         group: a ProcessGroup, or ``"default"``: latents and labels of all its ranks are gathered, and every rank
-            returns the same. Ranks may differ in N, which may be 0; all must call, all with labels or all without.
+            returns the same. N may differ and be 0. All ranks must call, either all with labels or all without.
 
     Returns:
         A dict of floats, and of two tensors (K,):
@@ -41,10 +42,11 @@ def latent_metrics(
         * ``r2_per_dim``: mean |z - v|^2 / D; 1 under N(v, std^2 I).
         * ``effective_rank``: exp of the entropy of the residuals' covariance spectrum (Roy and Vetterli, 2007), at
           most D.
-        * ``standardised_mmd`` (K,): unbiased MMD to N(v_k, std^2 I) over its standard deviation under that one; NaN
-          for fewer than two latents. ``mean_standardised_mmd``: its mean over the others. 0 give or take 1 under it;
-          any deviation grows with the number of latents, so compare at the same N.
-        * with labels ``purity``, ``nmi`` and ``acc`` (best one-to-one matching of prototypes to classes).
+        * ``standardised_mmd`` (K,): unbiased MMD to N(v_k, std^2 I), divided by its standard deviation under that
+          distribution; NaN for fewer than two latents. ``mean_standardised_mmd``: its mean over the other prototypes.
+          Under N(v_k, std^2 I) it is 0 give or take 1. Deviations grow with the number of latents, so compare at the
+          same N.
+        * with labels: ``purity``, ``nmi`` and ``acc`` (best one-to-one matching of prototypes to classes).
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype or size, named.
@@ -89,7 +91,7 @@ def latent_metrics(
 
 
 def nearest_other(prototypes: Tensor) -> Tensor:
-    """(K,) distance of each prototype from the nearest other one, inf for K = 1; in slabs, for K of any size."""
+    """(K,) distance of each prototype from the nearest other one; inf for K = 1."""
     v = prototypes.detach().to(compute_dtype(prototypes.dtype))
     v = v - v.mean(0)  # products of coordinates far from the origin would swamp their differences
     rows = max(1, (1 << 22) // len(v))

@@ -104,37 +104,37 @@ def anchored_mmd(
 ) -> Tensor:
     """sum_k c_k MMD^2(latents of prototype k, N(v_k, std^2 I)) (paper, eq. 4 and 5, where std = 1).
 
-    Computed on residuals r = (z - v) / std in float32, or float64 for float64 latents, also inside autocast. Memory
-    grows with the largest slab of a cluster's kernel matrix, not with B^2. Gradients are first order.
+    It is computed on residuals r = (z - v) / std in float32, or in float64 for float64 latents, also inside autocast.
+    Memory grows with the largest slab of a cluster's kernel matrix, not with B^2. Gradients are first order.
 
     Args:
         z: (B, D) latents.
         anchors: (K, D) prototypes.
-        assignments: (B,) int64 in [0, K), other values leave the latent out; or (B, K) weights >= 0, which carry no
-            gradient and cost a B x B product.
+        assignments: (B,) int64 in [0, K); other values leave the latent out. Or (B, K) weights >= 0. They carry no
+            gradient, and cost a B x B product.
         std: standard deviation of the normal distribution around each prototype, > 0.
         kernel: ``"gaussian"`` exp(-d^2 / (2 D s)), ``"imq"`` 2 D s / (2 D s + d^2), both averaged over the scales s,
             or ``"energy"`` -d.
         scales: bandwidths s, > 0, in units of the dimension D.
-        target: ``"analytic"`` takes the expectations under that distribution in closed form; ``"sampled"`` draws one
-            sample for each latent (hard assignments only), at about 4 times the variance.
-        statistic: ``"unbiased"`` (U) or ``"biased"`` (V, which is >= 0 and shrinks clusters: see the README's limits).
-        reduction: ``"mean"``: c_k is the share of latents assigned to k; ``"sum"``: 1, the paper's sum.
+        target: ``"analytic"`` takes the expectations under the normal distribution in closed form. ``"sampled"`` draws
+            one sample for each latent, at about 4 times the variance; it needs hard assignments.
+        statistic: ``"unbiased"`` (U) or ``"biased"`` (V). The biased one is >= 0 and shrinks clusters.
+        reduction: with ``"mean"`` c_k is the share of latents assigned to k; with ``"sum"`` it is 1, as in the paper.
         mask: (B,) bool, True = the latent counts.
-        generator: for the sampled target; in a group that of its first rank counts.
-        features: estimate the Gaussian kernel's statistic by so many random frequencies, in time linear in B (hard
-            assignments and analytic target only): unbiased over the draw of frequencies, which is a function of
-            ``seed``; None computes it exactly.
+        generator: of the sampled target. In a group the first rank draws.
+        features: number of random frequencies that estimate the Gaussian kernel's statistic in time linear in B. It
+            needs hard assignments and the analytic target. The estimate is unbiased over the draw, which depends on
+            ``seed`` alone. None computes the statistic exactly.
         seed: of the frequencies.
         backend: ``"auto"``, ``"torch"`` or ``"cpu"``. The compiled kernel computes hard assignments with the Gaussian
-            kernel and the analytic target in float32; ``"auto"`` takes it where it can.
-        group: a ProcessGroup, or ``"default"``: the latents of all its ranks are one batch. They are gathered, or,
-            with ``features``, summed: K (2 features + 1) numbers. Ranks may differ in B, which may be 0; all must call.
-            The loss is that of all, the same on every rank; gradients are this rank's, scaled so that their average
-            over the ranks is the gradient of the whole.
+            kernel and the analytic target in float32; ``"auto"`` takes it if it can.
+        group: a ProcessGroup, or ``"default"``: the latents of all its ranks are one batch. They are gathered; with
+            ``features`` K (2 features + 1) numbers are summed instead. B may differ and be 0; all ranks must call. The
+            loss is that of the whole batch, equal on every rank. Gradients are those of this rank's latents; their
+            average over the ranks is the gradient of the whole.
 
     Returns:
-        A scalar. A prototype with fewer than two latents contributes exactly 0, to the gradient too.
+        A scalar. A prototype with fewer than two latents adds exactly 0, also to the gradient.
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size or value, named; a backend that cannot compute this.
@@ -154,7 +154,7 @@ def evaluate_mmd(
     generator: torch.Generator | None = None,
     group: Group = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`anchored_mmd` under ``options`` that were checked, and its gradient by ``z`` (B, D), a constant."""
+    """:func:`anchored_mmd` under checked ``options``, and its gradient by ``z`` (B, D), a constant."""
     ranks = resolve(group)
     z, anchors, assignments = check_mmd_inputs(z, anchors, assignments, mask, empty=ranks is not None)
     check_number("std", std, above=0)
@@ -184,7 +184,7 @@ def _together(
     compiled: bool,
     ranks: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """By assignments (B,) of the latents of all ranks: gathered, or by the sums of their ``features``."""
+    """The MMD of the latents of all ranks by assignments (B,). Latents are gathered, or their ``features`` summed."""
     kernel, scales, unbiased, by_mass = options.form()
     inside = (assignments >= 0) & (assignments < len(anchors))
     index = torch.where(inside, assignments, 0)
@@ -204,7 +204,7 @@ def _together(
 def _weighted(
     z: Tensor, anchors: Tensor, weights: Tensor, form: Form, ranks: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """By weights (B, K) of each latent in each cluster."""
+    """The MMD by weights (B, K) of each latent in each cluster."""
     if ranks is not None:
         loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *form, ranks)
         gradient = gradient * size(ranks)
@@ -225,12 +225,12 @@ def _alone(
     generator: torch.Generator | None,
     compiled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """By assignments (B,) of this process's latents."""
+    """The MMD of this process's latents by assignments (B,)."""
     kernel, scales, unbiased, by_mass = options.form()
     arguments = (assignments, mask, scales, unbiased, by_mass)
     samples = None
     if options.target == "sampled":
-        # Not torch.randn, which takes no generator where a graph leaves the number of latents open.
+        # torch.randn takes no generator in a graph with an open number of latents.
         samples = torch.empty(z.shape, dtype=z.dtype, device=z.device).normal_(generator=generator)
     if transforming():
         with torch.no_grad():
@@ -246,7 +246,7 @@ def _alone(
 
 
 def _compiled(z: Tensor, anchors: Tensor, assignments: Tensor, options: MMDOptions) -> bool:
-    """Whether the compiled kernel computes this call; ValueError where ``options.backend`` insists and it cannot."""
+    """Whether the compiled kernel computes this call; ValueError if ``options.backend`` insists and it cannot."""
     backend = options.backend
     if backend == "torch":
         return False
@@ -276,7 +276,7 @@ def _check_soft(options: MMDOptions) -> None:
 def check_mmd_inputs(
     z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None, *, empty: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors, checked, the first two in the dtype of the computation; ``empty``: B may be 0."""
+    """The three tensors after checks, the first two in the dtype of the computation. ``empty``: B may be 0."""
     check_matrix("z", z, axes="(B, D)", empty=empty)
     check_matrix("anchors", anchors, z.shape[1], axes="(K, D)")
     check_mask("mask", mask, (z.shape[0],))
@@ -300,7 +300,7 @@ def check_mmd_inputs(
         check_floating("assignments", assignments)
     if not hard and assignments.numel() and assignments.device.type == "cpu" and not torch.compiler.is_compiling():
         lowest = assignments.detach().amin().item()
-        if lowest < 0:  # NaN passes, for whoever skips such steps
+        if lowest < 0:  # NaN passes: some trainings skip such steps
             raise ValueError(
                 f"assignments: expected weights >= 0, got a minimum of {lowest:.3g}. Pass codes, not scores."
             )

@@ -11,12 +11,12 @@ from .._checks import check_floating, check_mask, check_number, compute_dtype
 def with_noise(z: Tensor, size: Tensor | float, *, dim: int = -1, mask: Tensor | None = None) -> Tensor:
     """``z + size |z| / sqrt(D) e``, e ~ N(0, I) drawn from torch's random state.
 
-    Noise on what a network takes smooths it (Bishop, 1995: it is Tikhonov regularisation). Relative to each latent's
-    length, through which gradients flow too, it leaves the scale of latents alone; a noise of constant size is escaped
-    by larger latents.
+    Noise on its input smooths a network (Bishop, 1995: it is Tikhonov regularisation). The noise is relative to each
+    latent's length, and gradients flow through that length. So the scale of latents stays: latents would escape a noise
+    of constant size by growing.
 
     Args:
-        z: (..., D), or with the latents along another ``dim``.
+        z: (..., D); ``dim`` says which axis the latents lie along.
         size: the noise's share of a latent's length, a number >= 0 or a () tensor.
         mask: z's shape without ``dim``, True where noise is added.
 
@@ -35,7 +35,7 @@ def with_noise(z: Tensor, size: Tensor | float, *, dim: int = -1, mask: Tensor |
         raise ValueError(f"dim: expected an axis of z, which has {z.ndim}, got {dim}. Pass that of the latents.")
     dim %= z.ndim
     check_mask("mask", mask, z.shape[:dim] + z.shape[dim + 1 :])
-    # What is left out goes first: the gradient of a NaN's length is NaN, even if nothing comes of that length.
+    # Left-out latents become 0 first: the length of a NaN has a NaN for its gradient, even if nothing uses it.
     counted = z if mask is None else torch.where(mask.unsqueeze(dim), z, 0.0)
     counted = counted.to(compute_dtype(z.dtype))
     length = torch.linalg.vector_norm(counted, dim=dim, keepdim=True)

@@ -20,11 +20,12 @@ def prototype_scores(z: Tensor, prototypes: Tensor, similarity: str = "cosine", 
     """Similarity of every latent to every prototype.
 
     ``"cosine"``: z.v / (|z| |v|), as SwAV.  ``"dot"``: z.v (paper, eq. 10).  ``"euclidean"``: z.v - |v|^2 / 2, the
-    log-posterior of the mixture of N(v_k, I) up to a term that depends on z alone. The last two are taken of z / std
-    and v / std, which makes it that of N(v_k, std^2 I).
+    log-posterior of the mixture of N(v_k, I) up to a term that depends on z alone. The last two use z / std and v /
+    std: then it is the log-posterior for N(v_k, std^2 I).
 
     Args:
-        z: (..., D); prototypes: (K, D). Of two dtypes the wider one is taken.
+        z: (..., D) latents.
+        prototypes: (K, D). The result has the wider of the two dtypes.
         std: standard deviation of the normal distribution around each prototype, > 0.
 
     Returns:
@@ -49,15 +50,15 @@ def prototype_cross_entropy(
 
     Args:
         scores: (B, K), differentiable.
-        codes: (B, K) targets, rows summing to 1; no gradient flows through them.
+        codes: (B, K) targets whose rows sum to 1. No gradient flows through them.
         temperature: tau, > 0.
-        mask: (B,) bool, True = the row counts; the mean is over those rows.
+        mask: (B,) bool, True where a row counts. The mean is over those rows.
         group: a ProcessGroup, or ``"default"``: the rows of all its ranks are one batch; B may differ and be 0. The
-            loss is that of all, the same on every rank; gradients are this rank's, scaled so that their average over
-            the ranks is the gradient of the whole.
+            loss is that of the whole batch, equal on every rank. Gradients are those of this rank's rows; their average
+            over the ranks is the gradient of the whole.
 
     Returns:
-        A scalar, float32 or float64; its gradient by the scores is (p - q) / (tau B).
+        A scalar, float32 or float64. Its gradient by the scores is (p - q) / (tau B).
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
@@ -68,7 +69,7 @@ def prototype_cross_entropy(
 def _loss_and_count(
     scores: Tensor, codes: Tensor, temperature: float, mask: Tensor | None, ranks: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | int]:
-    """:func:`prototype_cross_entropy`, and the number of rows that it is the mean of."""
+    """:func:`prototype_cross_entropy`, and the number of rows in its mean."""
     check_matrix("scores", scores, axes="(B, K)", empty=ranks is not None)
     check_matrix("codes", codes, scores.shape[1], axes="(B, K)", empty=ranks is not None)
     if codes.shape[0] != scores.shape[0]:
@@ -81,7 +82,7 @@ def _loss_and_count(
     dtype = compute_dtype(scores.dtype)
     codes, scores = codes.detach().to(dtype), scores.to(dtype)
     if mask is not None:
-        # Before the product: a NaN that is only masked after it would still reach the gradient.
+        # Mask before the product: otherwise a NaN reaches the gradient.
         codes, scores = (torch.where(mask[:, None], x, 0.0) for x in (codes, scores))
     total = cross_entropies(log_probabilities(scores, temperature), codes).sum()
     if ranks is None:
@@ -90,7 +91,7 @@ def _loss_and_count(
     count = total.new_full((), scores.shape[0]) if mask is None else mask.sum().to(total)
     whole, count = sum_(torch.stack([total.detach(), count]), ranks)
     count = count.clamp_min(1)
-    # The value of all ranks with the slope of this one.
+    # The value is that of all ranks, the slope that of this one.
     return whole / count + (total - total.detach()) * (size(ranks) / count), count
 
 

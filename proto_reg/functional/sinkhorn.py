@@ -22,7 +22,7 @@ BACKENDS = kernels.backends.NAMES
 
 _sinkhorn = torch.ops.proto_reg.sinkhorn.default
 _sinkhorn_codes = torch.ops.proto_reg.sinkhorn_codes.default
-# The same, without a Python call on the way where torch has it.
+# The same without a Python call in between, if torch offers it.
 _sinkhorn_codes_now = getattr(_sinkhorn_codes, "_op", _sinkhorn_codes)
 _sinkhorn_out = torch.ops.proto_reg.sinkhorn_out.default
 
@@ -73,41 +73,40 @@ def sinkhorn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Codes Q that maximise Tr(Q^T S) + eps h(Q) with balanced columns (paper, eq. 11 and 12), times B.
 
-    With uniform marginals this is the iterate of SwAV and DINO after ``num_iters`` iterations, not only its limit,
-    computed so that no finite score overflows or underflows. Arithmetic is float32, or float64 for float64 scores.
+    With uniform marginals this is the iterate of SwAV and DINO after ``num_iters`` iterations, not only the same limit.
+    No finite score overflows or underflows. Arithmetic is float32, or float64 for float64 scores.
 
     Args:
         scores: (B, K) similarities of B latents to K prototypes, in float16, bfloat16, float32 or float64. Leading
-            axes are problems of their own, for example heads: (G, B, K), (A, G, B, K). K > B is legitimate.
+            axes hold separate problems, for example heads: (G, B, K), (A, G, B, K). K may exceed B.
         epsilon: entropic regularisation, > 0, in units of the scores: smaller means harder codes.
-        num_iters: Sinkhorn iterations, >= 1; the most of them where ``tol`` is given.
-        tol: stop once every column is within this relative error of its marginal; tested on the tensor's device. The
-            least that float32 can tell is 2e-6, from K = 4,096 on K / 2e9. A smaller one counts as that, with a
-            warning. Scores of more than 16 epsilon may end the iterations earlier in plain torch, at an error of
-            1e-7 times the largest potential; on the CPU a warning says so.
-        marginals: (K,) or (..., K) share of the batch that each prototype gets, >= 0 and summing to 1; 1/K by default.
-        prototype_mask: (K,) or (..., K) bool, True = the prototype takes part; the others get nothing, and their scores
-            may be anything, even NaN.
-        mask: (..., B) bool, True = the row counts. Rows left out get codes but do not weigh in the balance.
+        num_iters: Sinkhorn iterations, >= 1. With ``tol`` it is their maximum.
+        tol: stop as soon as every column is within this relative error of its marginal. The test runs on the tensor's
+            device. Float32 can tell 2e-6 at least, and K / 2e9 from K = 4,096 on; a smaller tol is raised to that, with
+            a warning. With scores of more than 16 epsilon plain torch may stop earlier, at an error of 1e-7 times the
+            largest potential; on the CPU a warning says so.
+        marginals: (K,) or (..., K) share of the batch that each prototype gets, >= 0, sum 1; 1/K by default.
+        prototype_mask: (K,) or (..., K) bool, True where a prototype takes part. The others get nothing, and their
+            scores may be anything, even NaN.
+        mask: (..., B) bool, True where a row counts. The other rows get codes but have no weight in the balance.
         weights: (..., B) >= 0: a row of weight 2 counts as two rows.
-        nan_policy: what a NaN, a +inf or a row of nothing but -inf does, where it counts. A row is of nothing but -inf
-            too if only prototypes without a share have other scores. ``"propagate"``: it reaches every code, as in
-            plain torch. ``"isolate"``: its row gets NaN codes, the others are as if it were absent. ``"raise"``: a
-            ValueError; the only choice that waits for the device, and so not for torch.compile. A column of -inf is no
-            error: that prototype gets nothing.
+        nan_policy: what happens to a row that counts and holds a NaN, a +inf, or nothing but -inf at the prototypes
+            with a share. ``"propagate"``: all codes become NaN, as in plain torch. ``"isolate"``: its own codes become
+            NaN, and the other rows are as if it were absent. ``"raise"``: a ValueError. This choice waits for the
+            device, so torch.compile cannot use it. A column of -inf is no error: that prototype gets nothing.
         hard: 1 for the largest code of each row, 0 for the others.
-        differentiable: let gradients flow through the iterations, by plain torch, to scores, marginals and weights;
-            otherwise codes are constants. A marginal or weight of 0 leaves out, and has a gradient of 0.
+        differentiable: gradients flow through the iterations to scores, marginals and weights, in plain torch.
+            Otherwise codes are constants. A marginal or weight of 0 has a gradient of 0.
         backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
             (``python -m proto_reg.kernels`` lists them).
         out: contiguous tensor like ``scores`` that receives the codes and is returned.
-        group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, at ``num_iters`` +
-            1 all-reduces of K numbers (and one of 1 with ``weights``), in plain torch. Ranks may differ in B, which
-            may be 0. All must call, with the same options; ``marginals`` and ``prototype_mask`` are those of all.
-        return_potentials: also return g (K,) or (..., K), with which ``softmax(S / eps + g)`` assigns new latents.
+        group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, in plain torch. It
+            takes ``num_iters`` + 1 all-reduces of K numbers, and one of 1 with ``weights``. B may differ and be 0. All
+            ranks must call with the same options, ``marginals`` and ``prototype_mask``.
+        return_potentials: also return g, (K,) or (..., K). Then ``softmax(S / eps + g)`` assigns new latents.
 
     Returns:
-        Codes like ``scores``; every row sums to 1; no gradient flows through them unless ``differentiable``.
+        Codes like ``scores``. Every row sums to 1. No gradient flows through them unless ``differentiable``.
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size or value, named.
@@ -135,7 +134,7 @@ def sinkhorn(
         solve = partial(kernels.sinkhorn_reference.sinkhorn_reference, with_potentials=return_potentials)
         scores = scores.detach() if scores.requires_grad else scores
     elif out is None and not return_potentials:
-        # No potentials, and no more arguments than there are: a small problem takes no longer than they do.
+        # Without potentials and unused arguments: on a small problem they take as long as the problem.
         target, row_weights, _, _, least, isolate = arguments
         if target is None and row_weights is None and least is None and not isolate:
             operator = _sinkhorn_codes if torch.compiler.is_compiling() else _sinkhorn_codes_now
@@ -168,16 +167,17 @@ def sinkhorn_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``prototype_cross_entropy(scores, sinkhorn(scores), temperature)`` in one pass over the scores.
 
-    Loss and gradient come out of the last Sinkhorn iteration together: -(1/W) sum_i w_i sum_k q_ik log p_ik with
-    p = softmax(S / tau) (paper, eq. 10), and ``w_i (p - q) / (tau W)``, W the sum of the weights. A prototype that
+    The last Sinkhorn iteration gives loss and gradient together: -(1/W) sum_i w_i sum_k q_ik log p_ik with
+    p = softmax(S / tau) (paper, eq. 10), and ``w_i (p - q) / (tau W)``. W is the sum of the weights. A prototype that
     ``prototype_mask`` leaves out is in neither softmax: the loss is that of the scores without its column.
 
     Args:
         scores: (B, K), differentiable. Nothing else is.
         temperature: tau, > 0.
         return_codes: also return the codes (B, K), which carry no gradient.
-        group: the rows of all its ranks are one batch, see :func:`sinkhorn`. The loss is that of all, the same on every
-            rank; gradients are this rank's, scaled so that their average over the ranks is the gradient of the whole.
+        group: the rows of all its ranks are one batch, see :func:`sinkhorn`. The loss is that of the whole
+            batch, equal on every rank. Gradients are those of this rank's rows; their average over the ranks is the
+            gradient of the whole.
         epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend: see :func:`sinkhorn`.
 
     Returns:
@@ -218,12 +218,14 @@ def sinkhorn_cross_entropy_and_gradient(
     group: Group = None,
     **options: Unpack[SinkhornKeywords],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and codes at once: :func:`sinkhorn_cross_entropy` for a backward pass of your own.
+    """Loss, gradient and codes of :func:`sinkhorn_cross_entropy` at once, for a backward pass of your own.
 
-    No graph is built. Arguments and errors: see there.
+    No graph is built. Arguments and errors are the same.
 
     Returns:
-        loss: (); its gradient by ``scores`` (B, K) in their dtype; codes (B, K).
+        loss: ()
+        gradient: (B, K) by ``scores``, in their dtype.
+        codes: (B, K)
     """
     given, ranks = SinkhornOptions(epsilon, num_iters, **options), resolve(group)
     _check_grouped(ranks, given.backend)
