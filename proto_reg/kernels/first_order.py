@@ -1,4 +1,4 @@
-"""Values whose derivative is known beforehand, for what may be differentiated once, under ``torch.func`` too."""
+"""Values with known first derivatives. They work under ``torch.func`` too; a second derivative raises."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def transforming() -> bool:
-    """Whether a ``torch.func`` transform is at work: it goes through plain torch, but not through our operators."""
+    """Whether a ``torch.func`` transform is at work. It goes through plain torch, but not through our operators."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def with_slopes(name: str, value: Tensor, tensors: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
     """``value`` (), whose derivatives by ``tensors`` are the constants ``slopes``, each like its tensor.
 
-    A second derivative raises, by the ``name`` of what has none.
+    A second derivative raises; ``name`` is what the message calls the value.
     """
     return _WithSlopes.apply(name, value, *tensors, *slopes)
 
@@ -43,7 +43,7 @@ class _WithSlopes(torch.autograd.Function):
 
 
 class Once(torch.autograd.Function):
-    """The ``slope``, which knows that it depends on ``x``, but not how: asked for that, it raises ``message``."""
+    """The ``slope``, whose own derivative by ``x`` is not known: asked for it, autograd raises ``message``."""
 
     @staticmethod
     def forward(slope: Tensor, x: Tensor, message: str) -> Tensor:
@@ -59,9 +59,9 @@ class Once(torch.autograd.Function):
 
 
 def without_graph(operator: Callable, *arguments):
-    """What ``operator`` returns, differentiable in nothing, past what ``register_autograd`` set up for it.
+    """What ``operator`` returns, without a graph.
 
-    That is in Python and takes longer than a small problem.
+    The call skips the code that ``register_autograd`` set up: it is Python and takes longer than a small problem.
     """
     if torch.compiler.is_compiling():
         return operator(*arguments)

@@ -1,8 +1,7 @@
 """``proto_reg::anchored_mmd``, ``anchored_mmd_loss``, ``weighted_mmd``: schema, plain-torch reference, registration.
 
-All return the statistic together with its gradient, computed in the same pass: no kernel matrix is kept for the
-backward pass, so memory is that of one slab of tiles. Gradients are first order only. ``anchored_mmd_loss`` is the one
-with a compiled kernel.
+All return the statistic and its gradient from one pass. The backward pass keeps no kernel matrix, so the memory is
+that of one slab of tiles. Gradients are first order only. ``anchored_mmd_loss`` has a compiled kernel.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def anchored_mmd_reference(
         num_groups: K.
         kernel, scales: see ``closed_forms``.
         unbiased: U-statistic if True, V-statistic if False.
-        samples: (N, D) draws of N(0, I), one for each row, for the two-sample form; None for the analytic target.
+        samples: (N, D) draws of N(0, I), one for each row, for the sampled target; None for the analytic one.
 
     Returns:
         values: (K,) squared MMD; exactly 0 for groups of fewer than two rows.
@@ -45,7 +44,7 @@ def anchored_mmd_reference(
         inside = (groups >= 0) & (groups < num_groups)
         slot = torch.where(inside, groups, num_groups)
         n = sum_by_group(inside.to(residuals.dtype), slot, num_groups)
-        # Rows of groups with fewer than two members take part in nothing.
+        # Rows of groups with fewer than two members do not take part.
         inside = inside & (per_row(n, slot) > 1)
         slot = torch.where(inside, groups, num_groups)
         residuals = torch.where(inside[:, None], residuals, 0.0)
@@ -91,15 +90,16 @@ def anchored_mmd_loss_reference(
     samples: Tensor | None = None,
     statistic: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over k of c_k times the squared MMD of cluster k, differentiable, and its gradient by ``z``, which is not.
+    """Sum over k of c_k times the squared MMD of cluster k, differentiable; and its gradient by ``z``, a constant.
 
     Args:
-        z: (N, D) float32 or float64; anchors: (K, D).
+        z: (N, D) float32 or float64.
+        anchors: (K, D).
         assignments: (N,) int64; values outside [0, K) leave the row out.
-        mask: (N,) bool, False leaves the row out.
-        by_mass: c_k is the cluster's share of all rows that count, or 1.
+        mask: (N,) bool, True where a row counts.
+        by_mass: c_k is the cluster's share of all rows that count; False: 1.
         scales, unbiased, kernel, samples: see :func:`anchored_mmd_reference`.
-        statistic: that function, or the operator around it (None), which autograd sees through.
+        statistic: that function; None: the operator around it, which autograd sees through.
     """
     inside = (assignments >= 0) & (assignments < len(anchors))
     inside = inside if mask is None else inside & mask
@@ -115,7 +115,7 @@ def anchored_mmd_loss_reference(
 
 
 def anchored_mmd_loss_without_graph(*arguments) -> tuple[Tensor, Tensor]:
-    """``proto_reg::anchored_mmd_loss``, differentiable in nothing."""
+    """``proto_reg::anchored_mmd_loss`` without a graph."""
     return without_graph(torch.ops.proto_reg.anchored_mmd_loss.default, *arguments)
 
 
@@ -124,12 +124,14 @@ def weighted_mmd_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over k of c_k MMD^2 between z weighted by column k of ``weights`` and N(v_k, I), with its gradients.
 
-    sum_{i != j} p_i p_j k_ij / (1 - sum p^2) - 2 sum_i p_i a_i + b (U) or the plain quadratic form (V), p the column
-    normalised to 1; c_k is the column's share of all weight (``by_mass``) or 1. A column without weight, or with all
-    of it on one row, contributes exactly 0.
+    The statistic is sum_{i != j} p_i p_j k_ij / (1 - sum p^2) - 2 sum_i p_i a_i + b (U) or the plain quadratic form
+    (V). p is the column, normalised to sum 1. c_k is the column's share of all weight (``by_mass``) or 1. A column adds
+    exactly 0 if it has no weight, or if one row has all of it.
 
     Args:
-        z: (N, D) float32 or float64; anchors: (K, D); weights: (N, K), >= 0.
+        z: (N, D) float32 or float64.
+        anchors: (K, D).
+        weights: (N, K), >= 0.
 
     Returns:
         loss (), gradient by z (N, D), gradient by the anchors (K, D).
@@ -139,12 +141,12 @@ def weighted_mmd_reference(
         mass = weights.sum(0)
         p = weights / mass.clamp_min(torch.finfo(z.dtype).tiny)
         spread = (p * (1 - p)).sum(0)  # 1 - sum p^2, without the cancellation
-        alive = spread > torch.finfo(z.dtype).eps  # a cluster of less than two latents, but for rounding
+        alive = spread > torch.finfo(z.dtype).eps  # a cluster of less than two latents, up to rounding
         share = mass / mass.sum().clamp_min(torch.finfo(z.dtype).tiny) if by_mass else torch.ones_like(mass)
         share = torch.where(alive, share, 0.0)
         c = share / torch.where(alive, spread, 1.0) if unbiased else share
 
-        # Distances are translation invariant: a common shift keeps float32 exact far from the origin.
+        # A common shift leaves distances as they are, and keeps float32 exact far from the origin.
         centre = anchors.mean(0)
         x, v = z - centre, anchors - centre
         loss, grad_z = weighted_pair_sums(x, p * c.sqrt(), kernel, scales)

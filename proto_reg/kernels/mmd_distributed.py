@@ -1,4 +1,4 @@
-"""The exact anchored MMD of the latents of all ranks: gathered, computed on each rank, and cut to its own rows."""
+"""The exact anchored MMD of the latents of all ranks. Each rank gathers all rows, computes, and keeps its own."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def gathered_mmd(
 ) -> tuple[Tensor, Tensor]:
     """``proto_reg::anchored_mmd_loss`` of all ranks' rows: loss (), gradient by this rank's residuals (N, D).
 
-    The sampled target is drawn on the first rank, for all: ranks with equal seeds would draw equal samples.
+    The first rank draws the sampled target for all: ranks with equal seeds would draw equal samples.
     """
     with torch.autocast(residuals.device.type, enabled=False):
         own = torch.nonzero((groups >= 0) & (groups < num_groups))[:, 0]
-        # Indices pass as floats, in one gather with the rows: exact below 2^24.
+        # One gather takes rows and indices. As floats indices are exact below 2^24.
         rows, start = gather_rows(torch.cat([residuals, groups[:, None].to(residuals)], 1)[own], group)
         everything, members = rows[:, :-1].contiguous(), rows[:, -1].long()
         gradient = torch.zeros_like(residuals)

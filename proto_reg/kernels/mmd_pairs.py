@@ -11,10 +11,10 @@ from torch import Tensor
 from . import closed_forms
 
 # Up to this many points one masked matrix is cheapest, and its shapes do not depend on the data. On a device the
-# limit is higher: the plan by clusters costs one host read there.
+# limit is higher, because tiles by group cost one host read there.
 DENSE_LIMIT = {"cpu": 256}
 DENSE_LIMIT_DEVICE = 4096
-# Elements of a kernel matrix that are alive at once.
+# Elements of a kernel matrix in memory at once.
 SLAB = 1 << 20
 
 
@@ -24,7 +24,7 @@ def pair_sums(
     """sum_{i != j} w_i w_j k_ij by group (K,), and its gradient (N, D). ``slot`` == num_groups leaves a row out."""
     weight = torch.where(slot < num_groups, weight, 0.0)
     count = sum_by_group(weight.abs(), slot, num_groups).clamp_min(1)
-    # Far from its anchor a group's mean swamps its differences in float32; distances do not need it.
+    # Distances do not need a group's mean. Far from the anchor it would swamp differences in float32.
     mean = x.new_zeros(num_groups + 1, x.shape[1]).index_add_(0, slot, x * weight.abs()[:, None])[:-1] / count[:, None]
     x = x - per_row(mean, slot)
     dense_limit = DENSE_LIMIT.get(x.device.type, DENSE_LIMIT_DEVICE)
@@ -63,13 +63,13 @@ def _tiled_groups(
 ) -> tuple[Tensor, Tensor]:
     """Row sums (N,) and gradient (N, D) from C x C tiles: rows sorted by group, groups cut into chunks of C.
 
-    Only tiles on or above a group's diagonal are computed, in slabs of bounded size: time O(sum_k n_k^2 / 2 + N C),
-    memory O(N D + SLAB).
+    It computes only tiles on or above a group's diagonal, in slabs of bounded size. Time: O(sum_k n_k^2 / 2 + N C).
+    Memory: O(N D + SLAB).
     """
     dim = x.shape[1]
     chunk = _chunk_size(len(x), num_groups)
     position, chunk_group = _chunk_rows(slot, num_groups, chunk)
-    # One spare row takes every row that is left out; padding has weight 0 and so contributes nothing.
+    # One spare row takes every row that is left out. Padding has weight 0, so it adds nothing.
     size = len(chunk_group) * chunk
     tiles = rearrange(x.new_zeros(size + 1, dim).index_copy_(0, position, x)[:-1], "(m c) d -> m c d", c=chunk)
     weights = rearrange(x.new_zeros(size + 1).index_copy_(0, position, weight)[:-1], "(m c) -> m c", c=chunk)
@@ -96,20 +96,21 @@ def _tiled_groups(
 def _accumulate(
     row_sums: Tensor, gradient: Tensor, a: Tensor, k: Tensor, slope: Tensor, wb: Tensor, xa: Tensor, xb: Tensor
 ) -> None:
-    """Add to the rows of chunks ``a`` what chunks b, weighted ``wb``, say of them."""
+    """Add to the rows of chunks ``a`` the terms of chunks b with weights ``wb``."""
     row_sums.index_add_(0, a, (k @ wb[:, :, None])[:, :, 0])
     gradient.index_add_(0, a, (slope @ wb[:, :, None]) * xa - slope @ (wb[:, :, None] * xb))
 
 
 def _chunk_size(rows: int, num_groups: int) -> int:
-    """Rows to a tile: about a group's size, within what keeps batched products efficient."""
+    """Rows of a tile: about a group's size, within the limits of efficient batched products."""
     return min(128, max(16, 1 << (max(1, rows // num_groups) - 1).bit_length()))
 
 
 def _chunk_rows(slot: Tensor, num_groups: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Place of each row in the padded chunks (N,), the last place + 1 for rows left out; the group of each chunk (M,).
+    """The place of each row in the padded chunks (N,), and the group of each chunk (M,).
 
-    The number of chunks depends on the data: on a device this is the one host read of the plain implementation.
+    Rows that are left out have the last place + 1. The number of chunks depends on the data: on a device this is the
+    reference's only host read.
     """
     order = slot.argsort(stable=True)
     counts = slot.new_zeros(num_groups + 1).scatter_add_(0, slot, torch.ones_like(slot))
@@ -125,7 +126,7 @@ def _chunk_rows(slot: Tensor, num_groups: int, chunk: int) -> tuple[Tensor, Tens
 
 
 def _tile_pairs(chunk_group: Tensor, slab: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Index pairs (a, b) of chunks of one group with b >= a, at most ``slab`` at once; True where b > a."""
+    """Index pairs (a, b) of chunks of one group with b >= a, at most ``slab`` at once, and whether b > a."""
     index = torch.arange(len(chunk_group), device=chunk_group.device)
     for a in index.split(slab):
         yield a, a, False

@@ -14,9 +14,10 @@ SIMILARITIES = ("cosine", "dot", "euclidean")
 
 
 def scores_reference(z: Tensor, prototypes: Tensor, similarity: str, std: float = 1.0) -> Tensor:
-    """Scores (..., K) of ``z`` (..., D) against ``prototypes`` (K, D), both in units of ``std``; differentiable.
+    """Scores (..., K) of ``z`` (..., D) against ``prototypes`` (K, D), differentiable.
 
-    By one of ``SIMILARITIES``, of which the cosine knows no units.
+    ``similarity``: one of ``SIMILARITIES``. "dot" and "euclidean" take both in units of ``std``; the cosine has no
+    units.
     """
     if similarity == "cosine":
         return F.linear(unit_rows_reference(z)[0], unit_rows_reference(prototypes)[0])

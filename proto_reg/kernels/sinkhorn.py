@@ -21,12 +21,12 @@ def sinkhorn_codes_reference(
     tol: float | None = None,
     isolate: bool = False,
 ) -> Tensor:
-    """:func:`sinkhorn_reference` without potentials, what is often given first: each output and argument costs."""
+    """:func:`sinkhorn_reference` without potentials, frequent arguments first: each output and argument takes time."""
     return sinkhorn_reference(scores, marginals, weights, epsilon, num_iters, tol, isolate, False)[0]
 
 
 def sinkhorn_out_reference(scores: Tensor, *options_and_codes) -> Tensor:
-    """:func:`sinkhorn_reference` into the tensor that is given last; returns the potentials."""
+    """:func:`sinkhorn_reference`, which writes the codes into its last argument and returns the potentials."""
     *options, codes = options_and_codes
     computed, potentials = sinkhorn_reference(scores, *options)
     codes.copy_(computed)
@@ -76,7 +76,7 @@ def _fake_cross_entropy(scores: Tensor, *options) -> tuple[Tensor, Tensor, Tenso
     return potentials.new_empty(()), gradient, potentials, codes
 
 
-# Codes are targets, not predictions (SwAV). Falling through autograd's key says so at no cost.
+# Codes are targets, not predictions (SwAV). A fall-through at autograd's key says so and takes no time.
 for _name in ("sinkhorn", "sinkhorn_codes", "sinkhorn_out"):
     torch.library.impl(f"proto_reg::{_name}", "Autograd")(torch.library.fallthrough_kernel)
 
@@ -97,7 +97,7 @@ torch.library.register_autograd("proto_reg::sinkhorn_cross_entropy", _scaled_gra
 
 
 def cross_entropy_without_graph(plain: bool, scores: Tensor, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fused operator, or its plain-torch reference whatever library is loaded; differentiable in nothing."""
+    """The fused operator, or its plain-torch reference if ``plain``; without a graph."""
     if plain:
         with torch.no_grad():
             return sinkhorn_cross_entropy_reference(scores, *options)
@@ -105,7 +105,7 @@ def cross_entropy_without_graph(plain: bool, scores: Tensor, *options) -> tuple[
 
 
 class CrossEntropy(torch.autograd.Function):
-    """:func:`cross_entropy_without_graph` with the operator's autograd, at a third of the operator's time."""
+    """:func:`cross_entropy_without_graph` with a graph, at a third of the time of the operator's own autograd."""
 
     @staticmethod
     def forward(ctx, plain: bool, scores: Tensor, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Balanced assignment of the rows of all ranks as one batch: the plain-torch form, whose column sums are all-reduced.
+"""Balanced assignment of the rows of all ranks as one batch: plain torch with all-reduced column sums.
 
-Potentials come out of all-reduces alone and so are equal on all ranks to the bit; whatever the data, every rank makes
-the same calls in the same order.
+Potentials come from all-reduces alone, so they are equal on all ranks to the bit. Every rank makes the same calls in
+the same order, whatever the data.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def cross_entropy_over_group(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () of all rows, the same on all ranks; its gradient by this rank's scores (B, K) and their codes (B, K).
 
-    The gradient is ``w_i (p - q) / (tau W)`` times the number of ranks, W over all ranks: what averages to that of one
-    process.
+    The gradient is ``w_i (p - q) / (tau W)`` times the number of ranks, W over all ranks. Its average over the ranks is
+    that of one process.
     """
     x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, _ = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol, group)

@@ -1,4 +1,4 @@
-"""Balanced assignment in plain torch: what every compiled kernel is judged by, and what runs where there is none."""
+"""Balanced assignment in plain torch. It judges every compiled kernel, and runs if there is none."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .first_order import transforming
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# exp(S / eps) and the scaling vectors stay within float32 while S / eps spans less than this.
+# While S / eps spans less than this, exp(S / eps) and the scaling vectors stay within float32.
 SAFE_RANGE = 40.5
-# Elements up to which one reference for all of them is accurate enough.
+# Up to so many elements one common reference is accurate enough.
 SMALL = 1 << 16
 
 
@@ -31,21 +31,21 @@ def sinkhorn_reference(
     isolate: bool,
     with_potentials: bool = True,
 ) -> tuple[Tensor, Any]:
-    """Balanced codes and column potentials, safe for every finite score in every float dtype.
+    """Balanced codes and column potentials, for every finite score in every float dtype.
 
-    From f = 0, ``num_iters`` times ``g_k = log r_k - logsumexp_i(log w_i + S_ik / eps + f_i)`` and
+    It starts from f = 0 and repeats ``num_iters`` times ``g_k = log r_k - logsumexp_i(log w_i + S_ik / eps + f_i)`` and
     ``f_i = -log W - logsumexp_k(S_ik / eps + g_k)``; the codes are ``W exp(S / eps + f + g)``, W the sum of weights.
 
     Args:
-        scores: (B, K) or (G, B, K), any float dtype; G problems of their own.
+        scores: (B, K) or (G, B, K), any float dtype; G separate problems.
         marginals: (K,) or (G, K) target column masses r, or None for 1/K each.
-        weights: (B,) or (G, B) w >= 0: a row of weight 2 counts as two; one of weight 0 gets codes all the same.
+        weights: (B,) or (G, B) w >= 0: a row of weight 2 counts as two; a row of weight 0 gets codes too.
         epsilon: entropic regularisation, > 0, in units of the scores.
         num_iters: iterations (at most, with ``tol``).
         tol: stop once every column is within this relative error of its marginal.
-        isolate: treat rows that hold a NaN, a +inf or nothing but -inf as absent and give them NaN codes. Columns of
-            marginal 0 do not save a row of -inf.
-        with_potentials: False where nobody wants them, which may leave None in their place.
+        isolate: rows that hold a NaN, a +inf or nothing but -inf count as absent and get NaN codes. Scores in columns
+            of marginal 0 do not matter for this.
+        with_potentials: False may return None in their place.
 
     Returns:
         codes: like ``scores``, rows sum to 1.
@@ -77,13 +77,13 @@ def sinkhorn_cross_entropy_reference(
         potentials: (K,)
         codes: (B, K), or (0, K) unless ``with_codes``.
 
-    The loss is differentiable by autograd and ``torch.func`` where they look on; the codes are constants to them.
+    Autograd and ``torch.func`` can differentiate the loss. The codes are constants.
     """
     x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, potentials = _solve(x.detach(), marginals, weights, epsilon, num_iters, tol)
     targets = codes
     if weights is not None and torch.is_grad_enabled():
-        # A NaN that is only left out afterwards would still reach the gradient.
+        # Left out later, a NaN would reach the gradient.
         x, targets = (torch.where(weights[:, None] > 0, rows, 0.0) for rows in (x, codes))
     loss, gradient = cross_entropy_of_rows(x, targets, temperature)
     if weights is None:
@@ -110,12 +110,12 @@ def log_probabilities(x: Tensor, temperature: float) -> Tensor:
 
 
 def cross_entropies(log_p: Tensor, codes: Tensor) -> Tensor:
-    """-sum_k q_k log p_k of each row (B,): a prototype that gets nothing counts nothing, even where p is 0."""
+    """-sum_k q_k log p_k of each row (B,). A prototype with q = 0 adds 0, even if p is 0."""
     return -(codes * torch.where(codes == 0, 0.0, log_p)).sum(1)
 
 
 def away_from_codes(p: Tensor, codes: Tensor) -> Tensor:
-    """p - q, for predictions and codes (B, K): of a single prototype 0, not the rounding of a code near 1."""
+    """p - q for predictions and codes (B, K). With a single prototype it is exactly 0."""
     return p - codes if codes.shape[1] > 1 else 0 * codes
 
 
@@ -130,7 +130,7 @@ def differentiable_sinkhorn(
 ) -> tuple[Tensor, Tensor]:
     """:func:`sinkhorn_reference` with a graph: autograd goes back through every iteration.
 
-    Marginals and weights may have a graph too. One that is 0 leaves its column or row out and has a gradient of 0.
+    Marginals and weights may have a graph too. Where one is 0, its column or row is left out and its gradient is 0.
     """
     x, weights, usable = usable_rows(scores, marginals, weights, isolate, or_absent=True)
     marginals, weights = (y if y is None else torch.where(y > 0, y, 0.0) for y in (marginals, weights))
@@ -145,8 +145,7 @@ def usable_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scores in the dtype of the computation, weights without the rows to isolate, and which rows remain.
 
-    ``or_absent``: rows that hold a NaN and have no weight go too. Their codes are NaN anyway, but so would every
-    gradient be.
+    ``or_absent``: also leave out rows that hold a NaN and have no weight. Otherwise every gradient would be NaN.
     """
     dtype = compute_dtype(scores.dtype)
     x = scores if scores.dtype == dtype else scores.to(dtype)
@@ -178,11 +177,11 @@ def _solve(
     """Codes and potentials in the dtype of ``x``, by the fastest way that is safe for these scores."""
     marginals = normalised(marginals, x)
     if x.ndim == 2 and x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling():  # fakes hold no number
-        # Reading two numbers costs nothing here; elsewhere control flow must not wait for the device.
+        # Here two numbers are read at no cost. Elsewhere control flow must not wait for the device.
         if x.numel() < SMALL:
             low, high = x.aminmax()
             reference = high
-        else:  # for each row: costs two operations and keeps exponents small where many rows make errors add up
+        else:  # one for each row: two more operations, and small exponents where errors of many rows add up
             reference = x.amax(1, keepdim=True)
             low, high = x.amin(), reference.amax()
         narrow = float(high) - float(low) < SAFE_RANGE * epsilon and 1e-30 < epsilon < 1e30
@@ -210,7 +209,7 @@ def _scale(
     tol: float | None,
     with_potentials: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """E = exp((S - reference) / eps) once; then only its scaling vectors change: a matrix-vector product each."""
+    """Compute E = exp((S - reference) / eps) once. Then only scaling vectors change, by matrix-vector products."""
     scale = math.log2(math.e) / epsilon  # exp2() is several times as fast as exp()
     e = (x - reference).mul_(scale).exp2_()
     u = None if reference is high else (reference - high).mul_(scale).exp2_().squeeze(1)
@@ -219,8 +218,8 @@ def _scale(
         u = weights if u is None else u.mul_(weights)
     total = float(x.shape[0]) if weights is None else float(weights.sum())
     share = 1 / x.shape[1] if marginals is None else marginals
-    # What uniform marginals and the sum of weights give all columns alike is left out of v, and noted here; many
-    # iterations would let it grow out of range.
+    # The factor that all columns share is left out of v and kept here: it would grow out of range over many
+    # iterations.
     alike = total / x.shape[1] if marginals is None else total
     rescale = num_iters > 4 or not 1e-3 < alike < 1e3
     left_out = []
@@ -239,7 +238,7 @@ def _scale(
     if x.numel() < SMALL:
         u = torch.mv(e, v).reciprocal_()
         codes = e.mul_(v).mul_(u.unsqueeze(1))
-    else:  # sum() adds in pairs, which shows where rows are long
+    else:  # sum() adds in pairs, which is more accurate for long rows
         codes = e.mul_(v).mul_(e.sum(1, keepdim=True).reciprocal_())
     if not with_potentials:
         return codes, None
@@ -248,7 +247,7 @@ def _scale(
 
 
 def _column_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
-    """``u @ e``, in stretches of ``rows``: a matrix-vector product adds up a column one by one."""
+    """``u @ e`` in stretches of ``rows``: one matrix-vector product would add a column up one by one."""
     if e.shape[0] <= rows:
         return torch.mv(e.t(), u)
     whole = e.shape[0] - e.shape[0] % rows
@@ -265,16 +264,16 @@ def balance_logits(
     tol: float | None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For scores of any size, with no control flow that depends on them: one softmax over the rows per iteration.
+    """The iterations for scores of any size, by one softmax over the rows each. No control flow depends on the scores.
 
-    With f eliminated each iteration is ``P = softmax_k(S / eps + g)``, ``g_k -= log(sum_i w_i P_ik / (W r_k))``. After
+    Without f each iteration is ``P = softmax_k(S / eps + g)``, ``g_k -= log(sum_i w_i P_ik / (W r_k))``. After
     the first step column k of the plan sums to W r_k, so nothing underflows and nothing is clamped. On the CPU ``tol``
-    ends the iterations; elsewhere potentials no longer move, for nobody waits for the device.
+    ends the iterations. Elsewhere the host does not wait: the potentials just stay where they are.
 
-    With a ``group`` the rows of all its ranks are one batch, at ``num_iters`` + 1 all-reduces of K numbers. A rank
-    without rows takes part.
+    With a ``group`` the rows of all its ranks are one batch, which takes ``num_iters`` + 1 all-reduces of K numbers. A
+    rank without rows takes part.
     """
-    if marginals is not None:  # what gets nothing has no say in how scores are centred; a NaN there stays one
+    if marginals is not None:  # left-out columns do not influence how scores are centred; a NaN stays NaN
         x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
     counted = None if weights is None else weights > 0
     log_weights = x.new_zeros(()) if weights is None else _log(weights, counted).to(x.dtype)[..., None]
@@ -295,14 +294,14 @@ def balance_logits(
 
 
 def _log(x: Tensor, positive: Tensor | None) -> Tensor:
-    """log x where that is ``positive``, 0 elsewhere: the logarithm of 0 has no slope that autograd could use."""
+    """log x where it is ``positive``, 0 elsewhere: autograd has no slope for the logarithm of 0."""
     return (x if positive is None else torch.where(positive, x, 1.0)).log()
 
 
 def _column_tops(
     x: Tensor, counted: Tensor | None, log_weights: Tensor, epsilon: float, group: ProcessGroup | None
 ) -> Tensor:
-    """Maxima (..., K) of the columns; in a group those of S + eps log w, whose exponentials sum safely across ranks."""
+    """The columns' maxima (..., K); in a group those of S + eps log w, so that exponentials sum safely."""
     if group is not None:
         x = x + epsilon * log_weights
     tops = _masked(x, counted).detach()  # a shift has no slope
@@ -314,7 +313,7 @@ def _column_tops(
 def _column_masses(
     logits: Tensor, alive: Tensor, counted: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """log sum_i exp(logits) of each column (..., K), -inf of one not ``alive``, and the sum of all weights (..., 1)."""
+    """log sum_i exp(logits) of each column (..., K), -inf if not ``alive``; and the sum of all weights (..., 1)."""
     logits = _masked(logits, counted)
     rows = logits.new_full((*logits.shape[:-2], 1), logits.shape[-2])
     total = rows if weights is None else weights.sum(-1, keepdim=True).to(logits.dtype)
@@ -329,14 +328,14 @@ def _column_masses(
 
 
 def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """S / eps less its row and column maxima, subtracted before the division so that float32 keeps what matters.
+    """S / eps less its row and column maxima, subtracted before the division so that float32 keeps the digits.
 
-    Returns the centred scores, and the (..., B, 1) shift that was taken off their rows, in units of S / eps.
+    Returns the centred scores, and the shift (..., B, 1) of their rows in units of S / eps.
     """
     lowest = torch.finfo(x.dtype).min
     columns = column_top[..., None, :]
     less = x - columns
-    # What the subtraction rounded away (Knuth's two-sum): scores of hundreds lose 1e-4 of S / eps by it.
+    # The rounding error of the subtraction (Knuth's two-sum): without it scores of hundreds lose 1e-4 of S / eps.
     back = less - x
     lost = (x - (less - back)) - (columns + back)
     less = torch.where(x == -torch.inf, -torch.inf, less.clamp_min(lowest))
@@ -367,13 +366,13 @@ def _iterate(
         if tol is None:
             g = updated
             continue
-        # The others share out what columns of nothing but -inf leave.
+        # The other columns share what columns of nothing but -inf do not take.
         left = torch.where(gone, 0.0, target).sum(-1, keepdim=True) / target.sum(-1, keepdim=True)
         error = torch.where(gone, 0.0, (met * left - 1).abs()).amax(-1, keepdim=True)
-        # Potentials are rounded to their last digit, which is an error of as much.
+        # The rounding of the potentials is an error of this size.
         rounding = torch.where(g == -torch.inf, 0.0, g.abs()).amax(-1, keepdim=True) * torch.finfo(g.dtype).eps
         settled = error <= rounding.clamp_min(tol)
-        # The test stays on the device: once converged, the potentials no longer move.
+        # The test stays on the device: after convergence the potentials no longer move.
         g = torch.where(settled, g, updated)
         if at_hand and bool((settled | error.isnan()).all()):
             _say_if_short_of(tol, error)
@@ -382,7 +381,7 @@ def _iterate(
 
 
 def _say_if_short_of(tol: float, error: Tensor) -> None:
-    """Warn where iterations ended at a larger ``error`` than ``tol``."""
+    """Warn if iterations ended at an ``error`` above ``tol``."""
     reached = float(error.detach().amax())
     if reached > tol:
         single = error.dtype == torch.float32
@@ -394,7 +393,7 @@ def _say_if_short_of(tol: float, error: Tensor) -> None:
 
 
 def _finite_or_zero(top: Tensor) -> Tensor:
-    """Maxima, those over nothing but -inf replaced by 0, which shifts nothing."""
+    """Maxima. A maximum of -inf becomes 0, which shifts nothing."""
     return torch.where(top == -torch.inf, 0.0, top)
 
 

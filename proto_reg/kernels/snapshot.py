@@ -1,7 +1,7 @@
-"""``proto_reg::snapshot``: the value that a buffer has now, for graphs that go on to overwrite it.
+"""``proto_reg::snapshot``: the present value of a buffer, for graphs that overwrite the buffer later.
 
-torch.compile keeps a buffer itself for the backward pass and recomputes what follows from it where that is cheap, from
-the value it has by then. What an operator like this one returned is kept.
+torch.compile keeps the buffer itself for the backward pass. There it recomputes cheap operations from the buffer's
+later value. It keeps what an operator like this one returned.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def snapshot(value: Tensor) -> Tensor:
-    """``value``; while a graph is traced, a copy that the backward pass finds as it is now."""
+    """``value``; while a graph is traced, a copy that the backward pass finds unchanged."""
     return torch.ops.proto_reg.snapshot(value) if torch.compiler.is_compiling() else value
 
 
 def _copy(value: Tensor) -> Tensor:
-    """A copy of ``value``. RuntimeError in a backward pass: a graph that is run again there reads what has changed."""
+    """A copy of ``value``. RuntimeError in a backward pass: a graph that runs again would read a changed buffer."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "PrototypicalRegularizer: expected a compiled layer to run once, got a second run in a backward pass, from "
