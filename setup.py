@@ -5,6 +5,7 @@ Everything else is in pyproject.toml.
 Needs the torch that the library will run with: PROTO_REG_BUILD=cpu pip install --no-build-isolation .
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # which --no-build-isolation
 
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 
@@ -67,6 +69,22 @@ class BuildPackage(build_py):
                 shutil.copy(library, target)
 
 
+class InstallEditable(editable_wheel):
+    """Makes the root of the source a plain path in a .pth file, which type checkers and editors follow.
+
+    That needs the packages to lie as they are imported, so ``proto_reg/integrations`` becomes a link. Where a system
+    allows no links, setuptools installs an import hook instead: imports work, type checkers find nothing.
+    """
+
+    def run(self) -> None:
+        source, link = ROOT / "integrations", ROOT / "proto_reg" / "integrations"
+        with contextlib.suppress(OSError):  # it is there already, or cannot be made
+            link.symlink_to(Path("..", "integrations"), target_is_directory=True)
+        if link.exists() and link.samefile(source):
+            self.package_dir = {"": "."}
+        super().run()
+
+
 class BuildWheel(bdist_wheel):
     """The libraries use the stable ABI: any Python 3, this platform."""
 
@@ -84,7 +102,7 @@ class Package(setuptools.Distribution):
 
 setuptools.setup(
     distclass=Package,
-    cmdclass={"build_py": BuildPackage, "bdist_wheel": BuildWheel},
+    cmdclass={"build_py": BuildPackage, "editable_wheel": InstallEditable, "bdist_wheel": BuildWheel},
     long_description=page(),
     long_description_content_type="text/markdown",
 )

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -110,6 +110,10 @@ class PrototypicalAutoencoder(nn.Module):
         """Reconstruct ``x`` (B, C, H, W) or (B, C, T, H, W); ``mask`` as in :meth:`encode`."""
         z, info = self.encode(x, mask)
         return PrototypicalAutoencoderOutput(self.decode(z), z, info)
+
+    if TYPE_CHECKING:  # torch's own returns Any
+
+        def __call__(self, x: Tensor, mask: Tensor | None = None) -> PrototypicalAutoencoderOutput: ...
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RegularizerOutput]:
         """Latents of ``x``, regularised, and what the layer computed.

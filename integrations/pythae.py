@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import field
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -115,6 +115,10 @@ class PrototypicalAE(AE):
             loss = loss + info.loss
         self.info = RegularizerOutput(*(value.detach() for value in info))  # a graph would forbid copies
         return ModelOutput(loss=loss, recon_x=recon_x, z=z)
+
+    if TYPE_CHECKING:  # torch's own returns Any
+
+        def __call__(self, inputs: dict[str, Tensor], **kwargs: Any) -> ModelOutput: ...
 
     @classmethod
     def _load_model_config_from_folder(cls, dir_path: str) -> PrototypicalAEConfig:

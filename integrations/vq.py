@@ -7,7 +7,7 @@ z, indices, loss = vq(encoder(x))
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,12 @@ class VectorPrototypes(nn.Module):
         if mask is not None:
             z, indices = torch.where(mask.unsqueeze(self.latent_axis), z, 0.0), indices.masked_fill(~mask, -1)
         return (z.squeeze(axis), indices.squeeze(1), loss) if single else (z, indices, loss)
+
+    if TYPE_CHECKING:  # torch's own returns Any
+
+        def __call__(
+            self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def _counted(self, lens: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, N) bool: the first ``lens`` (B,) positions of each sequence of ``x``."""

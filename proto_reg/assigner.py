@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class SinkhornAssigner(WideState):
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes like ``scores`` (..., B, K): rows sum to 1, no gradient. ``mask`` (..., B) bool leaves rows out."""
         return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, **self._options())
+
+    if TYPE_CHECKING:  # torch's own returns Any
+
+        def __call__(self, scores: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
     def cross_entropy_and_gradient(
         self, scores: Tensor, temperature: float, mask: Tensor | None = None, *, rows: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,10 @@ class PrototypeHead(nn.Module):
                 "the head with the latent_dim of your encoder."
             )
         return prototype_scores(z, self.prototypes, self.similarity, std=self.std)
+
+    if TYPE_CHECKING:  # torch's own returns Any
+
+        def __call__(self, z: Tensor) -> Tensor: ...
 
     def in_closed_form(self) -> bool:
         """Whether scores and gradients are those of the formulas. A subclass may compute others."""
