@@ -24,13 +24,13 @@ lint:  ## style and types
 	pre-commit run --all-files
 
 kernels:  ## compile the CPU kernels
-	python -m proto_reg.kernels build cpu
+	python -m proto_reg build cpu
 
 backends:  ## which backends run here, and why not
-	python -m proto_reg.kernels
+	python -m proto_reg backends
 
 bench:  ## time every backend on this machine
-	python -m proto_reg.kernels bench
+	python -m proto_reg bench
 
 paper:  ## the comparison on the digits; kill it and start it again: it goes on
 	python -m examples.paper run --config digits --out my-runs

@@ -28,7 +28,7 @@ ROOMS = [
     "schedule",
     "kernels",
     "functional",
-    "bench",
+    "_bench",
     "head",
     "assigner",
     "mmd",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from proto_reg.kernels import __main__ as command_line
+from proto_reg import __main__ as command_line
 from proto_reg.kernels import backends, build
 
 SCORES = torch.zeros(3, 2)
@@ -98,7 +98,7 @@ def test_a_forced_backend_raises_with_every_reason(nothing_built: Path, monkeypa
     for reason in (str(nothing_built), str(build.PREBUILT), "cannot be built here: no compiler"):
         assert reason in str(missing.value)
     monkeypatch.setattr(build, "obstacle", lambda backend: None)
-    with pytest.raises(RuntimeError, match=r"python -m proto_reg\.kernels build cpu"):
+    with pytest.raises(RuntimeError, match=r"python -m proto_reg build cpu"):
         backends.choose("cpu", SCORES)
 
 
@@ -270,7 +270,7 @@ def test_a_tensor_on_the_cpu_asks_no_gpu(loads: list[Path], monkeypatch: pytest.
 
 
 def test_report(capsys: pytest.CaptureFixture[str], nothing_built: Path) -> None:
-    assert command_line.main([]) == 0
+    assert command_line.main(["backends"]) == 0
     text = capsys.readouterr().out
     for expected in (f"torch {torch.__version__}", str(nothing_built), "torch: runs everywhere", "cpu: does not run"):
         assert expected in text
@@ -300,5 +300,5 @@ def test_the_library_itself(cpu_library: Path, monkeypatch: pytest.MonkeyPatch, 
     assert backends.choose("auto", SCORES) == "cpu"
     assert backends.loaded("cpu") == cpu_library
     assert not backends.reasons("cpu", SCORES.device, SCORES.dtype)
-    command_line.main(["report"])
+    command_line.main(["backends"])
     assert f"cpu: runs from {cpu_library}" in capsys.readouterr().out

@@ -1,199 +1,93 @@
-"""The benchmark's own promises: it judges by a right reference, refuses what is wrong, and needs no peer."""
+"""``python -m proto_reg bench``: it judges by a right reference, and refuses what is wrong."""
 
 from __future__ import annotations
 
-import math
+import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import log_sinkhorn, swav_sinkhorn
 
-from proto_reg import bench
-from proto_reg.bench import Contender
+from proto_reg import __main__ as command_line
+from proto_reg import _bench
 
 CPU = torch.device("cpu")
-BENCHMARKS = Path(__file__).parent / "benchmarks"
-
-
-@pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch):
-    """The full form, as if none of the peers were installed."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    for name in ("ot", "geomloss", "jax", "lightly"):
-        monkeypatch.setitem(sys.modules, name, None)
-    import sinkhorn_table
-
-    return sinkhorn_table
-
-
-def compete(entered: list[Contender], expected: torch.Tensor, **options: float) -> dict[str, bench.Result]:
-    error = partial(bench.largest_error, expected=expected)
-    return {result.name: result for result in bench.compete(entered, error, CPU, seconds=0.01, **options)}
 
 
 def test_reference_is_the_closed_form_after_one_iteration() -> None:
     # S / eps = log [[1, 3], [1, 1]]: columns to 1/2 each give [[1/4, 3/8], [1/4, 1/8]], rows to 1 the codes below.
-    scores = bench.EPSILON * torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64).log()
+    scores = _bench.EPSILON * torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64).log()
     expected = torch.tensor([[2 / 5, 3 / 5], [2 / 3, 1 / 3]], dtype=torch.float64)
-    torch.testing.assert_close(bench.reference(scores, num_iters=1), expected)
+    torch.testing.assert_close(_bench.reference(scores, num_iters=1), expected)
 
 
-def test_reference_and_swav_are_the_iterate_of_the_definition() -> None:
-    scores = bench.cosine_scores(40, 7).double()
-    for judged in (bench.reference(scores), bench.swav(scores), swav_sinkhorn(scores, 0.05, 3)):
+def test_reference_is_the_iterate_of_the_definition() -> None:
+    scores = _bench.cosine_scores(40, 7).double()
+    for judged in (_bench.reference(scores), swav_sinkhorn(scores, 0.05, 3)):
         torch.testing.assert_close(judged, log_sinkhorn(scores, 0.05, 3), atol=1e-12, rtol=1e-12)
 
 
 def test_scores_are_cosines_and_the_same_every_time() -> None:
-    scores = bench.cosine_scores(300, 50)
-    assert torch.equal(scores, bench.cosine_scores(300, 50))
+    scores = _bench.cosine_scores(300, 50)
+    assert torch.equal(scores, _bench.cosine_scores(300, 50))
     assert 0.7 < scores.abs().max() <= 1
 
 
-def test_what_is_wrong_is_not_timed() -> None:
-    scores = bench.cosine_scores(16, 5)
-    expected = bench.reference(scores)
-    right = expected.float()
-
-    def broken() -> torch.Tensor:
-        raise RuntimeError("no memory\nand a long story")
-
-    results = compete(
-        [
-            Contender("right", right.clone),
-            Contender("off", lambda: right + 1e-3),
-            Contender("nearly", lambda: right + 1e-5, bound=bench.BOUND),
-            Contender("nan", lambda: right * torch.nan),
-            Contender("one nan", lambda: torch.where(right == right.max(), torch.nan, right)),
-            Contender("other shape", lambda: right[:, :2]),
-            Contender("broken", broken),
-            Contender("floor", scores.clone, None),
-        ],
-        expected,
-    )
-    timed = {name for name, result in results.items() if not math.isnan(result.seconds)}
-    assert timed == {"right", "floor"}
-    assert {name for name, result in results.items() if not result.note} == timed
-    assert results["off"].note.startswith("wrong: error 1.0e-03")
-    assert results["nan"].note == results["one nan"].note == "wrong: NaN"
-    assert results["broken"].note == "fails: RuntimeError: no memory"
-    assert len(results) == 8
-
-
-def test_an_error_without_a_message_is_named() -> None:
-    def broken() -> torch.Tensor:
-        raise AssertionError
-
-    assert compete([Contender("broken", broken)], torch.zeros(1, 1))["broken"].note.startswith("fails: AssertionError")
-
-
-def test_slow_calls_are_not_repeated() -> None:
-    calls = []
-
-    def slow() -> torch.Tensor:
-        calls.append(time.sleep(0.02))
-        return torch.zeros(1, 1)
-
-    result = compete([Contender("slow", slow)], torch.zeros(1, 1), limit=0.01)["slow"]
-    assert result.note.startswith("skipped")
-    assert len(calls) == 1
-
-
-def test_times_are_those_of_a_call() -> None:
-    codes = torch.zeros(1, 1)
-
-    def sleep(seconds: float) -> torch.Tensor:
-        time.sleep(seconds)
-        return codes
-
-    entered = [Contender(str(seconds), partial(sleep, seconds)) for seconds in (0.004, 0.016)]
-    results = compete(entered, codes)
-    assert 0.004 <= results["0.004"].seconds < 0.016 <= results["0.016"].seconds
+def test_medians_are_seconds_of_a_call() -> None:
+    calls = {seconds: partial(time.sleep, float(seconds)) for seconds in ("0.004", "0.016")}
+    medians = _bench.medians(calls, CPU, seconds=0.01)
+    assert 0.004 <= medians["0.004"] < 0.016 <= medians["0.016"]
 
 
 def test_table_lines_up() -> None:
-    text = bench.table(["", "ms"], [["a -", "1"], ["longer", "23.5"]])
+    text = _bench.table(["", "ms"], [["a -", "1"], ["longer", "23.5"]])
     assert text.splitlines() == ["|        | ms   |", "|--------|------|", "| a -    | 1    |", "| longer | 23.5 |"]
 
 
-def test_every_backend_that_runs_takes_part() -> None:
-    names = [contender.name for contender in bench.contenders(bench.cosine_scores(8, 3))]
-    assert names[:2] == [bench.COPY, bench.SWAV]
-    assert names[2:] == [f"proto_reg {name}" for name in bench.usable_backends(CPU)]
-    assert "proto_reg torch" in names
-
-
-def test_short_form_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_backend_that_runs_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    assert bench.main(["--shapes", "64x5", "32X7", "--seconds", "0.01", "--device", "cpu", "--fresh-memory"]) == 0
+    assert command_line.main(["bench", "--shapes", "64x5", "32X7", "--seconds", "0.01", "--device", "cpu"]) == 0
     assert torch.get_num_threads() == threads
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
-    for line in ("| 64 x 5 | SwAV's algorithm   |", "| 32 x 7 | proto_reg torch    |"):
-        assert line in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert rows[0] == ["scores", "backend", "ms", "x torch", "error"]
+    names = _bench.usable_backends(CPU)
+    assert "torch" in names
+    assert [row[:2] for row in rows[2:]] == [[size, name] for size in ("64 x 5", "32 x 7") for name in names]
+    for row in rows[2:]:
+        assert float(row[2]) > 0
+        assert float(row[4]) <= _bench.BOUND
+    assert {row[3] for row in rows[2:] if row[1] == "torch"} == {"1.000"}
+    assert "cuda did not run: " in printed
+
+
+@pytest.mark.parametrize("error", [1e-5, float("nan")])
+def test_wrong_codes_are_not_timed(monkeypatch: pytest.MonkeyPatch, capsys, error: float) -> None:
+    right = _bench.sinkhorn
+    monkeypatch.setattr(_bench, "usable_backends", lambda device: ["torch", "cpu"])
+    monkeypatch.setattr(
+        _bench, "sinkhorn", lambda *args, backend: right(*args, backend="torch") + (error if backend == "cpu" else 0)
+    )
+    assert command_line.main(["bench", "--shapes", "16x5", "--seconds", "0.01", "--device", "cpu"]) == 1
+    torch_row, cpu_row = capsys.readouterr().out.split("| 16 x 5 |")[1:]
+    assert "wrong" not in torch_row
+    assert [cell.strip() for cell in cpu_row.split("|")[:3]] == ["cpu", "wrong", ""]
 
 
 @pytest.mark.parametrize("text", ["256", "0x3", "axb", "3x4x5"])
 def test_shapes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        bench.main(["--shapes", text])
+        command_line.main(["bench", "--shapes", text])
     assert "--shapes" in capsys.readouterr().err
 
 
-def test_full_form_without_any_peer(full, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    options = ["--seconds", "0.01", "--threads", str(torch.get_num_threads()), "--device", "cpu", "--fresh-memory"]
-    files = ["--markdown", str(tmp_path / "table.md"), "--plot", str(tmp_path / "table.png")]
-    assert full.main(["--shapes", "64x5", "32x7", *options, *files]) == 0
-    printed, written = capsys.readouterr().out, (tmp_path / "table.md").read_text()
-    for text in (printed, written):
-        assert "### 64 x 5" in text
-        assert "| DINOv2 " in text
-        assert "POT sinkhorn_log: not installed" in text
-        assert "pip install --no-deps lightly" in text
-    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_hard_scores_find_out_swav_and_not_us(full) -> None:
-    from sinkhorn_robustness import hazards
-
-    rows = [line.split("|")[1:-1] for line in full.robustness_table(CPU).splitlines()]
-    cells = {row[0].strip(): dict(zip(hazards(), map(str.strip, row[1:]), strict=True)) for row in rows}
-    ours = cells["proto_reg torch"]
-    assert {name for name, cell in ours.items() if cell != "ok"} == {"one NaN", "empty batch"}
-    assert (ours["one NaN"], ours["empty batch"]) == ("all NaN", "raises ValueError")
-    assert cells["proto_reg, nan_policy='isolate'"]["one NaN"] == "ok"
-    assert cells[bench.SWAV]["dots <= 300"] == cells[bench.SWAV]["fp16, cosine to .9"] == "NaN"
-
-
-def test_targets_are_judged_on_one_thread(full) -> None:
-    results = [
-        bench.Result(bench.SWAV, 1.0),
-        bench.Result(bench.COPY, 0.05),
-        bench.Result("proto_reg cpu", 0.3),
-        bench.Result("proto_reg cpu, out=", 0.17),
-        bench.Result("proto_reg torch", note="wrong: NaN"),
-    ]
-    arguments = full.parse(["--threads", "1", "--device", "cpu"])
-    verdicts = {row[0]: row[-1] for row in full.judged(results, (2048, 3000), arguments)}
-    assert verdicts["proto_reg cpu"] == "<= 0.25 MISSED"
-    assert verdicts["proto_reg cpu, out="] == "<= 0.25 met, <= 3.50 copies met"
-    assert verdicts["proto_reg torch"] == "<= 0.75 MISSED"
-    assert verdicts[bench.SWAV] == ""
-    two = full.parse(["--threads", "2", "--device", "cpu"])
-    assert {row[-1] for row in full.judged(results, (2048, 3000), two)} == {""}
-
-
-def test_loss_is_judged_by_its_gradient_too(full) -> None:
-    scores = bench.cosine_scores(32, 6)
-    error = full._loss_error(scores)
-    loss, gradient = full._differentiate(full._eager_loss, scores.requires_grad_())
-    assert error((loss, gradient)) <= 1e-6
-    assert error((loss, gradient * 1.01)) > 1e-4
-    assert error((loss * 1.01, gradient)) > 1e-3
-    assert math.isnan(error((loss * torch.nan, gradient)))
-    assert math.isnan(error((loss, gradient * torch.nan)))
+def test_without_a_command_there_is_help() -> None:
+    run = subprocess.run([sys.executable, "-m", "proto_reg"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("usage: python -m proto_reg")
+    for command in ("backends", "build", "bench"):
+        assert f"\n    {command} " in run.stdout

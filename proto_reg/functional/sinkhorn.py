@@ -98,7 +98,7 @@ def sinkhorn(
         differentiable: gradients flow through the iterations to scores, marginals and weights, in plain torch.
             Otherwise codes are constants. A marginal or weight of 0 has a gradient of 0.
         backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
-            (``python -m proto_reg.kernels`` lists them).
+            (``python -m proto_reg backends`` lists them).
         out: contiguous tensor like ``scores`` that receives the codes and is returned.
         group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, in plain torch. It
             takes ``num_iters`` + 1 all-reduces of K numbers, and one of 1 with ``weights``. B may differ and be 0. All

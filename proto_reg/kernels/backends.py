@@ -133,7 +133,7 @@ def _missing(backend: str, device: torch.device | None, *, load: bool) -> list[s
         in_the_way = build.obstacle(backend)
         if in_the_way is not None:
             return [*found, f"it cannot be built here: {in_the_way}"]
-        return [*found, f"it is not built. Run python -m proto_reg.kernels build {backend}."]
+        return [*found, f"it is not built. Run python -m proto_reg build {backend}."]
     return _load(backend, path) if load else []
 
 
@@ -169,7 +169,7 @@ def _trial(backend: str, device: torch.device | None, dtype: torch.dtype | None)
         torch.ops.proto_reg.sinkhorn(scores, None, None, 1.0, 1, None, False)
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        cure = "Run python -m proto_reg.kernels build cuda with a toolkit that fits the driver."
+        cure = "Run python -m proto_reg build cuda with a toolkit that fits the driver."
         return [f"{_loaded[backend]} does not run on {torch.cuda.get_device_name(device)}: {error}. {cure}"]
     return []
 

@@ -296,7 +296,7 @@ def _try_to_load(library: Path) -> None:
     """Load it in another process first: a registration that fails ends the process it happens in."""
     code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
     path = os.pathsep.join(filter(None, sys.path))
-    cure = "Please report this with the versions that python -m proto_reg.kernels prints."
+    cure = "Please report this with the versions that python -m proto_reg backends prints."
     _run(
         [sys.executable or "python3", "-c", code, str(library)],
         "load the new library",

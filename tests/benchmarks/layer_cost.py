@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import sinkhorn_race as race
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import proto_reg
-from proto_reg import bench
+from proto_reg import _bench
 
 WITHOUT, WITH, ALGORITHM = VARIANTS = ("without", "with the layer", "Algorithm 1")
 BOUND = 1.10
@@ -123,12 +124,12 @@ def seconds_per_step(name: str, seconds: float) -> list[float]:
     steps = [training_step(name, variant) for variant in VARIANTS]
     for step in steps * 3:
         step()
-    once = [bench.clock(step, 3, torch.device("cpu")) for step in steps]
+    once = [_bench.clock(step, 3, torch.device("cpu")) for step in steps]
     # All processes have to take as many steps.
     times = _of_the_first([max(1, round(0.02 / took)) for took in once])
     (rounds,) = _of_the_first([max(5, math.ceil(seconds / sum(map(math.prod, zip(once, times, strict=True)))))])
     samples = [
-        [bench.clock(step, count, torch.device("cpu")) for step, count in zip(steps, times, strict=True)]
+        [_bench.clock(step, count, torch.device("cpu")) for step, count in zip(steps, times, strict=True)]
         for _ in range(rounds)
     ]
     return [statistics.median(column) for column in zip(*samples, strict=True)]
@@ -158,7 +159,7 @@ def measure(rank: int, processes: int, store: str, names: list[str], seconds: fl
     torch.set_num_threads(1)
     if processes > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    bench.keep_memory()
+    race.keep_memory()
     rows = []
     for name in names:
         took, peak = seconds_per_step(name, seconds), [peak_bytes(name, variant) for variant in VARIANTS]
@@ -168,7 +169,7 @@ def measure(rank: int, processes: int, store: str, names: list[str], seconds: fl
         cells += [f"{peak[0] / MIB:.1f}", *(f"{ratio:.2f}" for ratio in ratios[2:]), f"<= {BOUND:.2f} {met}"]
         rows.append([name, *cells])
     if rank == 0:
-        Path(out).write_text(bench.table(HEADER, rows))
+        Path(out).write_text(_bench.table(HEADER, rows))
     if processes > 1:
         torch.distributed.destroy_process_group()
 
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{bench.environment(torch.device('cpu'))}, {arguments.processes} process(es), K = {PROTOTYPES}", flush=True)
+    print(f"{_bench.environment(torch.device('cpu'))}, {arguments.processes} process(es), K = {PROTOTYPES}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/table"
         options = (arguments.processes, f"{folder}/store", arguments.models, arguments.seconds, out)

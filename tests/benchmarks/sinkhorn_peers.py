@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from sinkhorn_race import swav
 from torch import Tensor
 
-from proto_reg.bench import EPSILON, NUM_ITERS, swav
+from proto_reg._bench import EPSILON, NUM_ITERS
 
 Method = Callable[[Tensor], object]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from proto_reg.bench import cosine_scores, reference
+from proto_reg._bench import cosine_scores, reference
 
 ROWS, COLUMNS = 256, 30
 BOUND, HALF_BOUND = 1e-3, 5e-3

@@ -4,8 +4,8 @@
     python tests/benchmarks/sinkhorn_table.py --threads 1 --robustness --markdown table.md --plot table.png
 
 Same scores, one process, interleaved rounds, medians. Nothing is timed before it agrees with float64 at the same
-iterate; a copy is ``Tensor.copy_`` into a tensor that is there already. The short form, without peers, is installed:
-``python -m proto_reg.kernels bench``.
+iterate; a copy is ``Tensor.copy_`` into a tensor that is there already. ``python -m proto_reg bench``, which is
+installed with the package, times our backends alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import sinkhorn_peers
+import sinkhorn_race as race
 import torch
+from sinkhorn_race import COPY, SWAV, Contender, Result
 from sinkhorn_robustness import robustness
 from torch import Tensor
 
-from proto_reg import bench, functional
-from proto_reg.bench import COPY, SWAV, Contender, Result
+from proto_reg import _bench, functional
 
+TEMPERATURE = 0.1
 SHAPES = ((256, 10), (256, 30), (256, 50), (4096, 300), (2048, 3000), (8192, 3000), (1024, 65536))
 EAGER = "eager autograd"
 Results = dict[tuple[int, int], list[Result]]
@@ -35,12 +37,12 @@ Results = dict[tuple[int, int], list[Result]]
 
 def codes_results(scores: Tensor, arguments: argparse.Namespace) -> tuple[list[Result], dict[str, str]]:
     """Scores to codes: ours, the floors, the peers; and who is missing."""
-    error = partial(bench.largest_error, expected=bench.reference(scores))
+    error = partial(race.largest_error, expected=_bench.reference(scores))
     found, missing = sinkhorn_peers.peers(scores) if not arguments.no_peers else ({}, {})
     if arguments.compile:
         found["torch.compile of SwAV's"] = sinkhorn_peers.compiled_swav(scores)
-    entered = bench.contenders(scores) + [Contender(name, partial(call, scores)) for name, call in found.items()]
-    results = bench.compete(entered, error, scores.device, seconds=arguments.seconds, limit=arguments.limit)
+    entered = race.contenders(scores) + [Contender(name, partial(call, scores)) for name, call in found.items()]
+    results = race.compete(entered, error, scores.device, seconds=arguments.seconds, limit=arguments.limit)
     return results, missing
 
 
@@ -48,15 +50,15 @@ def loss_results(scores: Tensor, arguments: argparse.Namespace) -> list[Result]:
     """Scores to loss and gradient: ours in one pass, eager autograd over SwAV's algorithm."""
     scores = scores.clone().requires_grad_()
     entered = [Contender(EAGER, partial(_differentiate, _eager_loss, scores))]
-    options: dict[str, Any] = {"epsilon": bench.EPSILON, "num_iters": bench.NUM_ITERS, "temperature": bench.TEMPERATURE}
-    for name in bench.usable_backends(scores.device):
+    options: dict[str, Any] = {"epsilon": _bench.EPSILON, "num_iters": _bench.NUM_ITERS, "temperature": TEMPERATURE}
+    for name in _bench.usable_backends(scores.device):
         options["backend"] = name
         call = partial(_differentiate, partial(functional.sinkhorn_cross_entropy, **options), scores)
-        entered.append(Contender(f"proto_reg {name}", call, bench.BOUND))
+        entered.append(Contender(f"proto_reg {name}", call, _bench.BOUND))
         call = partial(functional.sinkhorn_cross_entropy_and_gradient, scores.detach(), **options)
-        entered.append(Contender(f"proto_reg {name}, closed form", call, bench.BOUND))
+        entered.append(Contender(f"proto_reg {name}, closed form", call, _bench.BOUND))
     error = _loss_error(scores.detach())
-    return bench.compete(entered, error, scores.device, seconds=arguments.seconds, limit=arguments.limit)
+    return race.compete(entered, error, scores.device, seconds=arguments.seconds, limit=arguments.limit)
 
 
 def _differentiate(function: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,19 +67,19 @@ def _differentiate(function: Callable[[Tensor], Tensor], scores: Tensor) -> tupl
 
 
 def _eager_loss(scores: Tensor) -> Tensor:
-    codes = bench.swav(scores.detach())
-    return -(codes * (scores / bench.TEMPERATURE).log_softmax(1)).sum(1).mean()
+    codes = race.swav(scores.detach())
+    return -(codes * (scores / TEMPERATURE).log_softmax(1)).sum(1).mean()
 
 
 def _loss_error(scores: Tensor) -> Callable[[object], float]:
     """Of the loss, relative, and of p - q, which is the gradient times tau B: the larger one."""
-    codes, log_p = bench.reference(scores), (scores.double() / bench.TEMPERATURE).log_softmax(1)
+    codes, log_p = _bench.reference(scores), (scores.double() / TEMPERATURE).log_softmax(1)
     expected = -(codes * log_p).sum(1).mean().item()
     difference = log_p.exp_().sub_(codes)
 
     def error(output: object) -> float:
         loss, gradient = output[:2]
-        of_gradient = bench.largest_error(gradient.double() * (bench.TEMPERATURE * len(scores)), difference)
+        of_gradient = race.largest_error(gradient.double() * (TEMPERATURE * len(scores)), difference)
         # A NaN in either has to win: max() would keep the first of them only.
         return math.nan if math.isnan(loss) else max(of_gradient, abs(loss.item() / expected - 1))
 
@@ -101,13 +103,13 @@ def targets(name: str, rows: int, columns: int, *, of_loss: bool) -> list[tuple[
 def judged(
     results: list[Result], size: tuple[int, int], arguments: argparse.Namespace, *, of_loss: bool = False
 ) -> list[list[str]]:
-    """The rows of ``bench.result_rows`` with a last cell: targets met or missed."""
-    rows = bench.result_rows(results, EAGER if of_loss else SWAV)
+    """The rows of ``race.result_rows`` with a last cell: targets met or missed."""
+    rows = race.result_rows(results, EAGER if of_loss else SWAV)
     for result, row in zip(results, rows, strict=True):
         verdicts = []
         promised = targets(result.name, *size, of_loss=of_loss) if arguments.threads == 1 else []
         for bound, base in promised if arguments.device == "cpu" else []:
-            met = bench.ratio(results, result.name, base) <= bound
+            met = race.ratio(results, result.name, base) <= bound
             unit = " copies" if base == COPY else ""
             verdicts.append(f"<= {bound:.2f}{unit} {'met' if met else 'MISSED'}")
         row.append(", ".join(verdicts))
@@ -123,9 +125,9 @@ def summary(results: Results, base: str) -> str:
         for column in results.values():
             notes = {result.name: result.note for result in column}
             note = notes.get(name, "")
-            cells.append(note.split(":")[0] if note else bench.number(bench.ratio(column, name, base)))
+            cells.append(note.split(":")[0] if note else race.number(race.ratio(column, name, base)))
         rows.append([name, *cells])
-    return bench.table([f"x {base}", *("{} x {}".format(*size) for size in results)], rows)
+    return _bench.table([f"x {base}", *("{} x {}".format(*size) for size in results)], rows)
 
 
 def plot(results: Results, path: Path, title: str) -> None:
@@ -138,12 +140,12 @@ def plot(results: Results, path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     shapes = list(results)
     timed = (result.name for column in results.values() for result in column if not result.note)
-    names = [name for name in dict.fromkeys(timed) if name != bench.CLONE]
+    names = [name for name in dict.fromkeys(timed) if name != race.CLONE]
     ours = itertools.cycle(["#c1121f", "#f4845f", "#780000", "#e09f3e", "#9d0208"])
     theirs = itertools.cycle(["#3d5a80", "#5fa8d3", "#5c7c5c", "#8d6a9f", "#2a9d8f", "#7f7f7f", "#a98467", "#4c4c9d"])
     ends = {}
     for name in names:
-        values = [bench.ratio(column, name, SWAV) for column in results.values()]
+        values = [race.ratio(column, name, SWAV) for column in results.values()]
         is_ours = name.startswith("proto_reg")
         style = {"linewidth": 2.4 if is_ours else 1.2, "marker": "o"}
         if name in (SWAV, COPY):
@@ -160,7 +162,7 @@ def plot(results: Results, path: Path, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylabel("time / time of SwAV's algorithm")
     axes.set_xlabel(title, fontsize=7, color="#666666")
-    axes.set_title(f"Scores to codes, {bench.NUM_ITERS} Sinkhorn iterations, float32: lower is faster", loc="left")
+    axes.set_title(f"Scores to codes, {_bench.NUM_ITERS} Sinkhorn iterations, float32: lower is faster", loc="left")
     _name_lines(axes, ends)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -187,7 +189,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     description, _, details = __doc__.partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=layout)
-    bench.add_arguments(parser, SHAPES, threads=1, seconds=8.0)
+    shapes = {"nargs": "+", "type": _bench.shape, "default": SHAPES, "metavar": "BxK"}
+    parser.add_argument("--shapes", **shapes, help="e.g. 256x30 4096x300")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default: 1)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=8.0, help="about, of timing a table (default: 8)")
+    parser.add_argument("--fresh-memory", action="store_true", help="leave the heap alone: large results page-fault")
     parser.add_argument("--limit", type=float, default=20.0, help="skip calls of more seconds than this (default: 20)")
     parser.add_argument("--compile", action="store_true", help="torch.compile of SwAV's algorithm too: minutes")
     parser.add_argument("--no-peers", action="store_true", help="ours, SwAV's algorithm and a copy only")
@@ -199,38 +206,47 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def robustness_table(device: torch.device) -> str:
     """As markdown: ours, SwAV's algorithm and the peers on hard scores (256 x 30)."""
-    scores = bench.cosine_scores(256, 30, device)
+    scores = _bench.cosine_scores(256, 30, device)
     found, _ = sinkhorn_peers.peers(scores)
-    methods = {f"proto_reg {name}": partial(_ours, name) for name in bench.usable_backends(device)}
+    methods = {f"proto_reg {name}": partial(_ours, name) for name in _bench.usable_backends(device)}
     methods["proto_reg, nan_policy='isolate'"] = partial(_ours, "auto", nan_policy="isolate")
-    return bench.table(*robustness({**methods, SWAV: bench.swav, **found}, device))
+    return _bench.table(*robustness({**methods, SWAV: race.swav, **found}, device))
 
 
 def _ours(backend: str, scores: Tensor, **options: str) -> Tensor:
-    return functional.sinkhorn(scores, bench.EPSILON, bench.NUM_ITERS, backend=backend, **options)
+    return functional.sinkhorn(scores, _bench.EPSILON, _bench.NUM_ITERS, backend=backend, **options)
+
+
+def begin(arguments: argparse.Namespace) -> str:
+    """Set threads and memory as ``arguments`` say; returns the lines that stand above every table."""
+    torch.set_num_threads(arguments.threads)
+    if not arguments.fresh_memory:
+        race.keep_memory()
+    memory = "as the C library has it" if arguments.fresh_memory else "kept and reused"
+    return f"{_bench.environment(torch.device(arguments.device))}\n{_bench.SETTING}; freed memory {memory}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; 1 if a backend of ours was refused, else 0."""
     arguments = parse(argv)
     device = torch.device(arguments.device)
-    heading = bench.begin(arguments)
+    heading = begin(arguments)
     print(heading, flush=True)
     codes, losses, sections, missing = Results(), Results(), [], {}
     header = ["", "ms", "x SwAV", "x copy", "error", "target"]
     for size in arguments.shapes:
-        scores = bench.cosine_scores(*size, device)
+        scores = _bench.cosine_scores(*size, device)
         needed = 16 * 8 * scores.numel()
         if device.type == "cpu" and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             print(f"{size}: skipped, may need {needed / 2**30:.0f} GiB")
             continue
         codes[size], missing = codes_results(scores, arguments)
-        text = "### {} x {}\n\n".format(*size) + bench.table(header, judged(codes[size], size, arguments))
+        text = "### {} x {}\n\n".format(*size) + _bench.table(header, judged(codes[size], size, arguments))
         if loss := loss_results(scores, arguments):
             losses[size] = loss
             rows = [row[:3] + row[4:] for row in judged(loss, size, arguments, of_loss=True)]
             text += "\n\nScores to loss and gradient:\n\n"
-            text += bench.table(["", "ms", "x eager", "error", "target"], rows)
+            text += _bench.table(["", "ms", "x eager", "error", "target"], rows)
         sections.append(text)
         print(f"\n{text}", flush=True)
     closing = [summary(codes, SWAV), *([f"Scores to loss and gradient:\n\n{summary(losses, EAGER)}"] if losses else [])]
@@ -241,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.markdown:
         arguments.markdown.write_text("\n\n".join([heading, *closing, *sections]) + "\n")
     if arguments.plot:
-        plot(codes, arguments.plot, bench.environment(device).split(", load")[0])
+        plot(codes, arguments.plot, _bench.environment(device).split(", load")[0])
     every = [result for table in (codes, losses) for results in table.values() for result in results]
     return int(any(result.note and result.name.startswith("proto_reg") for result in every))
 

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from proto_reg import bench
+from proto_reg import _bench
 from proto_reg.functional import anchored_mmd
 
 CODE = """
@@ -66,7 +66,7 @@ def loop(z: torch.Tensor, v: torch.Tensor, assignments: torch.Tensor) -> torch.T
     return total
 
 
-@pytest.mark.parametrize("form", ["loop", *bench.usable_backends(torch.device("cpu"))])
+@pytest.mark.parametrize("form", ["loop", *_bench.usable_backends(torch.device("cpu"))])
 @pytest.mark.parametrize(("rows", "groups", "dim"), [(256, 30, 256), (2048, 30, 4), (2048, 100, 256), (8192, 100, 64)])
 def test_forward_and_backward(benchmark, rows: int, groups: int, dim: int, form: str) -> None:
     z, v = torch.randn(rows, dim, requires_grad=True), torch.randn(groups, dim)

@@ -8,14 +8,15 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import sinkhorn_race as race
 import torch
 
-from proto_reg import bench
+from proto_reg import _bench
 from proto_reg.functional import sinkhorn
 
 SMALL = [(256, 10), (256, 30), (256, 50), (4096, 300)]
 LARGE = [(2048, 3000), (8192, 3000)]
-METHODS = ["SwAV", *bench.usable_backends(torch.device("cpu"))]
+METHODS = ["SwAV", *_bench.usable_backends(torch.device("cpu"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -23,8 +24,8 @@ METHODS = ["SwAV", *bench.usable_backends(torch.device("cpu"))]
 def test_codes(benchmark, shape: tuple[int, int], method: str) -> None:
     if shape in LARGE and not benchmark.enabled:
         pytest.skip("seconds: with --benchmark-enable")
-    scores = bench.cosine_scores(*shape)
-    call = partial(bench.swav, scores) if method == "SwAV" else partial(sinkhorn, scores, backend=method)
-    assert bench.largest_error(call(), bench.reference(scores)) <= bench.BOUND
+    scores = _bench.cosine_scores(*shape)
+    call = partial(race.swav, scores) if method == "SwAV" else partial(sinkhorn, scores, backend=method)
+    assert race.largest_error(call(), _bench.reference(scores)) <= _bench.BOUND
     benchmark.group = f"{shape[0]} x {shape[1]}"
     benchmark(call)

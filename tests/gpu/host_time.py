@@ -4,11 +4,11 @@ import time
 
 import torch
 
-from proto_reg import bench
+from proto_reg import _bench
 from proto_reg import functional as f
 
 for shape in ((256, 30), (1024, 100), (4096, 300), (2048, 3000), (8192, 3000)):
-    scores = bench.cosine_scores(*shape, device="cuda")
+    scores = _bench.cosine_scores(*shape, device="cuda")
     line = f"{shape}:"
     for backend in ("cuda", "torch"):
         for _ in range(20):

@@ -26,7 +26,7 @@ sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 python3 -m pytest 
 export -f sanitize
 
 step card nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
-step build python3 -m proto_reg.kernels build cuda
+step build python3 -m proto_reg build cuda
 if [[ $wanted == *check* ]]; then
   # The forced regimes first: their fixture compiles, the others find it.
   step regimes bash -c 'test_gpu tests/gpu/test_sinkhorn_cuda.py -k "ragged or robustness or iterations or tol or weights or largest"'
@@ -34,7 +34,7 @@ if [[ $wanted == *check* ]]; then
   step layer bash -c 'test_gpu tests/gpu/test_layer_cuda.py' &
   step streams python3 tests/gpu/streams.py &
   step old_ptx env PROTO_REG_CACHE="$PROTO_REG_CACHE/ptx80" PROTO_REG_CUDA_ARCHS=8.0+PTX bash -c \
-    'python3 -m proto_reg.kernels build cuda && python3 tests/gpu/old_ptx.py' &
+    'python3 -m proto_reg build cuda && python3 tests/gpu/old_ptx.py' &
   wait
 fi
 if [[ $wanted == *time* ]]; then

@@ -2,11 +2,11 @@
 
 import torch
 
-from proto_reg import bench
+from proto_reg import _bench
 from proto_reg import functional as f
 
 for shape in ((256, 30), (1024, 100), (4096, 300), (2048, 3000)):
-    scores = bench.cosine_scores(*shape, device="cuda")
+    scores = _bench.cosine_scores(*shape, device="cuda")
     expected = f.sinkhorn(scores, 0.05, 3, backend="cuda")
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sinkhorn_race as race
 import torch
 import torch._dynamo
 from emulation.emulator import SOURCES, load, solve
@@ -43,7 +44,7 @@ from test_cuda_source import (  # noqa: F401
 )
 from torch import Tensor
 
-from proto_reg import bench, functional
+from proto_reg import _bench, functional
 from proto_reg.kernels import backends, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
@@ -96,7 +97,7 @@ def library(forced: ctypes.CDLL, request: pytest.FixtureRequest) -> ctypes.CDLL:
 
 
 def on_gpu(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return bench.cosine_scores(*shape, device="cuda").to(dtype)
+    return _bench.cosine_scores(*shape, device="cuda").to(dtype)
 
 
 def codes_of(scores: Tensor, **options) -> Tensor:
@@ -107,7 +108,7 @@ def codes_of(scores: Tensor, **options) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_regimes_that_the_gpu_grants(forced, shape: tuple[int, int], dtype: torch.dtype) -> None:
     scores = on_gpu(shape, dtype)
-    expected = bench.reference(scores)
+    expected = _bench.reference(scores)
     error = (codes_of(scores).double() - expected).abs().max().item()
     plan = solve(forced, scores.cpu(), allow=-1).plan if scores.numel() <= 1 << 22 else None
     print(f"{shape} {dtype}: {plan.name if plan else ''} error {error:.1e}")
@@ -222,8 +223,8 @@ def test_timings(shape: tuple[int, int], dtype: torch.dtype) -> None:
         "sinkhorn + cross-entropy": lambda s: functional.sinkhorn_cross_entropy(
             s, 0.05, 3, temperature=0.1, backend="cuda"
         ),
-        "SwAV": bench.swav,
-        "SwAV, compiled": torch.compile(bench.swav, dynamic=False),
+        "SwAV": race.swav,
+        "SwAV, compiled": torch.compile(race.swav, dynamic=False),
     }
     print(f"\n{shape} {dtype} on {torch.cuda.get_device_name()}, torch {torch.__version__}: us a call, us of kernels")
     times = {name: microseconds(call, inputs) for name, call in contenders.items()}

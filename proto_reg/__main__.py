@@ -1,0 +1,93 @@
+"""``python -m proto_reg``: which backends run here and why not; builds them, and times them on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import _bench
+from .kernels import backends, build
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m proto_reg", description="The backends that compute proto_reg.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("backends", help="which backends run here, from where, and why the others do not")
+    builder = commands.add_parser("build", help="compile a backend's library into the cache")
+    builder.add_argument("backend", choices=[*build.BACKENDS, "all"])
+    bench = commands.add_parser("bench", help="time every backend on this machine", description=_bench.__doc__)
+    bench.add_argument(
+        "--shapes", nargs="+", type=_bench.shape, default=_bench.SHAPES, metavar="BxK", help="e.g. 256x30"
+    )
+    bench.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch on the CPU")
+    bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    bench.add_argument("--seconds", type=float, default=1.0, help="about, for each shape (default: 1)")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "backends":
+        return _say(*_report())
+    if arguments.command == "build":
+        return _build(build.BACKENDS if arguments.backend == "all" else (arguments.backend,))
+    if arguments.command == "bench":
+        return _time(arguments.shapes, arguments.threads, torch.device(arguments.device), arguments.seconds)
+    parser.print_help()
+    return 0
+
+
+def _report() -> list[str]:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    lines = [
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"GPUs: {', '.join(gpus) or 'none'}",
+        f"cache: {build.cache_directory()}",
+    ]
+    for name in ("PROTO_REG_BACKEND", "PROTO_REG_BUILD", "PROTO_REG_CUDA_ARCHS"):
+        if name in os.environ:
+            lines.append(f"{name}={os.environ[name]}")
+    lines += ["", "torch: runs everywhere, in every dtype"]
+    for name in build.BACKENDS:
+        device = torch.device(name) if name == "cpu" or gpus else None
+        against = backends.reasons(name, device)
+        if name == "cuda" and not gpus:
+            against.append("no GPU in sight: torch.cuda.device_count() is 0.")
+        state = f"runs from {backends.loaded(name)}" if not against else "does not run:"
+        lines += [f"{name}: {state}", *(f"  - {reason}" for reason in against)]
+    return lines
+
+
+def _build(names: Sequence[str]) -> int:
+    status = 0
+    for name in names:
+        _say(f"{name}: building ...")
+        try:
+            _say(f"{name}: {build.build(name)}")
+        except build.BuildError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _time(shapes: Sequence[tuple[int, int]], threads: int, device: torch.device, seconds: float) -> int:
+    """Print the table of this machine. The exit status is 1 if codes of a backend are wrong."""
+    torch.set_num_threads(threads)
+    _say(_bench.environment(device), _bench.SETTING)
+    rows = [row for size in shapes for row in _bench.rows(_bench.cosine_scores(*size, device), seconds)]
+    _say(_bench.table(_bench.HEADER, rows))
+    for name in backends.NAMES[1:]:
+        _say(*(f"{name} did not run: {reason}" for reason in backends.reasons(name, device)))
+    return int(any(_bench.WRONG in row for row in rows))
+
+
+def _say(*lines: str) -> int:
+    if lines:
+        print("\n".join(lines), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
