@@ -231,3 +231,7 @@ def test_installed_package(dist: Path, tmp_path: Path, form: str) -> None:
     assert home in package.parents
     assert adapters.parent.name == "integrations"
     assert home in adapters.parents
+    if form == "editable":  # a plain path, which type checkers follow, and below it everything as it is imported
+        lines = [line for path in site.glob("*proto_reg*.pth") for line in path.read_text().splitlines()]
+        assert [Path(line).resolve() for line in lines] == [home]
+        assert (home / "proto_reg" / "integrations" / "lightning.py").is_file()
