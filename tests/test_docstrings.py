@@ -16,14 +16,14 @@ from proto_reg import functional, plots
 
 INTEGRATIONS = Path(__file__).resolve().parents[1] / "integrations"
 LINK = re.compile(r":(?:func|class|meth|attr|mod|data):`~?([^`]+)`")
-# These link to private modules still. Remove the entry when the docstring is mended.
+# TODO: regularizer.py links to private modules still. Empty this when the docstring is mended.
 LATER = {
     "proto_reg.PrototypicalRegularizer": {"proto_reg.follower.PrototypeFollower", "proto_reg.queue.LatentQueue"},
 }
 
 
 def documented(name: str, thing: object) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of ``thing`` and of the members that it has from us, whichever of our classes has them."""
+    """(dotted name, docstring) of ``thing`` and of its members, those of our base classes among them."""
     yield name, inspect.getdoc(thing) or ""
     bases = inspect.getmro(thing) if inspect.isclass(thing) else ()
     for base in bases:
@@ -43,9 +43,8 @@ def of_source(path: Path) -> dict[str, str]:
     tree = ast.parse(path.read_text())
     found = {prefix: ast.get_docstring(tree) or ""}
     parts = [(prefix, node) for node in tree.body]
-    parts += [
-        (f"{prefix}.{node.name}", inner) for _, node in parts if isinstance(node, ast.ClassDef) for inner in node.body
-    ]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    parts += [(f"{prefix}.{node.name}", inner) for node in classes for inner in node.body]
     for scope, node in parts:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
             found[f"{scope}.{node.name}"] = ast.get_docstring(node) or ""
