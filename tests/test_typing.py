@@ -31,7 +31,7 @@ assert_type(layer(z, torch.ones(48, dtype=torch.bool)), tuple[Tensor, Regularize
 
 assert_type(layer.head(z), Tensor)
 assert_type(layer.head.sample(3), Tensor)
-assert_type(proto_reg.PrototypeHead(32, 30, scores="euclidean").prototypes, nn.Parameter)
+assert_type(proto_reg.PrototypeHead(32, 30, similarity="euclidean").prototypes, nn.Parameter)
 
 codes = proto_reg.SinkhornAssigner(epsilon=0.1)(info.scores)
 assert_type(codes, Tensor)
