@@ -1,1 +1,1 @@
-"""Adapters for the frameworks people train in; one file for each, importing its framework only when used."""
+"""Adapters for training frameworks, one file for each. A file imports its framework only when it is used."""

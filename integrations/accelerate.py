@@ -1,7 +1,7 @@
-"""Hugging Face accelerate: the layer needs nothing in your loop; its metrics need one line an epoch.
+"""Hugging Face accelerate: your loop stays as it is; the layer's metrics need one line an epoch.
 
 Build the layer into the model, or :func:`proto_reg.attach` it, before ``accelerator.prepare``. Gradients, accumulation,
-mixed precision, ``save_state`` and ``load_state`` then go as without it: the layer's state is the model's.
+mixed precision, ``save_state`` and ``load_state`` then work as before: the layer's state is part of the model's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def log_metrics(accelerator: Accelerator, model: nn.Module, step: int | None = None) -> dict[str, float]:
-    """Log the metrics of every layer in ``model``, prepared or not, to the trackers; counting starts anew.
+    """Log the metrics of every layer in ``model``, prepared or not, to the trackers. Then counting starts anew.
 
     Call it on every process, at the end of an epoch.
 
     Returns:
-        ``{"prototypes/perplexity": ..., ...}``: before the slash the layer's name, or the paths of several.
+        ``{"prototypes/perplexity": ..., ...}``. The part before the slash is the layer's name, or its path if there are
+        several.
     """
     values, modules = {}, accelerator.unwrap_model(model).named_modules()
     layers = {name: module for name, module in modules if isinstance(module, PrototypicalRegularizer)}

@@ -51,34 +51,34 @@ class PrototypicalAutoencoderOutput(NamedTuple):
 class PrototypicalAutoencoder(nn.Module):
     """A diffusers autoencoder and the prototypes of its latents: ``model(x).sample`` instead of ``vae(x).sample``.
 
-    The layer sits on the mode of the posterior (train without the KL term and without the noise), or on the latents of
-    autoencoders without a posterior, such as AutoencoderTiny and AutoencoderDC. VQModel is decoded without its
-    quantiser: the codebook stays as it is, frozen, and ``VQModel.from_pretrained`` of the saved folder quantises with
-    it. Give the optimizer, and DDP, this module. What a latent is, is yours to choose:
+    The layer sits on the mode of the posterior; train without the KL term and without sampling noise. In autoencoders
+    without a posterior, such as AutoencoderTiny and AutoencoderDC, it sits on the latents. VQModel is decoded without
+    its quantiser: the codebook stays frozen, and ``VQModel.from_pretrained`` of the saved folder still quantises with
+    it. Give this module to the optimizer and to DDP. You choose what a latent is:
 
-    - By default **every position of the map** is one, and prototypes are typical positions (patches). ``sample`` then
-      draws each position on its own: a texture, not a picture. Pictures are redrawn by ``sample_like``, which takes the
-      prototype of each position from a real one.
-    - With ``map_size``, **whole maps** are: one prototype is a typical picture, and ``sample`` draws new pictures of
-      its kind. All pictures must be of one size then, and latents of thousands of dimensions learn little.
+    - By default **every position of the map** is a latent, and prototypes are typical positions (patches). ``sample``
+      draws each position on its own: a texture, not a picture. ``sample_like`` redraws a real picture: it takes the
+      prototype of each position from it.
+    - With ``map_size`` **a whole map** is a latent: a prototype is a typical picture, and ``sample`` draws new pictures
+      of its kind. Then all pictures must have one size, and latents of thousands of dimensions learn little.
 
-    Latents and prototypes are those that ``vae.encode`` gives and ``vae.decode`` takes. A diffusion model sees them
-    scaled, ``(z - shift_factor) * scaling_factor`` of ``vae.config``: after training set that factor to 1 over the
-    standard deviation of the latents, as for any autoencoder.
+    Latents and prototypes are those of ``vae.encode`` and ``vae.decode``. A diffusion model sees them scaled, by
+    ``(z - shift_factor) * scaling_factor`` of ``vae.config``. After training set that factor to 1 over the standard
+    deviation of the latents, as for any autoencoder.
 
     Args:
         vae: the autoencoder; ``vae.encode(x)`` has ``latent_dist``, ``latents`` or ``latent``, ``vae.decode(z)`` has
             ``sample``.
         num_prototypes: K.
         map_size: (h, w) or (t, h, w) of the latent maps, for prototypes of whole maps.
-        layout: einops pattern of the latents: ``"b d h w"``, or ``"b d t h w"`` of video autoencoders. Follows from
-            ``map_size`` where that is given.
+        layout: einops pattern of the latents: ``"b d h w"``, or ``"b d t h w"`` of video autoencoders. ``map_size``
+            tells it too.
         latent_dim: channels of the latents; None takes ``vq_embed_dim``, ``latent_channels`` or ``z_dim`` from the
             autoencoder's config.
         options: of :class:`proto_reg.PrototypicalRegularizer`, such as ``mmd`` or ``schedule``.
 
     Raises:
-        TypeError, ValueError: no such autoencoder, or an option out of its range.
+        TypeError, ValueError: ``vae`` is no such autoencoder, or an option is out of its range.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PrototypicalAutoencoder(nn.Module):
         inner = layout if self.map_size is None else "b d"
         self.regularizer = PrototypicalRegularizer(size, num_prototypes, layout=inner, **options)
         self.vae: Any = vae
-        if isinstance(vae, diffusers.VQModel):  # without gradient, of which DDP would complain
+        if isinstance(vae, diffusers.VQModel):  # without a gradient: DDP would complain of it
             vae.quantize.requires_grad_(False)
         self._components = [name for name in ("head", "assigner", "mmd") if options.pop(name, None) is not None]
         sizes = {"latent_dim": channels, "map_size": None if map_size is None else list(map_size), "layout": layout}
@@ -142,7 +142,7 @@ class PrototypicalAutoencoder(nn.Module):
         return flat.unflatten(1, z.shape[1:]), info
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures of latents ``z``, in the shape that :meth:`encode` returns; any floating-point dtype."""
+        """Decode latents ``z`` in the shape that :meth:`encode` returns, in any floating-point dtype."""
         vae, z = self.vae, z.to(self.vae.dtype)
         if isinstance(vae, diffusers.VQModel):
             return vae.decoder(vae.post_quant_conv(z), z if vae.config.norm_type == "spatial" else None)
@@ -158,12 +158,11 @@ class PrototypicalAutoencoder(nn.Module):
         std: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Decoded latents (num_samples, C, H, W) around one prototype, or around prototypes drawn uniformly if None.
+        """Decoded latents (num_samples, C, H, W) around one prototype. None draws prototypes uniformly.
 
         Args:
-            size: (h, w) or (t, h, w) of the latent maps whose positions are drawn, each on its own; not with
-                ``map_size``.
-            std: standard deviation around the prototype: None is what training aims at, 0 the prototype itself.
+            size: (h, w) or (t, h, w) of the latent maps. Each position is drawn on its own. Not with ``map_size``.
+            std: standard deviation around the prototype. None is what training aims at; 0 is the prototype itself.
 
         Raises:
             TypeError, ValueError: an argument out of its range.
@@ -182,10 +181,10 @@ class PrototypicalAutoencoder(nn.Module):
     def sample_like(
         self, assignments: Tensor, *, std: float | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Decoded latents around the prototypes ``assignments``, ``info.assignments`` of real pictures for example.
+        """Decoded latents around the prototypes ``assignments``, for example ``info.assignments`` of real pictures.
 
         ``std=0`` decodes the prototypes alone, as a vector-quantised autoencoder would. Raises TypeError or ValueError
-        for indices that are none, or not in the layout of the latents without channels.
+        if they are no indices, or not in the layout of the latents without channels.
         """
         head, axes = self.regularizer.head, len(self.regularizer.layout.axes) - 1
         if assignments.is_floating_point() or assignments.ndim != axes:
@@ -198,14 +197,14 @@ class PrototypicalAutoencoder(nn.Module):
         return self.decode(self._maps(head.around(assignments.flatten(), std, generator), assignments.shape))
 
     def _maps(self, z: Tensor, shape: torch.Size) -> Tensor:
-        """Rows ``z`` (N, D), one for each entry of positions of ``shape``, as the latents that the vae decodes."""
+        """Rows ``z`` (N, D), one for each position of ``shape``, as latents that the vae decodes."""
         if self.map_size is not None:
             return z.unflatten(1, (-1, *self.map_size))
         layout = self.regularizer.layout
         return rearrange(z.unflatten(0, shape), f"{layout.positions} d -> {layout.pattern}").contiguous()
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Write the autoencoder as ``vae.save_pretrained(folder, **options)`` does, and the prototypes beside it.
+        """Write the autoencoder, as ``vae.save_pretrained(folder, **options)`` does, and the prototypes beside it.
 
         Raises:
             TypeError: an option of the layer that JSON cannot hold.

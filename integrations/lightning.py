@@ -1,4 +1,4 @@
-"""PyTorch Lightning (extra ``lightning``): prototypes by a callback, and Algorithm 1 of the paper by a mixin."""
+"""PyTorch Lightning (extra ``lightning``): a callback that adds prototypes, and a mixin for the paper's Algorithm 1."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ except ImportError as error:
 
 
 class PrototypeCallback(Callback):
-    """Prototypes in a LightningModule that knows nothing of them: ``Trainer(callbacks=[PrototypeCallback(...)])``.
+    """Adds prototypes to a LightningModule: ``Trainer(callbacks=[PrototypeCallback(...)])``.
 
-    Attaches the layer before the optimizers are built, in every stage; from there it is a part of the module and of
-    its checkpoints. Optimisation stays automatic: clipping, accumulation, precision and strategy are yours. After each
-    epoch the layer's metrics are logged as ``prototypes/...`` and, with ``decode``, the prototypes drawn.
+    It attaches the layer before the optimizers are built, in every stage. Then the layer is part of the module and of
+    its checkpoints. Optimisation stays automatic; clipping, accumulation, precision and strategy stay yours. After each
+    epoch it logs the layer's metrics as ``prototypes/...``. With ``decode`` it also draws the prototypes.
 
-    To use a checkpoint without a Trainer, attach as here, then load::
+    To use a checkpoint without a Trainer, attach and then load::
 
         module = MyModule()
         proto_reg.attach(module, "encoder", latent_dim=32, num_prototypes=30)
@@ -39,17 +39,17 @@ class PrototypeCallback(Callback):
 
     Args:
         encode: name of the submodule whose output is the latent: ``"encoder"``, ``"vae.encoder"``. The layer lives
-            there, so an optimizer of its parameters alone knows it. None if the module has a layer of its own: then it
-            is only logged and drawn.
-        decode: latents (n, D) -> images in [0, 1], or the name of a method or submodule of the module that does it.
+            there, so an optimizer of its parameters alone knows it. None if the module has a layer of its own, which is
+            then only logged and drawn.
+        decode: latents (n, D) -> images in [0, 1]: a function, or the name of a method or submodule of the module.
         image_shape: (C, H, W), if ``decode`` returns flat images.
-        every_n_epochs: between pictures.
-        folder: for pictures, ``prototypes`` in the trainer's root by default; not used if a logger takes them
-            (``experiment.add_figure`` as TensorBoard, ``log_image`` as W&B).
+        every_n_epochs: number of epochs between pictures.
+        folder: for pictures; ``prototypes`` in the trainer's root by default. A logger that takes pictures gets them
+            instead (``experiment.add_figure`` like TensorBoard, ``log_image`` like W&B).
         options: of :func:`proto_reg.attach`: ``latent_dim``, ``num_prototypes``, ``name``, ``select``, ``layout``, ...
 
     Raises:
-        ValueError: ``mode="weighted"``; and what :func:`proto_reg.attach` raises, when the trainer sets up.
+        ValueError: ``mode="weighted"``. When the trainer sets up, :func:`proto_reg.attach` may raise, too.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PrototypeCallback(Callback):
         self.decode, self.image_shape, self.every_n_epochs, self.folder = decode, image_shape, every_n_epochs, folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach the layer unless it is there. Runs before ``configure_optimizers`` and before weights are loaded."""
+        """Attach the layer unless it is there. This runs before ``configure_optimizers`` and before loading."""
         if self.encode is None:
             if not _layers(pl_module):
                 raise ValueError("encode: expected the name of a submodule, or a module with a layer. Got neither.")
@@ -86,7 +86,7 @@ class PrototypeCallback(Callback):
             layer.expect(int(total))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the epoch's metrics, which start anew, and draw the prototypes."""
+        """Log the epoch's metrics, start counting anew, and draw the prototypes."""
         for name, layer in _layers(pl_module).items():
             pl_module.log_dict({f"{name}/{key}": value for key, value in layer.metrics().items()})
             layer.reset_metrics()
@@ -100,7 +100,7 @@ class PrototypeCallback(Callback):
 
         decode = attrgetter(self.decode)(pl_module) if isinstance(self.decode, str) else self.decode
         name, layer = next(iter(_layers(pl_module).items()))
-        # A generator of its own: the training's random numbers are the same with and without pictures.
+        # It has its own generator, so pictures do not change the training's random numbers.
         generator = torch.Generator(layer.head.prototypes.device).manual_seed(0)
         try:
             with _evaluating(pl_module):
@@ -127,30 +127,31 @@ class PrototypeCallback(Callback):
 class PrototypicalModuleMixin(PrototypicalTrainerMixin):
     """The paper's Algorithm 1 in a LightningModule: ``class Paper(PrototypicalModuleMixin, LightningModule)``.
 
-    Call ``self.init_prototypical(encoder, decoder, layer, warmup_epochs=...)`` in ``__init__``; the rest is here. The
-    prototype and the MMD step are isolated ones within ``training_step``; the reconstruction step is Lightning's, by
-    automatic optimisation. So ``global_step`` counts a batch once, clipping and accumulation act on the reconstruction
-    step, and checkpoints hold all three optimizers; the epoch of the warm-up is the trainer's.
+    Call ``self.init_prototypical(encoder, decoder, layer, warmup_epochs=...)`` in ``__init__``. There is nothing else
+    to write. ``training_step`` takes the prototype step and the MMD step as isolated steps. Lightning takes the
+    reconstruction step, by automatic optimisation. So ``global_step`` counts a batch once, and clipping and
+    accumulation act on the reconstruction step. Checkpoints hold all three optimizers. Warm-up counts the trainer's
+    epochs.
     """
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Both regularising steps on x, the batch or its first entry; returns the loss of the reconstruction step."""
+        """Take both regularising steps on the batch or its first entry; returns the loss of the reconstruction."""
         training = self._prototypical()
         training.epoch = self.current_epoch
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         losses = training.regularizing_steps(x)
         loss, parts = training.loss(x)
         self.log_dict({f"train/{name}": value for name, value in (losses | parts).items()})
-        # Prototypes are stepped on above. DistributedDataParallel wants them in this graph too, with gradient 0.
+        # The steps above move prototypes. DistributedDataParallel wants them in this graph too, with gradient 0.
         return loss + 0.0 * torch.stack([p.sum() for p in training.regularizer.parameters()]).sum()
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer of the reconstruction step (of the one step, with ``schedule="balanced"``)."""
+        """The optimizer of the reconstruction step, or of the one step of ``schedule="balanced"``."""
         training = self._prototypical()
         return training.optimizers[training.last_step]
 
     def on_fit_start(self) -> None:
-        """The other two optimizers' state, restored before the module moved, follows it to its device."""
+        """Move the state of the other two optimizers to the module's device."""
         training, epochs = self._prototypical(), self.trainer.max_epochs
         for optimizer in training.optimizers.values():
             optimizer.load_state_dict(optimizer.state_dict())
@@ -164,14 +165,14 @@ class PrototypicalModuleMixin(PrototypicalTrainerMixin):
 
 
 def _layers(module: nn.Module) -> dict[str, PrototypicalRegularizer]:
-    """The layers in ``module``: the only one by its own name, several by their paths."""
+    """The layers in ``module``. A single one has its own name, several have their paths."""
     found = {name: m for name, m in module.named_modules() if isinstance(m, PrototypicalRegularizer)}
     return {name.rpartition(".")[2]: m for name, m in found.items()} if len(found) == 1 else found
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode, and afterwards as it was."""
+    """Inside this context every submodule is in eval mode; afterwards each is as before."""
     training = [m for m in module.modules() if m.training]
     try:
         module.eval()

@@ -57,12 +57,12 @@ class PrototypicalAEConfig(AEConfig):
 class PrototypicalAE(AE):
     """pythae's autoencoder with the prototypical layer between encoder and decoder.
 
-    A forward pass counts as a training step in training mode and with ``epoch`` among its arguments, as pythae's
-    trainers pass it. So neither the trainer's sanity check, nor ``reconstruct``, ``embed`` and ``interpolate`` of a
-    model in training mode teach the prototypes anything. A loop of your own passes ``epoch`` too.
+    A forward pass counts as a training step if the model is in training mode and ``epoch`` is among the arguments.
+    Pythae's trainers pass it. So the trainer's sanity check does not move the prototypes. Neither do ``reconstruct``,
+    ``embed`` and ``interpolate`` of a model in training mode. Pass ``epoch`` in a loop of your own.
 
     A forward pass returns what ``AE`` returns; ``info`` has what the layer computed. ``AutoModel`` loads the model too,
-    once this module is imported.
+    after an import of this module.
 
     Args:
         model_config, encoder, decoder: as pythae's ``AE`` takes them.
@@ -122,12 +122,12 @@ class PrototypicalAE(AE):
 
     @classmethod
     def _load_model_config_from_folder(cls, dir_path: str) -> PrototypicalAEConfig:
-        """As pythae's, which only knows the names of its own configs."""
+        """Pythae's own method knows only its own configs."""
         return PrototypicalAEConfig.from_json_file(str(Path(dir_path, "model_config.json")))
 
 
 def _knowing_ours(load: Callable) -> classmethod:
-    """``load`` of AutoModel, which tells a model by the name of its config, for our config too."""
+    """``load`` of AutoModel, extended to our config. AutoModel knows a model by the name of its config."""
 
     @wraps(load)
     def knowing(cls: type[AutoModel], path: str, *arguments: Any, **options: Any) -> Any:
@@ -141,14 +141,14 @@ def _knowing_ours(load: Callable) -> classmethod:
     return classmethod(knowing)
 
 
-# pythae has no register to enter a model in.
+# pythae has no registry for models.
 if not hasattr(AutoModel.load_from_folder, "__wrapped__"):
     AutoModel.load_from_folder = _knowing_ours(AutoModel.load_from_folder)
     AutoModel.load_from_hf_hub = _knowing_ours(AutoModel.load_from_hf_hub)
 
 
 def _own_loop(gradient: Tensor) -> None:
-    """Warn of a backward pass through a forward that did not count."""
+    """Warn of a backward pass through a forward pass that did not count."""
     warnings.warn(
         "A backward pass went through PrototypicalAE without epoch= in its forward: the prototypes learn nothing. In a "
         "loop of your own call model(inputs, epoch=epoch).",
@@ -162,8 +162,8 @@ class PrototypeSamplerConfig(BaseSamplerConfig):
     """Configuration of :class:`PrototypeSampler`.
 
     Args:
-        prototype: the one to sample around; None draws them uniformly.
-        std: standard deviation around it: None is what training aims at, 0 the prototype itself.
+        prototype: the prototype to sample around; None draws prototypes uniformly.
+        std: standard deviation around it. None is what training aims at; 0 is the prototype itself.
     """
 
     prototype: int | None = None
@@ -171,12 +171,12 @@ class PrototypeSamplerConfig(BaseSamplerConfig):
 
 
 class PrototypeSampler(BaseSampler):
-    """Samples the prior that the model was trained for: normal distributions around its prototypes.
+    """Samples from the prior of the training: normal distributions around the prototypes.
 
-    Needs no ``fit``. pythae's own samplers work too, but ``NormalSampler`` draws from another prior than ours.
+    It needs no ``fit``. Pythae's own samplers work too, but ``NormalSampler`` draws from another prior.
 
     Raises:
-        TypeError, ValueError: another model, or an option out of its range.
+        TypeError, ValueError: the model is another one, or an option is out of its range.
     """
 
     def __init__(self, model: PrototypicalAE, sampler_config: PrototypeSamplerConfig | None = None) -> None:
@@ -195,7 +195,7 @@ class PrototypeSampler(BaseSampler):
         return_gen: bool = True,
         save_sampler_config: bool = False,
     ) -> Tensor | None:
-        """As pythae's samplers: images (num_samples, *input_dim), and PNG files in ``output_dir`` if given."""
+        """Images (num_samples, *input_dim), as pythae's samplers return them; PNG files in ``output_dir`` if given."""
         config = self.sampler_config
         z = self.model.regularizer.head.sample(num_samples, config.prototype, std=config.std)
         images = torch.cat([self.model.decoder(part)["reconstruction"] for part in z.split(batch_size)])

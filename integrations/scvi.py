@@ -29,7 +29,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from anndata import AnnData
 
-CONDITIONS = 64  # of cells that are decoded at once
+CONDITIONS = 64  # number of cells that are decoded at once
 
 
 class PrototypicalVAE(VAE):
@@ -37,7 +37,7 @@ class PrototypicalVAE(VAE):
 
     Args:
         num_prototypes: K.
-        kl_weight: factor of the KL term of z, beside that of scvi's training plan.
+        kl_weight: factor of the KL term of z, in addition to that of scvi's training plan.
         prototype_kwargs: options of :class:`proto_reg.PrototypicalRegularizer`.
         kwargs: of scvi's VAE.
     """
@@ -72,18 +72,18 @@ class PrototypicalVAE(VAE):
 class PrototypicalSCVI(SCVI):
     """scVI with prototypes: latents of cells gather around them, and each decodes to an expression profile.
 
-    The layer sits on the mean of the posterior. It is part of the module, so ``save`` and ``load``, and
-    ``load_query_data``, go as for SCVI; in a query the prototypes stay where they are.
+    The layer sits on the mean of the posterior. It is part of the module, so ``save``, ``load`` and ``load_query_data``
+    work as for SCVI. In a query the prototypes stay where they are.
 
-    Prototypes take equal shares of the cells, which cell types do not. Expect a model that fits, and profiles and
-    samples of its prototypes; for clusters run your own method on ``get_latent_representation()``, as for SCVI.
+    Prototypes take equal shares of the cells; cell types do not. Expect a model that fits, profiles of its prototypes,
+    and samples. For clusters run your own method on ``get_latent_representation()``, as for SCVI.
 
     Args:
         adata, registry: as SCVI takes them; ``PrototypicalSCVI.setup_anndata(adata)`` first.
         num_prototypes: K.
-        kl_weight: factor of the KL term of z: 0 turns it off, 1 is scVI's own, which pulls all prototypes to one
-            point. At 0 ``early_stopping`` watches the reconstruction of the validation cells, for the ELBO has the
-            KL term at full weight.
+        kl_weight: factor of the KL term of z. 0 turns it off. 1 is scVI's own, which pulls all prototypes to one
+            point. At 0 ``early_stopping`` watches the reconstruction of the validation cells: the ELBO has the KL term
+            at full weight.
         prototype_kwargs: options of :class:`proto_reg.PrototypicalRegularizer`, such as ``std`` or ``schedule``.
         kwargs: of SCVI: ``n_latent``, ``n_layers``, ``gene_likelihood``, ...
 
@@ -113,7 +113,7 @@ class PrototypicalSCVI(SCVI):
         return self.module.prototypes
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As SCVI's, and a second time too: scvi leaves its module in eval mode, in which Lightning would train it."""
+        """As SCVI's. It also works a second time: scvi leaves its module in eval mode."""
         self.module.train()
         if not self.module.kl_weight and kwargs.get("trainer_config") is None:
             kwargs.setdefault("early_stopping_monitor", "reconstruction_loss_validation")
@@ -128,7 +128,7 @@ class PrototypicalSCVI(SCVI):
         Args:
             adata: the model's own by default.
             key: name of the column.
-            batch_size: of cells that are encoded at once.
+            batch_size: number of cells that are encoded at once.
         """
         self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)

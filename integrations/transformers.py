@@ -16,7 +16,7 @@ except ImportError as error:
 
 
 class PrototypeTrainerCallback(TrainerCallback):
-    """Prototypes in a model that knows nothing of them, and their metrics after each epoch.
+    """Adds prototypes to a model, and logs their metrics after each epoch.
 
     ::
 
@@ -25,12 +25,12 @@ class PrototypeTrainerCallback(TrainerCallback):
         trainer.train()
 
     The layer is attached at once, so the Trainer's optimizer, checkpoints and ``resume_from_checkpoint`` have it.
-    Metrics go through ``trainer.log`` and so reach ``state.log_history`` and every reporter.
+    Metrics go through ``trainer.log``, so they reach ``state.log_history`` and every reporter.
 
     Args:
         trainer: before its first ``train()``.
-        encode: name of the submodule whose output is the latent; None if the model has a layer of its own (attached in
-            ``model_init``, say): then its metrics are logged, and nothing else is done.
+        encode: name of the submodule whose output is the latent. None if the model has a layer of its own, for example
+            from ``model_init``; then its metrics are logged and nothing else is done.
         options: of :func:`proto_reg.attach`: ``latent_dim``, ``num_prototypes``, ``name``, ``select``, ``layout``, ...
 
     Raises:
@@ -76,7 +76,7 @@ class PrototypeTrainerCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start counting anew, except where a run is resumed within an epoch."""
+        """Start counting anew, unless a run is resumed within an epoch."""
         if float(state.epoch or 0).is_integer():
             for layer in self._layers().values():
                 layer.reset_metrics()
@@ -91,7 +91,7 @@ class PrototypeTrainerCallback(TrainerCallback):
         control.should_log = wanted  # the Trainer's own log is still to come
 
     def _layers(self) -> dict[str, PrototypicalRegularizer]:
-        """The layers in the model: the only one by its own name, several by their paths."""
+        """The layers in the model. A single one has its own name, several have their paths."""
         modules = self.trainer.model.named_modules()
         found = {name: module for name, module in modules if isinstance(module, PrototypicalRegularizer)}
         return {name.rpartition(".")[2]: m for name, m in found.items()} if len(found) == 1 else found

@@ -1,4 +1,4 @@
-"""The layer in the call shape of vector-quantize-pytorch: one swapped for the other by the name of the class.
+"""The layer with the signature of vector-quantize-pytorch: change the name of the class, and nothing else.
 
 # vq = VectorQuantize(dim=64, codebook_size=512, accept_image_fmap=True)
 vq = VectorPrototypes(dim=64, codebook_size=512, accept_image_fmap=True)
@@ -16,22 +16,23 @@ from proto_reg import PrototypicalRegularizer
 
 
 class VectorPrototypes(nn.Module):
-    """Prototypes where a codebook was: ``z, indices, loss = vq(z)``.
+    """Prototypes in the place of a codebook: ``z, indices, loss = vq(z)``.
 
-    Unlike a quantiser it returns the latents themselves, so nothing is lost in reconstruction: ``indices`` say which
-    prototype each belongs to, and in training the latents gather around their prototypes, N(v, std^2 I) each. In
-    ``mode="balanced"`` that happens in the backward pass and ``loss`` is 0; in ``mode="weighted"`` it is yours to add.
+    A quantiser replaces latents; this module returns them, so the reconstruction loses nothing. ``indices`` say which
+    prototype each latent belongs to. In training the latents gather around their prototypes, as N(v, std^2 I) each. In
+    ``mode="balanced"`` that happens in the backward pass, and ``loss`` is 0. In ``mode="weighted"`` add ``loss`` to
+    your own.
 
     Args:
         dim: D of the latents, :class:`proto_reg.PrototypicalRegularizer`'s ``latent_dim``.
         codebook_size: K, its ``num_prototypes``.
-        channel_last: latents are (B, N, D); False: (B, D, N). Latents (B, D) are taken either way.
+        channel_last: True for latents (B, N, D), False for (B, D, N). Latents (B, D) work with both.
         accept_image_fmap: latents are maps (B, D, H, W).
         accept_3d_fmap: latents are (B, D, T, H, W).
         options: of :class:`proto_reg.PrototypicalRegularizer`.
 
     Raises:
-        TypeError, ValueError: an argument out of its range, or both kinds of maps.
+        TypeError, ValueError: an argument is out of its range, or both kinds of maps are asked for.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class VectorPrototypes(nn.Module):
         Args:
             x: latents.
             mask: x's shape without D, True where latents count. The others come back as 0, their indices as -1.
-            lens: (B,) int64, in the place of a mask: how many latents of each sequence count, from the first on.
+            lens: (B,) int64, instead of a mask: the number of latents of each sequence that count, from the first on.
 
         Raises:
             TypeError, ValueError: latents, mask or lens of another rank, size or dtype, or both mask and lens.
