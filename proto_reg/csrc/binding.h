@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "sinkhorn.h"
+#include "sinkhorn_problem.h"
 
 namespace proto_reg {
 

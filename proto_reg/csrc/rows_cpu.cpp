@@ -5,36 +5,21 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
-#include "cpu_targets.h"
-#include "sinkhorn.h"
+#include "cpu_kernels.h"
 
 namespace proto_reg {
 namespace {
 
-#define ISA_SOURCE "rows_cpu_isa.h"
-#include "cpu_isas.h"
-
-float dot(const float* x, const float* y, int64_t dim) {
-  static const auto run = fastest(baseline::dot, avx2::dot, avx512::dot);
-  return run(x, y, dim);
-}
+float dot(const float* x, const float* y, int64_t dim) { return cpu_kernels().dot(x, y, dim); }
 
 void combine(float a, const float* x, float b, const float* y, int64_t dim, float* out) {
-  static const auto run = fastest(baseline::combine, avx2::combine, avx512::combine);
-  run(a, x, b, y, dim, out);
+  cpu_kernels().combine(a, x, b, y, dim, out);
 }
 
-float squared_distance(const float* x, const float* y, int64_t dim) {
-  static const auto run = fastest(baseline::squared_distance, avx2::squared_distance, avx512::squared_distance);
-  return run(x, y, dim);
-}
+float squared_distance(const float* x, const float* y, int64_t dim) { return cpu_kernels().squared_distance(x, y, dim); }
 
-bool finite(const float* x, int64_t dim) {
-  static const auto run = fastest(baseline::finite, avx2::finite, avx512::finite);
-  return run(x, dim);
-}
+bool finite(const float* x, int64_t dim) { return cpu_kernels().finite(x, dim); }
 
 double norm(const float* x, int64_t rows, int64_t dim) {
   double squares = 0;
@@ -105,8 +90,7 @@ void argmax_cpu(const float* x, int64_t rows, int64_t columns, int64_t* index) {
 
 void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows, int64_t inner, int64_t columns,
                  float* out) {
-  static const auto run = fastest(baseline::product, avx2::product, avx512::product);
-  run(a, a_transposed ? 1 : inner, a_transposed ? rows : 1, b, rows, inner, columns, out);
+  cpu_kernels().product(a, a_transposed ? 1 : inner, a_transposed ? rows : 1, b, rows, inner, columns, out);
 }
 
 void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,

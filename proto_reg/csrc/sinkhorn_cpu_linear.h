@@ -1,9 +1,76 @@
-// The fast path: E = exp((S - origin) / eps) once, then only the scaling vectors u (rows) and v (columns) change, one
-// pass over E per iteration. Right while (max S - min S) / eps stays below RANGE; `safe` says so, having looked.
-// Included once per instruction set by sinkhorn_cpu_isa.h.
+// The linear form of Sinkhorn, for large matrices of scores within RANGE: E = exp((S - origin) / eps) is computed once, and
+// then only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its chunks.
+// SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+#pragma once
 
-struct Linear {
-  using Range = Extrema;
+#include "sinkhorn_cpu_scaling.h"
+
+namespace proto_reg {
+namespace {
+
+// A row of E that codes or gradient may overwrite. The last vector is read first, because the one before it overwrites a
+// part of it.
+template <class V>
+struct Row {
+  const float* e;
+  V last;
+  INLINE Row(const float* e_, int64_t columns) : e(e_), last(columns < LANES_OF<V> ? V{} : load<V>(e_ + columns - LANES_OF<V>)) {}
+  INLINE V get(Full<V>, int64_t k) const { return load<V>(e + k); }
+  INLINE V get(Last<V>, int64_t) const { return last; }
+  INLINE V get(Short<V> part, int64_t k) const { return part.get(e + k); }
+};
+
+// Writes the codes q = u E_i diag(v) of the row of E at `e`. The row that lies AHEAD rows behind it is fetched.
+template <class V, int AHEAD>
+INLINE void write_codes(const float* e, int64_t columns, const float* v, float u, float* codes) {
+  const Row<V> row(e, columns);
+  for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    __builtin_prefetch(e + AHEAD * columns + k);
+    part.put(codes + k, row.get(part, k) * part.get(v + k) * u);
+  });
+}
+
+// Writes the gradient, and the codes unless null, of the row with scores s and weight w / (tau W). Returns its loss.
+// p: scratch for exp((S - maximum) / tau). apart: E lies under the codes; the gradient is elsewhere, and is streamed.
+template <class S>
+INLINE double cross_entropy(const float* s, const float* e, int64_t columns, const float* v, float u, float w,
+                            double temperature, float* p, float* gradient, bool apart, float* codes) {
+  using V = typename S::V;
+  const float scale = static_cast<float>(M_LOG2E / temperature);
+  V high[2] = {V{} - INFINITY, V{} - INFINITY}, normaliser[2] = {}, product[2] = {};
+  for_each_vector<V>(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+    high[slot] = S::maximum(high[slot], part.get(s + k));
+  });
+  const float top = S::maximum(S::maximum(high[0], high[1]));
+  const Row<V> row(e, columns);
+  for_each_vector<V>(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+    const V x = part.get(s + k) - top;
+    const V pk = exp2_in_range(S::maximum(x * scale, V{} - 126.f));
+    part.put(p + k, pk);
+    normaliser[slot] += part.once(pk);
+    product[slot] += part.once(row.get(part, k) * part.get(v + k) * x);
+  });
+  const float z = sum(normaliser[0] + normaliser[1]), wz = w / z, wu = w * u;
+  if (apart)
+    for_each_aligned_vector<V>(gradient, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
+      __builtin_prefetch(s + columns + k);
+      const V q = part.get(e + k) * part.get(v + k);
+      part.stream_to(gradient + k, part.get(p + k) * wz - q * wu);
+      part.put(codes + k, q * u);
+    });
+  else
+    for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      __builtin_prefetch(s + columns + k);
+      const V q = row.get(part, k) * part.get(v + k);
+      part.put(gradient + k, part.get(p + k) * wz - q * wu);
+      if (codes) part.put(codes + k, q * u);
+    });
+  return std::log(z) - sum(product[0] + product[1]) * u / static_cast<float>(temperature);
+}
+
+template <class S>
+struct LinearSinkhorn {
+  using V = typename S::V;
 
   const Group& group;
   const Chunks& chunks;
@@ -13,7 +80,7 @@ struct Linear {
   Extrema* extrema;  // (chunks,)
   float* scratch;    // (chunks, 3, padded columns)
   double* losses;    // (chunks,)
-  const Exponential exponential{group.first(), group.epsilon};
+  const Exponential<S> exponential{group.first(), group.epsilon};
   // Whether the matrix is larger than the caches, and its rows so long that their ends, which no aligned vector covers,
   // cost nothing: it is written past the caches.
   const bool large = e && group.rows * group.columns >= 1 << 22 && group.columns >= 1024 &&
@@ -22,7 +89,7 @@ struct Linear {
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
 
   INLINE const float* scores_of(int64_t i, int64_t chunk) const {
-    return group.row(i, chunk_scratch(chunk, 0), widen);
+    return group.row<V>(i, chunk_scratch(chunk, 0));
   }
 
   // E of a chunk's rows, and its share of the first column sums.
@@ -34,8 +101,8 @@ struct Linear {
       for (; i < chunks.end(chunk); ++i) {
         const float w[] = {group.weight(i)};
         const float* row = computed_rows<1>(i, chunk, [&](V score) ALWAYS_INLINE {
-          low = minimum(low, score);
-          high = maximum(high, score);
+          low = S::minimum(low, score);
+          high = S::maximum(high, score);
         });
         add_rows<1>(row, w, partial + chunk * chunks.padded);
       }
@@ -44,28 +111,28 @@ struct Linear {
     else if (group.dtype == Dtype::f32)
       for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, low, high);
     for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, low, high);
-    extrema[chunk] = {minimum(low), maximum(high)};
+    extrema[chunk] = {S::minimum(low), S::maximum(high)};
     if (large) streamed();
   }
 
   // R rows from i on; more than one only where their scores need no conversion.
   template <int R>
   INLINE void exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
-    const Exponential exp = exponential;
+    const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
     float w[R];
     for (int r = 0; r < R; ++r) w[r] = group.weight(i + r);
     const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
     float *rows = e + i * columns, *c = partial + chunk * chunks.padded;
     V low = lowest, high = highest;
-    for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       V total{};
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(s + (R + r) * columns + k);  // the next rows, and where they go
         __builtin_prefetch(rows + (R + r) * columns + k, 1);
         const V score = part.get(s + r * columns + k), x = exp(score);
-        low = minimum(low, score);
-        high = maximum(high, score);
+        low = S::minimum(low, score);
+        high = S::maximum(high, score);
         part.put(rows + r * columns + k, x);
         total += x * w[r];
       }
@@ -77,17 +144,17 @@ struct Linear {
 
   // One row at a time: memory is read and written in order.
   INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
-    const Exponential exp = exponential;
+    const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
     const float w = group.weight(i);
     const int64_t columns = group.columns;
     float *row = e + i * columns, *c = partial + chunk * chunks.padded;
     V low = lowest, high = highest;
-    for_each_aligned_vector(row, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
+    for_each_aligned_vector<V>(row, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
       __builtin_prefetch(s + columns + k);
       const V score = part.get(s + k), x = exp(score);
-      low = minimum(low, score);
-      high = maximum(high, score);
+      low = S::minimum(low, score);
+      high = S::maximum(high, score);
       part.stream_to(row + k, x);
       part.put(c + k, part.get(c + k) + part.once(x) * w);
     });
@@ -97,18 +164,18 @@ struct Linear {
 
   // Whether what `exponentials` saw stays within RANGE and holds no NaN and no infinity.
   bool safe() const {
-    return joined(extrema, chunks.count).safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
+    return exponential.safe(joined(extrema, chunks.count)) && all_finite(partial, chunks.count * chunks.padded);
   }
 
   // R rows of E from i on, computed for as long as this thread needs them. look: at each vector of scores.
   template <int R, class Look>
   INLINE const float* computed_rows(int64_t i, int64_t chunk, const Look& look) const {
-    const Exponential exp = exponential;
+    const Exponential<S> exp = exponential;
     const int64_t columns = group.columns;
     float* rows = thread_scratch(R * columns);
     for (int r = 0; r < R; ++r) {
       const float* s = scores_of(i + r, chunk);
-      for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
         const V score = part.get(s + k);
         look(score);
         part.put(rows + r * columns + k, exp(score));
@@ -128,7 +195,7 @@ struct Linear {
     const int64_t columns = group.columns;
     const float* scales = v;
     V sums[2][R] = {};
-    for_each_vector(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
+    for_each_vector<V>(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
       const V vk = part.once(part.get(scales + k));
       for (int r = 0; r < R; ++r) sums[slot][r] += part.get(rows + r * columns + k) * vk;
     });
@@ -139,7 +206,7 @@ struct Linear {
   template <int R>
   INLINE void add_rows(const float* rows, const float (&u)[R], float* c) const {
     const int64_t columns = group.columns;
-    for_each_vector(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+    for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       V total{};
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(rows + (R + r) * columns + k);  // the next rows come while these are added
@@ -178,7 +245,7 @@ struct Linear {
   }
 
   void write_potentials(float* potentials) const {
-    write_logarithms(v, group.columns, exponential.origin(), potentials);
+    write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
   }
 
   void write(int64_t chunk) const {
@@ -203,13 +270,13 @@ struct Linear {
     float* codes = group.output(group.codes, i, row);
     double weighted_loss = 0;
     if (!group.gradient) {
-      write_codes<R>(row, group.columns, v, u, codes);
+      write_codes<V, R>(row, group.columns, v, u, codes);
     } else {
       float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
       const float w = static_cast<float>(group.weight(i) * group.gradient_scale);
       const float* s = scores_of(i, chunk);
       const bool apart = large && group.codes;
-      weighted_loss = group.weight(i) * cross_entropy(s, row, group.columns, v, u, w, group.temperature,
+      weighted_loss = group.weight(i) * cross_entropy<S>(s, row, group.columns, v, u, w, group.temperature,
                                                       chunk_scratch(chunk, 1), gradient, apart, codes);
       group.finish(gradient, group.gradient, i);
     }
@@ -217,3 +284,6 @@ struct Linear {
     return weighted_loss;
   }
 };
+
+}  // namespace
+}  // namespace proto_reg

@@ -1,7 +1,14 @@
-// The path for every other input: scores of any size, -inf, NaN. Potentials in float64, exponentials in float32, each
-// pass from the scores again: nothing overflows, nothing is clamped. Included once per instruction set.
+// The logarithmic form of Sinkhorn, for every input that the others do not take: scores of any size, -inf, NaN. Potentials
+// are in float64 and exponentials in float32. Each pass starts from the scores, so that nothing overflows and nothing is
+// clamped. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+#pragma once
 
-struct Logarithmic {
+#include "sinkhorn_cpu_group.h"
+
+namespace proto_reg {
+namespace {
+
+struct LogSinkhorn {
   const Group& group;
   const Chunks& chunks;
   double* g;        // (columns,)
@@ -36,7 +43,7 @@ struct Logarithmic {
   static INLINE float exponential(double x) {
     const float y = static_cast<float>(x * M_LOG2E);
     const float clamped = y < -126.f ? -126.f : y;
-    return y < -126.f ? 0.f : exp2_in_range<float, uint32_t>(clamped);
+    return y < -126.f ? 0.f : exp2_in_range(clamped);
   }
 
   void column_tops(int64_t chunk) const {
@@ -187,3 +194,6 @@ struct Logarithmic {
     return loss;
   }
 };
+
+}  // namespace
+}  // namespace proto_reg

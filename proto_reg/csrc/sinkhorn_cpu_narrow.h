@@ -1,6 +1,16 @@
-// The fast path for rows shorter than a vector: eight rows side by side, a lane each. Otherwise as Linear. Included once per instruction set.
+// The narrow form of Sinkhorn, for rows shorter than a vector: eight rows stand side by side, one in each lane. Otherwise it
+// computes as the linear form does. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+#pragma once
 
-struct Narrow {
+#include "sinkhorn_cpu_scaling.h"
+
+namespace proto_reg {
+namespace {
+
+template <class S>
+struct NarrowSinkhorn {
+  using V = typename S::V;
+  static constexpr int64_t LANES = S::LANES;
   static constexpr int64_t MOST_COLUMNS = LANES - 1;
 
   const Group& group;
@@ -10,7 +20,7 @@ struct Narrow {
   float* partial;    // (chunks, padded columns): column sums
   Extrema* extrema;  // (chunks,)
   double* losses;    // (chunks,)
-  const Exponential exponential{group.first(), group.epsilon};
+  const Exponential<S> exponential{group.first(), group.epsilon};
 
   // Eight rows of scores, columns apart, from row i on; beyond the last row, that row again.
   struct Block {
@@ -35,7 +45,7 @@ struct Narrow {
   INLINE void read(Block& block) const {
     const float* s = block.scores;
     if (group.dtype == Dtype::f32) s = group.row(block.first, nullptr);
-    else widen(group.dtype, static_cast<const uint16_t*>(group.scores) + block.first * group.columns,
+    else widen<V>(group.dtype, static_cast<const uint16_t*>(group.scores) + block.first * group.columns,
                block.present * group.columns, block.scores);
     for (int64_t k = 0; k < group.columns; ++k)
       for (int64_t lane = 0; lane < LANES; ++lane)
@@ -48,24 +58,24 @@ struct Narrow {
     for (int64_t lane = 0; lane < block.present; ++lane)
       for (int64_t k = 0; k < group.columns; ++k) rows[lane * group.columns + k] = values[k][lane];
     if (group.dtype != Dtype::f32)
-      narrow(group.dtype, rows, block.present * group.columns,
+      narrow<V>(group.dtype, rows, block.present * group.columns,
              static_cast<uint16_t*>(matrix) + block.first * group.columns);
   }
 
   void exponentials(int64_t chunk) const {
-    const Exponential exp = exponential;
+    const Exponential<S> exp = exponential;
     V c[MOST_COLUMNS] = {}, low = V{} + INFINITY, high = V{} - INFINITY;
     each_block(chunk, [&](Block& block, float* at) ALWAYS_INLINE {
       read(block);
       for (int64_t k = 0; k < group.columns; ++k) {
-        low = minimum(low, block.x[k]);
-        high = maximum(high, block.x[k]);
+        low = S::minimum(low, block.x[k]);
+        high = S::maximum(high, block.x[k]);
         const V x = exp(block.x[k]);
         store(at + LANES * k, x);
         c[k] += x * block.weight;
       }
     });
-    extrema[chunk] = {minimum(low), maximum(high)};
+    extrema[chunk] = {S::minimum(low), S::maximum(high)};
     finish_sums(chunk, c);
   }
 
@@ -74,13 +84,13 @@ struct Narrow {
   }
 
   bool safe() const {
-    return joined(extrema, chunks.count).safe(group.epsilon) && all_finite(partial, chunks.count * chunks.padded);
+    return exponential.safe(joined(extrema, chunks.count)) && all_finite(partial, chunks.count * chunks.padded);
   }
 
   // 1 / (E v) of eight rows.
   INLINE V row_scales(const float* at) const {
     V d{};
-    for (int64_t k = 0; k < group.columns; ++k) d += load(at + LANES * k) * v[k];
+    for (int64_t k = 0; k < group.columns; ++k) d += load<V>(at + LANES * k) * v[k];
     return 1 / d;
   }
 
@@ -88,7 +98,7 @@ struct Narrow {
     V c[MOST_COLUMNS] = {};
     each_block(chunk, [&](Block& block, float* at) ALWAYS_INLINE {
       const V u = block.weight * row_scales(at);
-      for (int64_t k = 0; k < group.columns; ++k) c[k] += u * load(at + LANES * k);
+      for (int64_t k = 0; k < group.columns; ++k) c[k] += u * load<V>(at + LANES * k);
     });
     finish_sums(chunk, c);
   }
@@ -104,7 +114,7 @@ struct Narrow {
   }
 
   void write_potentials(float* potentials) const {
-    write_logarithms(v, group.columns, exponential.origin(), potentials);
+    write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
   }
 
   void write(int64_t chunk) const {
@@ -112,7 +122,7 @@ struct Narrow {
     each_block(chunk, [&](Block& block, float* at) ALWAYS_INLINE {
       const V u = row_scales(at);
       V q[MOST_COLUMNS];
-      for (int64_t k = 0; k < group.columns; ++k) q[k] = load(at + LANES * k) * v[k] * u;
+      for (int64_t k = 0; k < group.columns; ++k) q[k] = load<V>(at + LANES * k) * v[k] * u;
       if (group.codes) write_rows(block, q, group.codes);
       if (group.gradient) losses[chunk] += cross_entropy(block, q);
     });
@@ -123,10 +133,10 @@ struct Narrow {
     const float scale = static_cast<float>(M_LOG2E / group.temperature);
     read(block);
     V top = block.x[0], z{}, product{}, p[MOST_COLUMNS];
-    for (int64_t k = 1; k < group.columns; ++k) top = maximum(top, block.x[k]);
+    for (int64_t k = 1; k < group.columns; ++k) top = S::maximum(top, block.x[k]);
     for (int64_t k = 0; k < group.columns; ++k) {
       const V x = block.x[k] - top;
-      p[k] = exp2_in_range(maximum(x * scale, V{} - 126.f));
+      p[k] = exp2_in_range(S::maximum(x * scale, V{} - 126.f));
       z += p[k];
       product += q[k] * x;
     }
@@ -136,3 +146,6 @@ struct Narrow {
     return sum(block.weight * (logarithm(z) - product / static_cast<float>(group.temperature)));
   }
 };
+
+}  // namespace
+}  // namespace proto_reg

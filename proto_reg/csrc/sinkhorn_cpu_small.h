@@ -1,10 +1,17 @@
-// The fast path for a matrix that stays in the nearest caches: one reference for all of it, E in rows of whole vectors, and
-// one pass over E per iteration, as many rows at a time as a vector has lanes. Included once per instruction set.
+// The small form of Sinkhorn, for a matrix that stays in the nearest caches: E = exp((S - origin) / eps) lies in rows of
+// whole vectors, and each iteration reads it once, as many rows at a time as a vector has lanes. One thread.
+// SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+#pragma once
+
+#include "sinkhorn_cpu_scaling.h"
+
+namespace proto_reg {
+namespace {
 
 // Lane l of the result: all lanes of x[l], put together by `join`, such as their sum.
-template <int32_t DISTANCE = LANES / 2, class Join>
+template <int64_t DISTANCE, class V, size_t LANES, class Join>
 INLINE V joined_lanes(V (&x)[LANES], const Join& join) {
-  const I upper = (lane_numbers() & DISTANCE) != 0;
+  const IntsOf<V> upper = (lane_numbers<V>() & (int32_t)DISTANCE) != 0;
 #pragma GCC unroll 8
   for (int32_t i = 0; i < DISTANCE; ++i) {
     const V a = x[i], b = x[i + DISTANCE];
@@ -14,15 +21,10 @@ INLINE V joined_lanes(V (&x)[LANES], const Join& join) {
   return x[0];
 }
 
-INLINE V sums(V (&x)[LANES]) {
-  return joined_lanes(x, [](V a, V b) ALWAYS_INLINE { return a + b; });
-}
-
-INLINE V maxima(V (&x)[LANES]) {
-  return joined_lanes(x, [](V a, V b) ALWAYS_INLINE { return maximum(a, b); });
-}
-
-struct Small {
+template <class S>
+struct SmallSinkhorn {
+  using V = typename S::V;
+  static constexpr int64_t LANES = S::LANES;
   static constexpr int64_t MOST_VECTORS = 8, MOST_COLUMNS = MOST_VECTORS * LANES, MOST_REST = LANES / 4;
 
   const Group& group;
@@ -32,7 +34,7 @@ struct Small {
   float* c;         // (columns rounded up,) column sums
   float* codes;     // (rows, columns), or null
   float* gradient;  // (rows, columns), or null
-  const Exponential exponential{group.first(), group.epsilon};
+  const Exponential<S> exponential{group.first(), group.epsilon};
   // Columns beyond the last whole vector, where they are few. They lie across: each is one vector to a block of rows,
   // lane r for row r.
   const int64_t rest = group.columns > LANES && group.columns % LANES <= MOST_REST ? group.columns % LANES : 0;
@@ -47,7 +49,7 @@ struct Small {
       constexpr bool ACROSS = across();
       range = group.weights ? exponentials_of<vectors(), ACROSS, true>() : exponentials_of<vectors(), ACROSS, false>();
     });
-    return range.safe(group.epsilon) && all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
+    return exponential.safe(range) && all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
   }
 
   // One iteration; false, leaving v, where all columns were within tol.
@@ -57,7 +59,7 @@ struct Small {
   }
 
   void write_potentials(float* potentials) const {
-    write_logarithms(v, group.columns, exponential.origin(), potentials);
+    write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
   }
 
   // Codes, gradient; returns the sum of the rows' losses.
@@ -71,6 +73,13 @@ struct Small {
   }
 
  private:
+  static INLINE V sums(V (&x)[LANES]) {
+    return joined_lanes<LANES / 2>(x, [](V a, V b) ALWAYS_INLINE { return a + b; });
+  }
+  static INLINE V maxima(V (&x)[LANES]) {
+    return joined_lanes<LANES / 2>(x, [](V a, V b) ALWAYS_INLINE { return S::maximum(a, b); });
+  }
+
   // body with the number of vectors along a row as a constant, and whether there are columns across.
   template <class Body>
   INLINE void with_vectors(const Body& body) const {
@@ -101,25 +110,25 @@ struct Small {
 
     INLINE V get(const float* from, int64_t i, int j) const {
       const int64_t at = i * columns + j * LANES;
-      if (ACROSS || j < VECTORS - 1 || at + LANES <= count) return load(from + at);
-      return Short{count - at}.get(from + at);
+      if (ACROSS || j < VECTORS - 1 || at + LANES <= count) return load<V>(from + at);
+      return Short<V>{count - at}.get(from + at);
     }
     // What reaches too far is overwritten by the row after this one: rows are put in their order.
     INLINE void put(float* to, int64_t i, int j, V x) const {
       const int64_t at = i * columns + j * LANES;
       if (ACROSS || j < VECTORS - 1 || at + LANES <= count) return store(to + at, x);
-      Short{count - at}.put(to + at, x);
+      Short<V>{count - at}.put(to + at, x);
     }
     // x, and `other` where vector j is past the end of a row.
     INLINE V within(int j, V x, V other = V{}) const {
-      return ACROSS || j < VECTORS - 1 || lane_numbers() < static_cast<int32_t>(columns - j * LANES) ? x : other;
+      return ACROSS || j < VECTORS - 1 || lane_numbers<V>() < static_cast<int32_t>(columns - j * LANES) ? x : other;
     }
     // Column `VECTORS * LANES + t` of `present` rows from row i on; beyond the last that row's again.
     INLINE V get_across(const float* from, int64_t i, int64_t present, int64_t t) const {
       const float* at = from + i * columns + VECTORS * LANES + t;
       alignas(V) float x[LANES];
       for (int64_t r = 0; r < LANES; ++r) x[r] = at[std::min(r, present - 1) * columns];
-      return load(x);
+      return load<V>(x);
     }
     INLINE void put_across(float* to, int64_t i, int64_t present, int64_t t, V column) const {
       float* at = to + i * columns + VECTORS * LANES + t;
@@ -145,7 +154,7 @@ struct Small {
   INLINE V row_weights(int64_t i) const {
     V w = V{} + 1.f;
     if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present(i));
-    return lane_numbers() < static_cast<int32_t>(present(i)) ? w : V{};
+    return lane_numbers<V>() < static_cast<int32_t>(present(i)) ? w : V{};
   }
 
   // E, and its column sums by the rows' weights, in which alone a NaN is seen, be its row's weight 0. Returns the scores'
@@ -154,13 +163,13 @@ struct Small {
   Extrema exponentials_of() const {
     // Copies: the compiler cannot know that no store changes the originals.
     const Rows<VECTORS, ACROSS> rows(group);
-    const Exponential exp = exponential;
+    const Exponential<S> exp = exponential;
     const float *const scores = s, *const weights = group.weights;
     const int64_t count = group.rows, others = rest;
     V total[VECTORS] = {}, total_across[MOST_REST] = {}, low = V{} + group.first(), high = low;
     const auto value = [&](V score) ALWAYS_INLINE {
-      low = minimum(low, score);
-      high = maximum(high, score);
+      low = S::minimum(low, score);
+      high = S::maximum(high, score);
       return exp(score);
     };
     for (int64_t first = 0; first < count; first += LANES) {
@@ -178,13 +187,13 @@ struct Small {
         const V w = row_weights(first);
         for (int64_t t = 0; t < others; ++t) {
           const V x = value(rows.get_across(scores, first, last - first, t));
-          store(at + across_at<VECTORS>(t), lane_numbers() < static_cast<int32_t>(last - first) ? x : V{});
+          store(at + across_at<VECTORS>(t), lane_numbers<V>() < static_cast<int32_t>(last - first) ? x : V{});
           total_across[t] += x * w;
         }
       }
     }
     put_sums(total, total_across);
-    return {minimum(low), maximum(high)};
+    return {S::minimum(low), S::maximum(high)};
   }
 
   template <int VECTORS>
@@ -199,13 +208,13 @@ struct Small {
     V d[LANES];
 #pragma GCC unroll 16
     for (int r = 0; r < LANES; ++r) {
-      d[r] = load(row + r * VECTORS * LANES) * load(v);
+      d[r] = load<V>(row + r * VECTORS * LANES) * load<V>(v);
 #pragma GCC unroll 8
-      for (int j = 1; j < VECTORS; ++j) d[r] += load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);
+      for (int j = 1; j < VECTORS; ++j) d[r] += load<V>(row + (r * VECTORS + j) * LANES) * load<V>(v + j * LANES);
     }
     V total = sums(d);
     if constexpr (ACROSS)
-      for (int64_t t = 0; t < rest; ++t) total += load(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
+      for (int64_t t = 0; t < rest; ++t) total += load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
     return 1 / total;
   }
 
@@ -219,13 +228,13 @@ struct Small {
       const float* row = block<VECTORS>(i);
       const V scales = row_scales<VECTORS, ACROSS>(row), w = row_weights(i), weighted = w > 0 ? scales * w : V{};
       if constexpr (ACROSS)
-        for (int64_t t = 0; t < rest; ++t) total_across[t] += load(row + across_at<VECTORS>(t)) * weighted;
+        for (int64_t t = 0; t < rest; ++t) total_across[t] += load<V>(row + across_at<VECTORS>(t)) * weighted;
       alignas(V) float u[LANES];
       store(u, weighted);
       asm("" : "+r"(row));  // or the compiler carries the rows over from row_scales, by way of the stack
       for (int r = 0; r < LANES; ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; ++j) total[r % ROWS][j] += load(row + j * LANES) * u[r];
+        for (int j = 0; j < VECTORS; ++j) total[r % ROWS][j] += load<V>(row + j * LANES) * u[r];
     }
     for (int j = 0; j < VECTORS; ++j)
       for (int r = 1; r < ROWS; ++r) total[0][j] += total[r][j];
@@ -238,19 +247,19 @@ struct Small {
     float* const to = codes;
     const int64_t count = group.rows;
     V by_column[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) by_column[j] = load(v + j * LANES);
+    for (int j = 0; j < VECTORS; ++j) by_column[j] = load<V>(v + j * LANES);
     for (int64_t i = 0; i < count; i += LANES) {
       const float* row = block<VECTORS>(i);
       const V scales = row_scales<VECTORS, ACROSS>(row);
       if constexpr (ACROSS)
         for (int64_t t = 0; t < rest; ++t)
-          rows.put_across(to, i, present(i), t, load(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t] * scales);
+          rows.put_across(to, i, present(i), t, load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t] * scales);
       alignas(V) float u[LANES];
       store(u, scales);
       asm("" : "+r"(row));
       for (int64_t r = 0; r < std::min(LANES, count - i); ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; ++j) rows.put(to, i + r, j, load(row + j * LANES) * by_column[j] * u[r]);
+        for (int j = 0; j < VECTORS; ++j) rows.put(to, i + r, j, load<V>(row + j * LANES) * by_column[j] * u[r]);
     }
   }
 
@@ -275,13 +284,13 @@ struct Small {
     for (int64_t r = 0; r < LANES; ++r) {
       high[r] = rows.within(0, score(r, 0), V{} - INFINITY);
 #pragma GCC unroll 8
-      for (int j = 1; j < VECTORS; ++j) high[r] = maximum(high[r], rows.within(j, score(r, j), V{} - INFINITY));
+      for (int j = 1; j < VECTORS; ++j) high[r] = S::maximum(high[r], rows.within(j, score(r, j), V{} - INFINITY));
     }
     V top = maxima(high);
     if constexpr (ACROSS)
       for (int64_t t = 0; t < rest; ++t) {
         x_across[t] = rows.get_across(s, i, present, t);
-        top = maximum(top, x_across[t]);
+        top = S::maximum(top, x_across[t]);
       }
     return top;
   }
@@ -298,10 +307,10 @@ struct Small {
     const float by_temperature = static_cast<float>(M_LOG2E / group.temperature);
     const auto score = [&](int64_t r, int j) ALWAYS_INLINE {
       // Beyond the last row that row again, with a weight of 0.
-      return WHOLE ? load(scores + (i + r) * rows.columns + j * LANES)
+      return WHOLE ? load<V>(scores + (i + r) * rows.columns + j * LANES)
                    : rows.get(scores, i + std::min(r, present - 1), j);
     };
-    const auto power = [&](V x) ALWAYS_INLINE { return exp2_in_range(maximum(x * by_temperature, V{} - 126.f)); };
+    const auto power = [&](V x) ALWAYS_INLINE { return exp2_in_range(S::maximum(x * by_temperature, V{} - 126.f)); };
     alignas(V) float top[LANES], by_p[LANES], by_q[LANES], u[LANES];
     alignas(V) float p[LANES * VECTORS * LANES];  // exp((S - row maximum) / tau)
     V normaliser[LANES], product[LANES], x_across[MOST_REST], p_across[MOST_REST], q_across[MOST_REST];
@@ -313,7 +322,7 @@ struct Small {
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) {
         const V x = score(r, j) - top[r], pj = power(x);
-        const V qj = load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);  // beyond a row's end 0
+        const V qj = load<V>(row + (r * VECTORS + j) * LANES) * load<V>(v + j * LANES);  // beyond a row's end 0
         store(p + (r * VECTORS + j) * LANES, pj);
         z += rows.within(j, pj);
         qx += qj * x;
@@ -324,12 +333,12 @@ struct Small {
     for (int64_t t = 0; t < others; ++t) {
       const V x = x_across[t] - tops;
       z += p_across[t] = power(x);
-      q_across[t] = load(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
+      q_across[t] = load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
       qx += q_across[t] * x;
     }
     const V w = row_weights(i), share = w * static_cast<float>(group.gradient_scale);
     const V all = row_scales<VECTORS, ACROSS>(row);
-    const V scales = lane_numbers() < static_cast<int32_t>(present) ? all : V{};
+    const V scales = lane_numbers<V>() < static_cast<int32_t>(present) ? all : V{};
     const V of_p = share / z, of_q = share * scales;
     for (int64_t t = 0; t < others; ++t) {
       rows.put_across(by_scores, i, present, t, p_across[t] * of_p - q_across[t] * of_q);
@@ -346,11 +355,14 @@ struct Small {
     for (int64_t r = 0; r < present; ++r) {
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) {
-        const V qj = load(row + (r * VECTORS + j) * LANES) * load(v + j * LANES);
-        put(by_scores, r, j, load(p + (r * VECTORS + j) * LANES) * by_p[r] - qj * by_q[r]);
+        const V qj = load<V>(row + (r * VECTORS + j) * LANES) * load<V>(v + j * LANES);
+        put(by_scores, r, j, load<V>(p + (r * VECTORS + j) * LANES) * by_p[r] - qj * by_q[r]);
         if (q) put(q, r, j, qj * u[r]);
       }
     }
     return w * (logarithm(z) - qx * scales * static_cast<float>(1 / group.temperature));
   }
 };
+
+}  // namespace
+}  // namespace proto_reg

@@ -2,8 +2,8 @@
 // device memory nor waits for the device. The caller makes the device of the pointers the current one.
 #pragma once
 
-#include "sinkhorn.h"
-#include "sinkhorn_plan.h"
+#include "sinkhorn_problem.h"
+#include "sinkhorn_cuda_plan.h"
 
 namespace proto_reg {
 

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "sinkhorn.h"
+#include "sinkhorn_problem.h"
 
 namespace proto_reg {
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "sinkhorn_cuda_device.cuh"
-#include "sinkhorn_plan.h"
+#include "sinkhorn_cuda_plan.h"
 
 namespace proto_reg {
 

@@ -39,7 +39,10 @@ BACKENDS = ("cpu", "cuda")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PREBUILT = Path(__file__).resolve().parent / "lib"  # filled by PROTO_REG_BUILD=... pip install
 SOURCES = {
-    "cpu": ("cpu_ops.cpp", "sinkhorn_cpu.cpp", "mmd_cpu.cpp", "rows_cpu.cpp", "step_cpu.cpp"),
+    "cpu": (
+        *("cpu_ops.cpp", "sinkhorn_cpu.cpp", "mmd_cpu.cpp", "rows_cpu.cpp", "step_cpu.cpp"),
+        *("cpu_baseline.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"),  # the kernels, once for each instruction set
+    ),
     "cuda": ("cuda_ops.cpp", "sinkhorn_cuda.cu"),
 }
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped

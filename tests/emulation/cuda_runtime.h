@@ -9,7 +9,7 @@
 #include <cstring>
 #include <functional>
 
-#include "sinkhorn_plan.h"
+#include "sinkhorn_cuda_plan.h"
 
 #define __global__
 #define __device__

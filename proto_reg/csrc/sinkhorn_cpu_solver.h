@@ -1,85 +1,19 @@
-// Everything that is compiled once per instruction set. Included by sinkhorn_cpu.cpp inside a namespace and target of
-// its own; hence no include guard.
+// The CPU's Sinkhorn kernel for one instruction set: chooses the form for each group, and runs it over the chunks.
+// cpu_kernel_table.h puts solve_sinkhorn into the table of the instruction set.
+#pragma once
 
-namespace lanes8 {
-#define LANES int64_t{8}
-#include "sinkhorn_cpu_vector.h"
-}  // namespace lanes8
-
-// One of the problem's independent matrices. Half precision is converted row by row: inside, all is float32.
-struct Group {
-  const void* scores;
-  Dtype dtype;
-  const float* marginals;  // null: uniform
-  const float* weights;    // null: 1
-  int64_t rows, columns;
-  double marginals_total, epsilon, temperature, total_weight, gradient_scale;
-  bool isolate;
-  void* codes;     // null: not wanted
-  void* gradient;  // null: not wanted
-
-  float weight(int64_t i) const { return weights ? weights[i] : 1.f; }
-  double marginal(int64_t k) const { return marginals ? marginals[k] / marginals_total : 1.0 / columns; }
-
-  float first() const {
-    float score;
-    if (dtype == Dtype::f32) return *static_cast<const float*>(scores);
-    lanes8::widen(dtype, scores, 1, &score);
-    return score;
-  }
-
-  // Row i of the scores; of another dtype than float32, converted into `buffer` by vectors of this or that width.
-  INLINE const float* row(int64_t i, float* buffer, decltype(&lanes8::widen) widen = lanes8::widen) const {
-    if (dtype == Dtype::f32) return static_cast<const float*>(scores) + i * columns;
-    widen(dtype, static_cast<const uint16_t*>(scores) + i * columns, columns, buffer);
-    return buffer;
-  }
-
-  // Where row i of an output is to be written: in place, or into `buffer` for `finish` to convert. null stays null.
-  float* output(void* matrix, int64_t i, float* buffer) const {
-    if (!matrix) return nullptr;
-    return dtype == Dtype::f32 ? static_cast<float*>(matrix) + i * columns : buffer;
-  }
-  void finish(const float* row, void* matrix, int64_t i) const {
-    if (row && dtype != Dtype::f32) lanes8::narrow(dtype, row, columns, static_cast<uint16_t*>(matrix) + i * columns);
-  }
-};
-
-namespace lanes8 {
-#include "sinkhorn_cpu_rows.h"
 #include "sinkhorn_cpu_linear.h"
-#undef LANES
-}  // namespace lanes8
-
-// Vectors of the machine's own width, where that is another one: sixteen lanes pay on long rows, four lanes everywhere.
-#if MACHINE_LANES == 8
-namespace machine = lanes8;
-#else
-namespace machine {
-#define LANES int64_t{MACHINE_LANES}
-#include "sinkhorn_cpu_vector.h"
-#include "sinkhorn_cpu_rows.h"
-#include "sinkhorn_cpu_linear.h"
-#undef LANES
-}  // namespace machine
-#endif
-
-namespace lanes8 {
-#define LANES int64_t{8}
-#include "sinkhorn_cpu_narrow.h"
 #include "sinkhorn_cpu_log.h"
-#undef LANES
-}  // namespace lanes8
-
-namespace short_rows {
-using namespace machine;
-#define LANES int64_t{MACHINE_LANES}
+#include "sinkhorn_cpu_narrow.h"
 #include "sinkhorn_cpu_small.h"
-#undef LANES
-}  // namespace short_rows
+
+namespace proto_reg {
+namespace {
 
 // One group from scores to codes, gradient and loss.
-struct Solver {
+template <class Isa>
+struct SinkhornGroupSolver {
+  using S8 = Simd<Isa, 8>;
   const SinkhornProblem& problem;
   const Chunks chunks;
   const ParallelFor parallel_for;
@@ -96,13 +30,13 @@ struct Solver {
 
   // The fast paths; false, with nothing of worth written, where they are not safe.
   bool run_small() const {
-    using short_rows::Small;
+    using Small = SmallSinkhorn<Simd<Isa>>;
     const bool wide = group.dtype == Dtype::f32;
     const int64_t count = group.rows * group.columns, converted_count = wide ? 0 : count;
     const int64_t rows = Small::rounded(group.rows), columns = Small::rounded(group.columns);
     Workspace workspace(rows * columns, columns, columns, converted_count, converted_count, converted_count);
     float *e = workspace[0], *converted = workspace[3], *codes = workspace[4], *gradient = workspace[5];
-    if (!wide) lanes8::widen(group.dtype, group.scores, count, converted);
+    if (!wide) widen<V8>(group.dtype, group.scores, count, converted);
     const Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[1],
                       workspace[2], group.output(group.codes, 0, codes), group.output(group.gradient, 0, gradient)};
     if (!small.exponentials()) return false;
@@ -110,8 +44,8 @@ struct Solver {
       if (!small.balance(problem.tol)) break;
     if (potentials) small.write_potentials(potentials);
     losses[0] = small.write();
-    if (!wide && group.codes) lanes8::narrow(group.dtype, codes, count, group.codes);
-    if (!wide && group.gradient) lanes8::narrow(group.dtype, gradient, count, group.gradient);
+    if (!wide && group.codes) narrow<V8>(group.dtype, codes, count, group.codes);
+    if (!wide && group.gradient) narrow<V8>(group.dtype, gradient, count, group.gradient);
     return true;
   }
 
@@ -124,17 +58,17 @@ struct Solver {
     const bool wide = group.dtype == Dtype::f32, kept = count <= 1 << 23 || problem.num_iters > 8;
     Workspace workspace(!wide && kept ? count : 0, chunks.padded, chunks.count * chunks.padded,
                         3 * chunks.count * chunks.padded);
-    std::vector<typename Linear::Range> extrema(chunks.count);
+    std::vector<Extrema> extrema(chunks.count);
     float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : kept ? workspace[0] : nullptr;
     return iterate(Linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses});
   }
 
   bool run_narrow() const {
-    Workspace workspace(chunks.count * lanes8::Narrow::chunk_floats(chunks, group.columns), chunks.padded,
+    Workspace workspace(chunks.count * NarrowSinkhorn<S8>::chunk_floats(chunks, group.columns), chunks.padded,
                         chunks.count * chunks.padded);
-    std::vector<lanes8::Extrema> extrema(chunks.count);
+    std::vector<Extrema> extrema(chunks.count);
     return iterate(
-        lanes8::Narrow{group, chunks, workspace[0], workspace[1], workspace[2], extrema.data(), losses});
+        NarrowSinkhorn<S8>{group, chunks, workspace[0], workspace[1], workspace[2], extrema.data(), losses});
   }
 
   template <class Method>
@@ -154,7 +88,7 @@ struct Solver {
   void run_logarithmic() {
     std::vector<double> doubles((1 + 2 * chunks.count) * group.columns);
     std::vector<float> floats(chunks.count * (group.columns + 3 * chunks.padded));
-    const lanes8::Logarithmic method{group, chunks, doubles.data(), doubles.data() + group.columns, floats.data(), losses,
+    const LogSinkhorn method{group, chunks, doubles.data(), doubles.data() + group.columns, floats.data(), losses,
                              doubles.data() + (1 + chunks.count) * group.columns,
                              floats.data() + chunks.count * group.columns};
     set_total_weight([&](int64_t i) { return method.counts(i, 0); });
@@ -188,7 +122,8 @@ struct Solver {
   }
 };
 
-inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& chunks, ParallelFor parallel_for) {
+template <class Isa>
+inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chunks& chunks, ParallelFor parallel_for) {
   const int64_t size = problem.dtype == Dtype::f32 ? 4 : 2, offset = index * problem.rows * problem.columns * size;
   const auto at = [&](const void* base) { return base ? static_cast<const char*>(base) + offset : nullptr; };
   const float* marginals = problem.marginals ? problem.marginals + index * problem.marginals_stride : nullptr;
@@ -199,15 +134,28 @@ inline void solve(const SinkhornProblem& problem, int64_t index, const Chunks& c
               problem.loss ? const_cast<char*>(at(problem.gradient)) : nullptr};
   float* potentials = problem.potentials ? problem.potentials + index * problem.columns : nullptr;
   std::vector<double> losses(chunks.count);
-  Solver solver{problem, chunks, parallel_for, group, potentials, losses.data()};
+  SinkhornGroupSolver<Isa> solver{problem, chunks, parallel_for, group, potentials, losses.data()};
   solver.set_total_weight([](int64_t) { return true; });
-  const bool small = chunks.count == 1 && problem.columns <= short_rows::Small::MOST_COLUMNS;
-  // A single column has codes of exactly 1 and no gradient at all: divided by themselves, which scaling does not do.
+  using Small = SmallSinkhorn<Simd<Isa>>;
+  using Narrow = NarrowSinkhorn<Simd<Isa, 8>>;
+  using Linear = LinearSinkhorn<Simd<Isa>>;
+  using ShortRows = LinearSinkhorn<Simd<Isa, std::min<int64_t>(Isa::LANES, 8)>>;  // sixteen lanes pay on long rows alone
+  const bool small = chunks.count == 1 && problem.columns <= Small::MOST_COLUMNS;
+  // The codes of a single column are exactly 1, and it has no gradient. Only the logarithmic form divides them by themselves.
   bool done = solver.group.total_weight > 0 && problem.columns > 1;
-  if (done && problem.columns <= lanes8::Narrow::MOST_COLUMNS) done = solver.run_narrow();
+  if (done && problem.columns <= Narrow::MOST_COLUMNS) done = solver.run_narrow();
   else if (done && small) done = solver.run_small();
-  else if (done && (MACHINE_LANES < 8 || problem.columns >= 64)) done = solver.run_linear<machine::Linear>();
-  else if (done) done = solver.run_linear<lanes8::Linear>();
+  else if (done && problem.columns >= 64) done = solver.template run_linear<Linear>();
+  else if (done) done = solver.template run_linear<ShortRows>();
   if (!done) solver.run_logarithmic();
   if (problem.loss) problem.loss[index] = solver.loss();
 }
+
+template <class Isa>
+void solve_sinkhorn(const SinkhornProblem& problem, ParallelFor parallel_for) {
+  const Chunks chunks(problem.rows, problem.columns);
+  for (int64_t group = 0; group < problem.groups; ++group) solve_group<Isa>(problem, group, chunks, parallel_for);
+}
+
+}  // namespace
+}  // namespace proto_reg

@@ -1,28 +1,24 @@
-// Everything of the anchored MMD that is compiled once per instruction set. Included by mmd_cpu.cpp inside a namespace
-// and target of its own; hence no include guard.
+// The anchored MMD with its gradient for one instruction set. cpu_kernel_table.h puts solve_mmd into its table.
+#pragma once
 
-#define LANES int64_t{MACHINE_LANES}
+#include "cpu_vector.h"
 
-#include "sinkhorn_cpu_vector.h"
-#include "cpu_row_ends.h"
+namespace proto_reg {
+namespace {
 
-// 2^x for x <= 126, to a rounding; 0 where it would not be a normal number. NaN stays NaN.
-INLINE V exp2_or_zero(V x) {
-  const V lowest = V{} - 126.0f, bounded = maximum(x, lowest);
-  const V shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are x, rounded to an integer
-  const V f = bounded - (shifted - 12582912.0f);
-  V p = f * 1.525273380405984e-5f + 1.540353039338161e-4f;  // the series, on [-1/2, 1/2]
-  p = p * f + 1.333355814642844e-3f;
-  p = p * f + 9.618129107628477e-3f;
-  p = p * f + 5.550410866482158e-2f;
-  p = p * f + 2.402265069591007e-1f;
-  p = p * f + 6.931471805599453e-1f;
-  p = p * f + 1.0f;
-  const V power = (V)(((U)shifted << 23) + 0x3f800000);
-  return x < lowest ? V{} : p * power;
+// Memory that the thread keeps: a page fault costs more than a small problem. Nothing is initialised.
+template <int SLOT>
+float* kept(int64_t size) {
+  static thread_local std::vector<float> memory;
+  if (memory.size() < static_cast<size_t>(size)) memory.resize(size);
+  return memory.data();
 }
 
-struct Solver {
+template <class S>
+struct MmdGradient {
+  using V = typename S::V;
+  static constexpr int64_t LANES = S::LANES;
+
   const MmdProblem& problem;
   const Mixture& mixture;
   const Sorted& sorted;
@@ -53,17 +49,17 @@ struct Solver {
       const float* z = problem.z + sorted.rows[cluster.first + i] * problem.dim;
       V squares{};
       for (int64_t d = 0; d < padded; d += LANES) {
-        const V r = load_first(z + d, problem.dim - d) - load_first(anchor + d, problem.dim - d);
+        const V r = load_first<V>(z + d, problem.dim - d) - load_first<V>(anchor + d, problem.dim - d);
         squares += r * r;
         store(row(c, i) + d, r);
-        store(mean + d, load(mean + d) + r);
+        store(mean + d, load<V>(mean + d) + r);
       }
       attract(cluster.first + i, sum(squares));
     }
     const float share = 1.0f / static_cast<float>(cluster.count);
-    for (int64_t d = 0; d < padded; d += LANES) store(mean + d, load(mean + d) * share);
+    for (int64_t d = 0; d < padded; d += LANES) store(mean + d, load<V>(mean + d) * share);
     for (int64_t i = 0; i < cluster.count; ++i)
-      for (int64_t d = 0; d < padded; d += LANES) store(row(c, i) + d, load(row(c, i) + d) - load(mean + d));
+      for (int64_t d = 0; d < padded; d += LANES) store(row(c, i) + d, load<V>(row(c, i) + d) - load<V>(mean + d));
   }
 
   // a(r) and its derivative by |r|^2: a bandwidth to a lane.
@@ -76,7 +72,7 @@ struct Solver {
         const Scale& scale = mixture.scales[start + s];
         rates[s] = scale.a_rate, values[s] = scale.a_value, factors[s] = scale.a_slope;
       }
-      const V a = exp2_or_zero(squared * rates) * values;
+      const V a = S::exp2_or_zero(squared * rates) * values;
       value += a;
       slope += a * factors;
     }
@@ -89,7 +85,7 @@ struct Solver {
     V e{};
     k = slope = V{};
     for (const Scale& scale : mixture.scales) {
-      e = scale.squares ? e * e : exp2_or_zero(squared * scale.rate);
+      e = scale.squares ? e * e : S::exp2_or_zero(squared * scale.rate);
       k += e;
       slope += e * scale.slope;
     }
@@ -105,10 +101,11 @@ struct Solver {
 };
 
 // Up to VECTORS * LANES rows of a cluster against all of it: a tile of the kernel matrix at a time.
-template <int VECTORS>
-struct Block {
-  static constexpr int64_t WIDTH = VECTORS * LANES, TILE = 64, ROWS = 4;
-  const Solver& solver;
+template <class S, int VECTORS>
+struct MmdBlock {
+  using V = typename S::V;
+  static constexpr int64_t LANES = S::LANES, WIDTH = VECTORS * LANES, TILE = 64, ROWS = 4;
+  const MmdGradient<S>& solver;
   const int64_t c, begin;
   const Cluster cluster = solver.sorted.clusters[c];
   const int64_t rows = std::min(WIDTH, cluster.count - begin), dim = solver.problem.dim, padded = solver.padded;
@@ -117,7 +114,7 @@ struct Block {
   float *pulled = panel + padded * WIDTH, *tile = pulled + padded * WIDTH;
   V k_sums[VECTORS]{}, slope_sums[VECTORS]{};
 
-  Block(const Solver& solver_, int64_t c_, int64_t begin_) : solver(solver_), c(c_), begin(begin_) {}
+  MmdBlock(const MmdGradient<S>& solver_, int64_t c_, int64_t begin_) : solver(solver_), c(c_), begin(begin_) {}
 
   // The block's part of the cluster's statistic; its rows of the gradient are written.
   double run() {
@@ -157,7 +154,7 @@ struct Block {
       for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
         for (int64_t v = 0; v < VECTORS; ++v) {
-          const V difference = load(panel + d * WIDTH + v * LANES) - x[r * padded + d];
+          const V difference = load<V>(panel + d * WIDTH + v * LANES) - x[r * padded + d];
           sums[r][v] += difference * difference;
         }
     for (int64_t r = 0; r < ROWS; ++r)
@@ -173,7 +170,7 @@ struct Block {
       for (int64_t d = 0; d < padded; d += LANES)
 #pragma GCC unroll 4
         for (int64_t r = 0; r < ROWS; ++r) {
-          const V difference = load(x + d) - load(y + r * padded + d);
+          const V difference = load<V>(x + d) - load<V>(y + r * padded + d);
           sums[r] += difference * difference;
         }
       for (int64_t r = 0; r < std::min(ROWS, j - i); ++r)
@@ -187,12 +184,12 @@ struct Block {
   void kernels(int64_t from, int64_t to) {
     for (int64_t v = 0; v < VECTORS; ++v) {
       V k_sum{}, slope_sum{};
-      const I own = lane_numbers() + static_cast<int32_t>(begin + v * LANES);
+      const IntsOf<V> own = lane_numbers<V>() + static_cast<int32_t>(begin + v * LANES);
       for (int64_t j = from; j < to; ++j) {
         float* entry = tile + (j - from) * WIDTH + v * LANES;
         V k, slope;
-        solver.pair(load(entry), k, slope);
-        const I other = own != static_cast<int32_t>(j);
+        solver.pair(load<V>(entry), k, slope);
+        const IntsOf<V> other = own != static_cast<int32_t>(j);
         k = other ? k : V{};
         slope = other ? slope : V{};
         k_sum += k;
@@ -214,11 +211,11 @@ struct Block {
 #pragma GCC unroll 4
       for (int64_t r = 0; r < 4; ++r)
 #pragma GCC unroll 4
-        for (int64_t v = 0; v < COLUMNS; ++v) sums[r][v] += slope[r] * load(x + v * LANES);
+        for (int64_t v = 0; v < COLUMNS; ++v) sums[r][v] += slope[r] * load<V>(x + v * LANES);
     for (int64_t r = 0; r < 4; ++r)
       for (int64_t v = 0; v < COLUMNS; ++v) {
         float* to_row = pulled + (i + r) * padded + d + v * LANES;
-        store(to_row, load(to_row) + sums[r][v]);
+        store(to_row, load<V>(to_row) + sums[r][v]);
       }
   }
 
@@ -235,8 +232,8 @@ struct Block {
       const float own = slope_sums[i / LANES][i % LANES], back = static_cast<float>(4 / n * unit) * solver.slopes[place];
       float* gradient = solver.problem.gradient + solver.sorted.rows[place] * dim;
       for (int64_t d = 0; d < dim; d += LANES) {
-        const V at = load(x + d);
-        const V g = scale * (own * at - load(pulled + i * padded + d)) - back * (at + load(centre + d));
+        const V at = load<V>(x + d);
+        const V g = scale * (own * at - load<V>(pulled + i * padded + d)) - back * (at + load<V>(centre + d));
         store_first(gradient + d, g, dim - d);
       }
     }
@@ -244,7 +241,9 @@ struct Block {
   }
 };
 
-inline void solve(const MmdProblem& problem, ParallelFor parallel_for) {
+template <class S>
+inline void solve_mmd(const MmdProblem& problem, ParallelFor parallel_for) {
+  constexpr int64_t LANES = S::LANES;
   const Sorted sorted(problem);
   const Mixture mixture(problem.scales, static_cast<double>(problem.dim), problem.std);
   const int64_t members = static_cast<int64_t>(sorted.rows.size()), count = static_cast<int64_t>(sorted.clusters.size());
@@ -252,7 +251,7 @@ inline void solve(const MmdProblem& problem, ParallelFor parallel_for) {
   std::unique_ptr<float[]> owned;
   float* memory = matrix <= 1 << 18 ? kept<0>(matrix + 2 * members) : nullptr;
   if (!memory) owned.reset(new float[matrix + 2 * members]), memory = owned.get();
-  const Solver solver{problem, mixture, sorted, parallel_for, padded, memory, memory + matrix,
+  const MmdGradient<S> solver{problem, mixture, sorted, parallel_for, padded, memory, memory + matrix,
                       memory + matrix + members};
   solver.each(count, [&](int64_t c) { solver.centre(c); });
 
@@ -265,8 +264,8 @@ inline void solve(const MmdProblem& problem, ParallelFor parallel_for) {
   std::vector<double> values(blocks.size());
   solver.each(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
     const auto [c, begin] = blocks[b];
-    values[b] = sorted.clusters[c].count - begin <= LANES ? Block<1>(solver, c, begin).run()
-                                                          : Block<2>(solver, c, begin).run();
+    values[b] = sorted.clusters[c].count - begin <= LANES ? MmdBlock<S, 1>(solver, c, begin).run()
+                                                          : MmdBlock<S, 2>(solver, c, begin).run();
   });
 
   double loss = 0;
@@ -276,4 +275,5 @@ inline void solve(const MmdProblem& problem, ParallelFor parallel_for) {
   *problem.loss = static_cast<float>(loss);
 }
 
-#undef LANES
+}  // namespace
+}  // namespace proto_reg

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "sinkhorn.h"
+#include "sinkhorn_problem.h"
 
 #ifdef __CUDACC__
 #define PROTO_REG_BOTH __host__ __device__

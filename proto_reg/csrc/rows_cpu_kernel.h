@@ -1,53 +1,60 @@
-// What of rows_cpu.cpp is compiled once per instruction set; hence no include guard.
+// Row by row steps of the layer for one instruction set. cpu_kernel_table.h puts them into its table, and rows_cpu.cpp
+// calls them there.
+#pragma once
 
-#define LANES int64_t{MACHINE_LANES}
+#include "cpu_vector.h"
 
-#include "sinkhorn_cpu_vector.h"
-#include "cpu_row_ends.h"
+namespace proto_reg {
+namespace {
 
 // body(column, present) for every vector of a row; of the last one only `present` lanes are there.
-template <class Body>
+template <int64_t LANES, class Body>
 INLINE void each_vector(int64_t dim, const Body& body) {
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) body(d, LANES);
   if (d < dim) body(d, dim - d);
 }
 
+template <class V>
 inline float dot(const float* x, const float* y, int64_t dim) {
   V total{};
-  each_vector(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {
-    total += load_first(x + d, present) * load_first(y + d, present);
+  each_vector<LANES_OF<V>>(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {
+    total += load_first<V>(x + d, present) * load_first<V>(y + d, present);
   });
   return sum(total);
 }
 
+template <class V>
 inline float squared_distance(const float* x, const float* y, int64_t dim) {
   V total{};
-  each_vector(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {
-    const V difference = load_first(x + d, present) - load_first(y + d, present);
+  each_vector<LANES_OF<V>>(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {
+    const V difference = load_first<V>(x + d, present) - load_first<V>(y + d, present);
     total += difference * difference;
   });
   return sum(total);
 }
 
 // a x + b y
+template <class V>
 inline void combine(float a, const float* x, float b, const float* y, int64_t dim, float* out) {
-  each_vector(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {
-    store_first(out + d, a * load_first(x + d, present) + b * load_first(y + d, present), present);
+  each_vector<LANES_OF<V>>(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE {
+    store_first(out + d, a * load_first<V>(x + d, present) + b * load_first<V>(y + d, present), present);
   });
 }
 
+template <class V>
 inline bool finite(const float* x, int64_t dim) {
   V total{};
-  each_vector(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE { total += load_first(x + d, present) * 0.0f; });
+  each_vector<LANES_OF<V>>(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE { total += load_first<V>(x + d, present) * 0.0f; });
   return sum(total) == 0;
 }
 
 // out (rows, columns) = a b, a's entries `row` and `inner_step` apart, b (inner, columns) with 2 LANES floats to read past
 // its end.
+template <class V>
 inline void product(const float* a, int64_t row, int64_t inner_step, const float* b, int64_t rows, int64_t inner,
                     int64_t columns, float* out) {
-  constexpr int64_t ROWS = 4, VECTORS = 2;
+  constexpr int64_t LANES = LANES_OF<V>, ROWS = 4, VECTORS = 2;
   for (int64_t i = 0; i < rows; i += ROWS)
     for (int64_t d = 0; d < columns; d += VECTORS * LANES) {
       V sums[ROWS][VECTORS]{};
@@ -56,7 +63,7 @@ inline void product(const float* a, int64_t row, int64_t inner_step, const float
       for (int64_t j = 0; j < inner; ++j)
 #pragma GCC unroll 2
         for (int64_t v = 0; v < VECTORS; ++v) {
-          const V x = load(b + j * columns + d + v * LANES);
+          const V x = load<V>(b + j * columns + d + v * LANES);
 #pragma GCC unroll 4
           for (int64_t r = 0; r < ROWS; ++r) sums[r][v] += from[r][j * inner_step] * x;
         }
@@ -66,4 +73,5 @@ inline void product(const float* a, int64_t row, int64_t inner_step, const float
     }
 }
 
-#undef LANES
+}  // namespace
+}  // namespace proto_reg

@@ -1,0 +1,20 @@
+// How a part of a source is compiled for an instruction set: BEGIN_TARGET(features) ... END_TARGET around it. Also INLINE.
+// cpu_baseline.cpp, cpu_avx2.cpp and cpu_avx512.cpp use the first, everything that they compile uses the second.
+#pragma once
+
+// A function with vectors as arguments must be inlined: its caller is compiled for the same instruction set.
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // about vectors as arguments of functions that are not inlined
+#endif
+
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
