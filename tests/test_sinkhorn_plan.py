@@ -20,7 +20,7 @@ REGIMES = ("registers", "block", "cluster", "grid", "streamed")
 # Rows and columns of a thread that a kernel is compiled for.
 KERNELS = {(r, c) for r in (1, 2, 4) for c in range(2, 13, 2) if r * c <= 20}
 SHIM = """
-#include "sinkhorn_plan.h"
+#include "sinkhorn_cuda_plan.h"
 using namespace proto_reg;
 extern "C" void plan(const SinkhornProblem* p, const DeviceLimits* d, int allow, SinkhornPlan* out) {
   *out = plan_sinkhorn(*p, *d, static_cast<Regime>(allow));

@@ -1,5 +1,6 @@
-// Arguments of the ops, as PyTorch hands them over, turned into a SinkhornProblem. Stable ABI only, so that one library
-// serves every later PyTorch and Python; shared by the CPU and the CUDA binding.
+// What the bindings of both devices (cpu_ops.cpp and cuda_ops.cpp) share: PyTorch's arguments of the Sinkhorn operators
+// are turned into a SinkhornProblem. It uses the stable ABI alone, so that one library serves every later PyTorch and
+// Python.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,6 +18,7 @@ namespace proto_reg {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline ScalarType scalar_type(Dtype dtype) {
   return dtype == Dtype::f32 ? ScalarType::Float : dtype == Dtype::f16 ? ScalarType::Half : ScalarType::BFloat16;
@@ -31,7 +33,7 @@ inline Dtype problem_dtype(const Tensor& scores) {
   }
 }
 
-// Contiguous, on the device of `like`. The shim is several times cheaper than a call through the dispatcher.
+// A contiguous tensor on the device of `like`. The shim is several times as fast as a call through the dispatcher.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   std::array<int64_t, 3> sizes{}, strides{};
   const int64_t rank = static_cast<int64_t>(shape.size());
@@ -53,17 +55,17 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
+inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
 }
 
-// What the ops have in common. Owns the contiguous inputs while kernels run.
+// The arguments that all operators share. It owns the contiguous inputs while kernels run.
 struct Call {
   Tensor scores;
-  std::optional<Tensor> marginals, weights;
+  OptionalTensor marginals, weights;
   SinkhornProblem problem{};
 
-  Call(const Tensor& scores_, const std::optional<Tensor>& marginals_, const std::optional<Tensor>& weights_,
+  Call(const Tensor& scores_, const OptionalTensor& marginals_, const OptionalTensor& weights_,
        double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate)
       : scores(as_contiguous(scores_)), marginals(as_contiguous(marginals_)), weights(as_contiguous(weights_)) {
     const int64_t rank = scores.dim();
@@ -99,40 +101,36 @@ struct Call {
  private:
   void set_marginals() {
     const bool shared = marginals->dim() == 1;
-    STD_TORCH_CHECK(
-        marginals->scalar_type() == ScalarType::Float &&
-            marginals->numel() == (shared ? 1 : problem.groups) * problem.columns,
+    STD_TORCH_CHECK(marginals->scalar_type() == ScalarType::Float &&
+        marginals->numel() == (shared ? 1 : problem.groups) * problem.columns,
         "marginals: expected float32 (K,) or (G, K)");
     problem.marginals = static_cast<const float*>(marginals->const_data_ptr());
     problem.marginals_stride = shared ? 0 : problem.columns;
   }
 
   void set_weights() {
-    STD_TORCH_CHECK(
-        weights->scalar_type() == ScalarType::Float && weights->numel() == problem.groups * problem.rows,
+    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float && weights->numel() == problem.groups * problem.rows,
         "weights: expected float32 (B,) or (G, B)");
     problem.weights = static_cast<const float*>(weights->const_data_ptr());
   }
 };
 
-// The ops, for a `Device` with a static run(problem, scores), and POTENTIALS where that writes them in any case.
+// The operators for a Device, which has a static run(problem, scores). POTENTIALS: run always writes potentials.
 template <class Device>
 struct Ops {
-  // What the others return beside the codes costs as much as a small problem.
-  static Tensor sinkhorn_codes(
-      const Tensor& scores, double epsilon, int64_t num_iters, const std::optional<Tensor>& marginals,
-      const std::optional<Tensor>& weights, std::optional<double> tol, bool isolate) {
+  // Only codes: the other outputs cost as much time as a small problem.
+  static Tensor sinkhorn_codes(const Tensor& scores, double epsilon, int64_t num_iters, const OptionalTensor& marginals,
+      const OptionalTensor& weights, std::optional<double> tol, bool isolate) {
     Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
     Tensor codes = call.like_scores();
-    const std::optional<Tensor> unasked = Device::POTENTIALS ? std::optional<Tensor>(call.potentials()) : std::nullopt;
+    const OptionalTensor unasked = Device::POTENTIALS ? OptionalTensor(call.potentials()) : std::nullopt;
     call.problem.codes = codes.mutable_data_ptr();
     Device::run(call.problem, call.scores);
     return codes;
   }
 
-  static std::tuple<Tensor, Tensor> sinkhorn(
-      const Tensor& scores, const std::optional<Tensor>& marginals, const std::optional<Tensor>& weights,
-      double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate) {
+  static std::tuple<Tensor, Tensor> sinkhorn(const Tensor& scores, const OptionalTensor& marginals,
+      const OptionalTensor& weights, double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate) {
     Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
     Tensor codes = call.like_scores();
     Tensor potentials = call.potentials();
@@ -141,12 +139,11 @@ struct Ops {
     return {codes, potentials};
   }
 
-  static Tensor sinkhorn_out(
-      const Tensor& scores, const std::optional<Tensor>& marginals, const std::optional<Tensor>& weights,
+  static Tensor sinkhorn_out(const Tensor& scores, const OptionalTensor& marginals, const OptionalTensor& weights,
       double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, Tensor codes) {
     Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
-    STD_TORCH_CHECK(
-        codes.is_contiguous() && codes.numel() == call.scores.numel() && codes.scalar_type() == scores.scalar_type(),
+    STD_TORCH_CHECK(codes.is_contiguous() && codes.numel() == call.scores.numel() &&
+        codes.scalar_type() == scores.scalar_type(),
         "codes: expected a contiguous tensor of the shape and dtype of scores");
     STD_TORCH_CHECK(codes.const_data_ptr() != call.problem.scores, "codes: expected memory of its own, not the scores'");
     Tensor potentials = call.potentials();
@@ -155,10 +152,9 @@ struct Ops {
     return potentials;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_cross_entropy(
-      const Tensor& scores, const std::optional<Tensor>& marginals, const std::optional<Tensor>& weights,
-      double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, double temperature,
-      bool with_codes) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_cross_entropy(const Tensor& scores,
+      const OptionalTensor& marginals, const OptionalTensor& weights, double epsilon, int64_t num_iters,
+      std::optional<double> tol, bool isolate, double temperature, bool with_codes) {
     Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
     STD_TORCH_CHECK(scores.dim() == 2, "scores: expected (B, K)");
     Tensor loss = empty(scores, {}, ScalarType::Float);
@@ -176,7 +172,7 @@ struct Ops {
 
 }  // namespace proto_reg
 
-// Registers the ops of Ops<DEVICE> under a dispatch key; schema and everything else live in Python.
+// Registers the operators of Ops<DEVICE> under a dispatch key. Python defines their schemas and everything else.
 #define PROTO_REG_IMPL(KEY, DEVICE)                                                                     \
   STABLE_TORCH_LIBRARY_IMPL(proto_reg, KEY, library) {                                                  \
     library.impl("sinkhorn", TORCH_BOX(&proto_reg::Ops<DEVICE>::sinkhorn));                             \

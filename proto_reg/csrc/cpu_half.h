@@ -3,8 +3,7 @@
 
 #include "cpu_vector.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
 // U holds 16 bits in each lane, V float32.
 template <class V, class U = UnsignedOf<V>>
@@ -74,5 +73,4 @@ inline void narrow(Dtype dtype, const float* from, int64_t count, void* to) {
   });
 }
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

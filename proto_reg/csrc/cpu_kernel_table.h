@@ -6,8 +6,7 @@
 #include "rows_cpu_kernel.h"
 #include "sinkhorn_cpu_solver.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
 // A constant, so that no code of this instruction set runs when the library is loaded.
 template <class Isa>
@@ -16,5 +15,4 @@ constexpr CpuKernels kernels_for() {
   return {solve_sinkhorn<Isa>, solve_mmd<Simd<Isa>>, dot<V>, squared_distance<V>, combine<V>, finite<V>, product<V>};
 }
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

@@ -1,4 +1,5 @@
-// Registers the CPU kernels behind the ops that proto_reg/kernels/sinkhorn.py and mmd.py define.
+// Registers the CPU kernels for the operators that the modules of proto_reg/kernels define: checks the arguments, and
+// turns tensors into the plain pointers that the kernels take. PyTorch's dispatcher calls these functions.
 #include <array>
 #include <cstring>
 #include <string>
@@ -11,7 +12,7 @@
 
 namespace proto_reg {
 
-// ATen's own threads: torch.set_num_threads holds.
+// Uses ATen's own threads, so that torch.set_num_threads applies.
 void aten_parallel_for(int64_t count, Task task, void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) task(context, index);
@@ -23,20 +24,17 @@ struct Cpu {
   static void run(const SinkhornProblem& problem, const Tensor&) { sinkhorn_cpu(problem, aten_parallel_for); }
 };
 
-std::tuple<Tensor, Tensor> anchored_mmd_loss(
-    const Tensor& z_, const Tensor& anchors_, const Tensor& assignments_, const std::optional<Tensor>& mask_,
-    std::vector<double> scales, bool unbiased, bool by_mass) {
+std::tuple<Tensor, Tensor> anchored_mmd_loss(const Tensor& z_, const Tensor& anchors_, const Tensor& assignments_,
+    const OptionalTensor& mask_, std::vector<double> scales, bool unbiased, bool by_mass) {
   const Tensor z = as_contiguous(z_), anchors = as_contiguous(anchors_), assignments = as_contiguous(assignments_);
-  const std::optional<Tensor> mask = as_contiguous(mask_);
-  STD_TORCH_CHECK(
-      z.dim() == 2 && anchors.dim() == 2 && z.size(1) == anchors.size(1) && z.size(1) > 0 &&
-          z.scalar_type() == ScalarType::Float && anchors.scalar_type() == ScalarType::Float,
+  const OptionalTensor mask = as_contiguous(mask_);
+  STD_TORCH_CHECK(z.dim() == 2 && anchors.dim() == 2 && z.size(1) == anchors.size(1) && z.size(1) > 0 &&
+      z.scalar_type() == ScalarType::Float && anchors.scalar_type() == ScalarType::Float,
       "z, anchors: expected float32 (N, D) and (K, D)");
-  STD_TORCH_CHECK(
-      assignments.numel() == z.size(0) && assignments.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(assignments.numel() == z.size(0) && assignments.scalar_type() == ScalarType::Long,
       "assignments: expected int64 (N,)");
-  STD_TORCH_CHECK(
-      !mask || (mask->numel() == z.size(0) && mask->scalar_type() == ScalarType::Bool), "mask: expected bool (N,)");
+  STD_TORCH_CHECK(!mask || (mask->numel() == z.size(0) && mask->scalar_type() == ScalarType::Bool),
+      "mask: expected bool (N,)");
   Tensor loss = empty(z, {}, ScalarType::Float), gradient = empty(z, {z.size(0), z.size(1)}, ScalarType::Float);
   const MmdProblem problem{static_cast<const float*>(z.const_data_ptr()),
                            static_cast<const float*>(anchors.const_data_ptr()),
@@ -49,7 +47,7 @@ std::tuple<Tensor, Tensor> anchored_mmd_loss(
   return {loss, gradient};
 }
 
-// A contiguous float32 matrix of the layer's row by row steps.
+// A contiguous float32 matrix, for the row by row steps.
 struct Matrix {
   Tensor tensor;
   int64_t rows, dim;
@@ -73,9 +71,8 @@ std::tuple<Tensor, Tensor> unit_rows(const Tensor& x_) {
 
 Tensor unit_rows_pull_back(const Tensor& gradient_, const Tensor& unit_, const Tensor& inverse_norms_) {
   const Matrix gradient(gradient_), unit(unit_), inverse_norms(inverse_norms_);
-  STD_TORCH_CHECK(
-      unit.rows == gradient.rows && unit.dim == gradient.dim && inverse_norms.rows * inverse_norms.dim == unit.rows,
-      "expected matrices of one shape and a norm for each row");
+  STD_TORCH_CHECK(unit.rows == gradient.rows && unit.dim == gradient.dim &&
+      inverse_norms.rows * inverse_norms.dim == unit.rows, "expected matrices of one shape and a norm for each row");
   Tensor by_x = gradient.like();
   unit_rows_pull_back_cpu(gradient.data(), unit.data(), inverse_norms.data(), unit.rows, unit.dim, data(by_x));
   return by_x;
@@ -90,14 +87,13 @@ std::tuple<Tensor, Tensor> balance(const Tensor& a_, const Tensor& b_, double we
   return {direction, scale};
 }
 
-// Which rows count: bool for each, or one for all.
+// Which rows count: one bool for each row, or one for all.
 struct Flags {
-  std::optional<Tensor> tensor;
+  OptionalTensor tensor;
 
-  Flags(const std::optional<Tensor>& given, int64_t rows) : tensor(as_contiguous(given)) {
-    STD_TORCH_CHECK(
-        !tensor || (tensor->scalar_type() == ScalarType::Bool && (tensor->dim() == 0 || tensor->numel() == rows)),
-        "counted: expected bool for each row or for all");
+  Flags(const OptionalTensor& given, int64_t rows) : tensor(as_contiguous(given)) {
+    STD_TORCH_CHECK(!tensor || (tensor->scalar_type() == ScalarType::Bool &&
+        (tensor->dim() == 0 || tensor->numel() == rows)), "counted: expected bool for each row or for all");
   }
   Counted counted() const {
     if (!tensor) return {};
@@ -105,13 +101,13 @@ struct Flags {
   }
 };
 
-Tensor typical_sums(const Tensor& x_, const Tensor& index_, const std::optional<Tensor>& counted_,
-                    const Tensor& prototypes_, double std) {
+Tensor typical_sums(const Tensor& x_, const Tensor& index_, const OptionalTensor& counted_, const Tensor& prototypes_,
+    double std) {
   const Matrix x(x_), prototypes(prototypes_);
   const Tensor index = as_contiguous(index_);
   const Flags flags(counted_, x.rows);
   STD_TORCH_CHECK(index.numel() == x.rows && index.scalar_type() == ScalarType::Long,
-                  "index: expected int64 for each row");
+      "index: expected int64 for each row");
   STD_TORCH_CHECK(prototypes.dim == x.dim, "expected (N, D) rows and (K, D) prototypes");
   const int64_t groups = prototypes.rows, stride = x.dim + 1;
   Tensor sums = empty(x_, {groups, stride}, ScalarType::Float);
@@ -121,19 +117,17 @@ Tensor typical_sums(const Tensor& x_, const Tensor& index_, const std::optional<
   return sums;
 }
 
-// State of so many entries that an operator adds to; null where it is not kept.
-float* state(const std::optional<Tensor>& tensor, int64_t numel) {
+// State of `numel` entries that an operator adds to; null: not kept.
+float* state(const OptionalTensor& tensor, int64_t numel) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(
-      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float && tensor->numel() == numel,
+  STD_TORCH_CHECK(tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float && tensor->numel() == numel,
       "expected contiguous float32 state of the prototypes' sizes");
   return data(*tensor);
 }
 
-int64_t* integers(const std::optional<Tensor>& tensor, int64_t numel) {
+int64_t* integers(const OptionalTensor& tensor, int64_t numel) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(
-      tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == numel,
+  STD_TORCH_CHECK(tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == numel,
       "expected contiguous int64 state of the prototypes' sizes");
   return static_cast<int64_t*>(tensor->mutable_data_ptr());
 }
@@ -144,11 +138,11 @@ float scalar(const Tensor& tensor) {
 }
 
 void tally(Tensor counts, Tensor totals, const Tensor& x_, const Tensor& scores_, const Tensor& prototypes_,
-           const std::optional<Tensor>& counted_, const Tensor& prototype_loss, const Tensor& mmd_loss) {
+           const OptionalTensor& counted_, const Tensor& prototype_loss, const Tensor& mmd_loss) {
   const Matrix x(x_), scores(scores_), prototypes(prototypes_);
   const Flags flags(counted_, x.rows);
   STD_TORCH_CHECK(scores.rows == x.rows && scores.dim == prototypes.rows && prototypes.dim == x.dim,
-                  "expected (N, D) latents, (N, K) scores and (K, D) prototypes");
+      "expected (N, D) latents, (N, K) scores and (K, D) prototypes");
   tally_cpu(x.data(), scores.data(), prototypes.data(), flags.counted(), x.rows, x.dim, prototypes.rows,
             scalar(prototype_loss), scalar(mmd_loss), integers(counts, prototypes.rows), state(totals, 4));
 }
@@ -163,10 +157,8 @@ void follow(Tensor prototypes, Tensor sums, Tensor mass, Tensor seen, double rat
 std::tuple<Tensor, Tensor> attach(const Tensor& gradient_, const Tensor& direction_, const Tensor& step_) {
   const Tensor gradient = as_contiguous(gradient_), direction = as_contiguous(direction_);
   const Matrix step(step_);
-  STD_TORCH_CHECK(
-      gradient.scalar_type() == ScalarType::Float && direction.scalar_type() == ScalarType::Float &&
-          gradient.numel() == direction.numel(),
-      "expected two float32 tensors of one shape");
+  STD_TORCH_CHECK(gradient.scalar_type() == ScalarType::Float && direction.scalar_type() == ScalarType::Float &&
+      gradient.numel() == direction.numel(), "expected two float32 tensors of one shape");
   Tensor by_z = torch::stable::empty_like(gradient), by_parameter = step.like();
   const int64_t dim = gradient.dim() > 0 ? gradient.size(gradient.dim() - 1) : 1;
   attach_cpu(static_cast<const float*>(gradient.const_data_ptr()), static_cast<const float*>(direction.const_data_ptr()),
@@ -175,7 +167,7 @@ std::tuple<Tensor, Tensor> attach(const Tensor& gradient_, const Tensor& directi
   return {by_z, by_parameter};
 }
 
-// ATen's own product: its threads, and its libraries. By mm.out, which autocast leaves alone.
+// ATen's own product, with its threads and libraries. Autocast does not change mm.out.
 void aten_multiply(const Product& product) {
   const auto wrap = [](const float* memory, bool transposed, int64_t rows, int64_t columns) {
     const int64_t sizes[] = {rows, columns}, strides[] = {transposed ? 1 : columns, transposed ? rows : 1};
@@ -194,9 +186,9 @@ void aten_multiply(const Product& product) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Of the weights of prototype loss and MMD: two, or one for both.
-std::array<double, 2> shares_of(const std::optional<Tensor>& active_) {
-  const std::optional<Tensor> active = as_contiguous(active_);
+// The active shares of prototype loss and MMD: two numbers, or one for both.
+std::array<double, 2> shares_of(const OptionalTensor& active_) {
+  const OptionalTensor active = as_contiguous(active_);
   if (!active) return {1.0, 1.0};
   if (active->numel() == 1) return {scalar(*active), scalar(*active)};
   STD_TORCH_CHECK(active->numel() == 2 && active->scalar_type() == ScalarType::Float, "active: expected float32 () or (2,)");
@@ -209,16 +201,15 @@ Scores scores_of(const std::string& name) {
   return name == "cosine" ? Scores::cosine : name == "dot" ? Scores::dot : Scores::euclidean;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balanced_step(
-    const Tensor& z_, const std::optional<Tensor>& mask_, Tensor prototypes_, const std::optional<Tensor>& marginals_,
-    const std::optional<Tensor>& active, const std::optional<Tensor>& sharpness, std::string scores, double std,
-    double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate, double temperature,
-    std::vector<double> scales, bool unbiased, bool by_mass, double prototype_weight, double mmd_weight,
-    std::optional<Tensor> sums, std::optional<Tensor> mass, std::optional<Tensor> seen, double follow_rate,
-    std::optional<Tensor> usage, std::optional<Tensor> totals, std::optional<Tensor> steps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balanced_step(const Tensor& z_,
+    const OptionalTensor& mask_, Tensor prototypes_, const OptionalTensor& marginals_, const OptionalTensor& active,
+    const OptionalTensor& sharpness, std::string scores, double std, double epsilon, int64_t num_iters,
+    std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales, bool unbiased,
+    bool by_mass, double prototype_weight, double mmd_weight, OptionalTensor sums, OptionalTensor mass,
+    OptionalTensor seen, double follow_rate, OptionalTensor usage, OptionalTensor totals, OptionalTensor steps) {
   const Matrix z(z_), prototypes(prototypes_);
   const Flags flags(mask_, z.rows);
-  const std::optional<Tensor> marginals = as_contiguous(marginals_);
+  const OptionalTensor marginals = as_contiguous(marginals_);
   const int64_t rows = z.rows, dim = z.dim, groups = prototypes.rows;
   STD_TORCH_CHECK(rows > 0 && groups > 0 && dim > 0 && prototypes.dim == dim, "expected (N, D) latents, (K, D) prototypes");
   STD_TORCH_CHECK(!seen || (sums && prototypes_.is_contiguous()), "expected contiguous prototypes and their sums");

@@ -1,6 +1,6 @@
-// Everything that code for an instruction set uses but that is itself compiled for every machine. A source includes this
-// before BEGIN_TARGET: a standard header behind it would give its functions the target, and the linker could then keep
-// such a function for machines that lack the instructions. Hence a header that is compiled for an instruction set
+// Everything that code for an instruction set uses but that is itself compiled for every machine. A source includes
+// this before BEGIN_TARGET: a standard header behind it would give its functions the target, and the linker could then
+// keep such a function for machines that lack the instructions. Hence a header that is compiled for an instruction set
 // includes this file and no standard header.
 #pragma once
 

@@ -1,5 +1,6 @@
-// How a part of a source is compiled for an instruction set: BEGIN_TARGET(features) ... END_TARGET around it. Also INLINE.
-// cpu_baseline.cpp, cpu_avx2.cpp and cpu_avx512.cpp use the first, everything that they compile uses the second.
+// How a part of a source is compiled for an instruction set: BEGIN_TARGET(features) ... END_TARGET around it. Also
+// INLINE. cpu_baseline.cpp, cpu_avx2.cpp and cpu_avx512.cpp use the first, everything that they compile uses the
+// second.
 #pragma once
 
 // A function with vectors as arguments must be inlined: its caller is compiled for the same instruction set.

@@ -1,11 +1,11 @@
-// Vectors of float32 in the compiler's vector extension: one source for every instruction set and every number of lanes.
-// All CPU kernels use it. V is a vector, or float where a function says so; S is a Simd, which names a vector and its machine.
+// Vectors of float32 in the compiler's vector extension: one source for every instruction set and every number of
+// lanes. All CPU kernels use it. V is a vector, or float where a function says so; S is a Simd, which names a vector
+// and its machine.
 #pragma once
 
 #include "cpu_plain.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
 // The instruction sets: lanes of their vectors, and whether they multiply and add in one instruction, rounding once.
 struct Baseline {
@@ -154,25 +154,10 @@ struct Simd {
     return x[0];
   }
   static INLINE float minimum(V x) { return -maximum(-x); }
-
-  static INLINE V exp2_or_zero(V x) {
-    using U = UnsignedOf<V>;
-  const V lowest = V{} - 126.0f, bounded = maximum(x, lowest);
-  const V shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are x, rounded to an integer
-  const V f = bounded - (shifted - 12582912.0f);
-  V p = f * 1.525273380405984e-5f + 1.540353039338161e-4f;  // the series, on [-1/2, 1/2]
-  p = p * f + 1.333355814642844e-3f;
-  p = p * f + 9.618129107628477e-3f;
-  p = p * f + 5.550410866482158e-2f;
-  p = p * f + 2.402265069591007e-1f;
-  p = p * f + 6.931471805599453e-1f;
-  p = p * f + 1.0f;
-  const V power = (V)(((U)shifted << 23) + 0x3f800000);
-  return x < lowest ? V{} : p * power;
-  }
 };
 
-// 2^f for f in [-1/2, 1/2], with a relative error of 1.6e-7: the minimax polynomial among those with 2^0 = 1. V: also float.
+// 2^f for f in [-1/2, 1/2], with a relative error of 1.6e-7: the minimax polynomial among those with 2^0 = 1. V: also
+// float.
 template <class V>
 INLINE V exp2_of_fraction(V f) {
   V p = f * 0.001326472731307149f + 0.009671512991189957f;
@@ -215,7 +200,8 @@ INLINE V logarithm(V x) {
 
 // The parts of a row, each a vector. A row consists of whole vectors (Full). Where the columns are no multiple of the
 // lanes, a Last one ends with the row, so that it repeats columns of the one before it. A row of fewer columns than
-// lanes is a single Short one. get and put read and write a part; once(x) is x, but 0 in lanes that repeat or are unused.
+// lanes is a single Short one. get and put read and write a part; once(x) is x, but 0 in lanes that repeat or are
+// unused.
 template <class V>
 struct Full {
   INLINE V get(const float* from) const { return load<V>(from); }
@@ -249,8 +235,8 @@ struct Short {
   }
 };
 
-// Calls body(part, column, slot) for every part of a row. `slot` is the constant 0 or 1 and changes from one part to the
-// next, so that a body can keep two sums that do not wait for each other.
+// Calls body(part, column, slot) for every part of a row. `slot` is the constant 0 or 1 and changes from one part to
+// the next, so that a body can keep two sums that do not wait for each other.
 template <class V, class Body>
 INLINE void for_each_vector(int64_t columns, const Body& body) {
   constexpr int64_t LANES = LANES_OF<V>;
@@ -277,5 +263,4 @@ INLINE void for_each_aligned_vector(const float* to, int64_t columns, const Body
   if (k < columns) body(Short<V>{columns - k}, k);
 }
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

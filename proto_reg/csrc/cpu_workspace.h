@@ -1,4 +1,4 @@
-// Scratch memory of the CPU kernels.
+// Scratch memory of the CPU kernels: sinkhorn_cpu_solver.h, sinkhorn_cpu_linear.h and step_cpu.cpp take it from here.
 #pragma once
 
 #include <array>
@@ -6,17 +6,16 @@
 #include <memory>
 #include <vector>
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-constexpr int64_t LINE = 16;  // floats of a cache line
+constexpr int64_t LINE = 16;  // floats in a cache line
 
 inline float* aligned(float* memory) {
   return memory + (LINE - reinterpret_cast<uintptr_t>(memory) / sizeof(float) % LINE) % LINE;
 }
 
-// Arrays of float32 of the given sizes, in one piece, each from the start of a cache line on; nothing is initialised.
-// Small ones come from memory that the thread keeps, for each source its own: a page fault costs more than a small problem.
+// Arrays of float32 of the given sizes. Each starts at a cache line, and nothing is initialised. Small arrays lie in
+// memory that the thread keeps for this source, because a page fault costs more than a small problem.
 class Workspace {
  public:
   template <class... Sizes>
@@ -44,12 +43,11 @@ class Workspace {
   std::array<int64_t, 12> offsets_{};
 };
 
-// So many floats that the calling thread keeps, from the start of a cache line on; the same for every caller.
+// `count` floats that the calling thread keeps, from the start of a cache line on. Every caller gets the same memory.
 inline float* thread_scratch(int64_t count) {
   static thread_local std::vector<float> kept;
   if (kept.size() < static_cast<size_t>(count + LINE)) kept.resize(count + LINE);
   return aligned(kept.data());
 }
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

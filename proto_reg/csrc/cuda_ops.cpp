@@ -1,10 +1,11 @@
-// Registers the CUDA kernels behind the ops that proto_reg/kernels/sinkhorn.py defines.
+// Registers the CUDA kernels for the Sinkhorn operators that proto_reg/kernels/sinkhorn.py defines. PyTorch's
+// dispatcher calls them.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "binding.h"
 #include "sinkhorn_cuda.h"
 
-// Of libtorch_cuda; weak, so that the library also loads beside a PyTorch without CUDA, where nothing calls it.
+// From libtorch_cuda. Weak, so that the library also loads with a PyTorch without CUDA, where nothing calls it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace proto_reg {
@@ -17,7 +18,7 @@ struct Cuda {
     const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
     SinkhornPlan plan;
     check(plan_sinkhorn_cuda(problem, &plan));
-    // Freed on return and safe all the same: the allocator reuses it in the order of the stream.
+    // Freeing it on return is safe, because the allocator reuses it in the order of the stream.
     std::optional<Tensor> workspace;
     if (plan.workspace_floats > 0) workspace = empty(scores, {plan.workspace_floats}, ScalarType::Float);
     float* const memory = workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;

@@ -1,5 +1,6 @@
-// One anchored MMD under the Gaussian mixture kernel with the analytic target, as the CPU kernel receives it: plain
-// pointers, no torch. The contract is that of anchored_mmd_loss in proto_reg/kernels/mmd.py, which judges it.
+// One anchored MMD as the CPU kernel receives it: a mixture of Gaussian kernels, an analytic target, plain pointers. It
+// does what anchored_mmd_loss in proto_reg/kernels/mmd.py does, against which it is tested. cpu_ops.cpp and
+// step_cpu.cpp call it.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +14,20 @@ struct MmdProblem {
   // In. Contiguous.
   const float* z;              // (rows, dim)
   const float* anchors;        // (groups, dim)
-  const int64_t* assignments;  // (rows,); outside [0, groups): left out
-  const bool* mask;            // (rows,), false: left out; null: none
+  const int64_t* assignments;  // (rows,); a row outside [0, groups) is left out
+  const bool* mask;            // (rows,); false leaves a row out; null: no row
   int64_t rows, groups, dim;
-  double std;                  // of the normal distribution around each anchor
-  std::vector<double> scales;  // of the bandwidths, in units of dim std^2
-  bool unbiased;               // U-statistic, or V
-  bool by_mass;                // clusters weigh as many rows as they have, or 1
+  double std;                  // standard deviation around each anchor
+  std::vector<double> scales;  // bandwidths, in units of dim std^2
+  bool unbiased;               // true: U-statistic; false: V-statistic
+  bool by_mass;                // true: a cluster weighs as many rows as it has; false: 1
 
   // Out.
   float* loss;      // ()
   float* gradient;  // (rows, dim)
 };
 
-// Bits do not depend on `parallel_for`: how clusters are cut into blocks is a function of the data alone.
+// The result does not depend on `parallel_for`, because the data alone decide how clusters are cut into blocks.
 void mmd_cpu(const MmdProblem& problem, ParallelFor parallel_for);
 
 }  // namespace proto_reg

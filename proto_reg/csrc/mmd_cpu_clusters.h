@@ -1,5 +1,5 @@
-// What the MMD kernels of all instruction sets start from: the rows sorted by cluster, and the numbers of the kernel's
-// mixture. mmd_cpu.cpp computes both.
+// What the MMD kernels of all instruction sets start from: the rows sorted by cluster, and the constants of the mixture
+// of Gaussians. mmd_cpu_clusters.cpp computes both, and solve_mmd in mmd_cpu_kernel.h uses them.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,13 @@
 
 namespace proto_reg {
 
-// The latents of one prototype, at least two: `count` of them from `first` on in the sorted rows.
+// The latents of one prototype: `count` of them, at least two, from `first` on in the sorted rows.
 struct Cluster {
   int64_t group, first, count;
 };
 
-// Rows sorted by cluster; those of clusters of fewer than two, and those left out, are in none.
+// Rows sorted by cluster. A row that is left out, or is alone in its cluster, is not among them; its gradient becomes
+// 0.
 struct Sorted {
   std::vector<Cluster> clusters;
   std::vector<int64_t> rows;
@@ -23,9 +24,9 @@ struct Sorted {
   explicit Sorted(const MmdProblem& problem);
 };
 
-// What the kernel of one bandwidth is made of, and its expectations under N(0, std^2 I); all divided by their number.
+// The constants of one bandwidth: of its kernel, and of the kernel's expectation a(r) under N(0, std^2 I).
 struct Scale {
-  bool squares;       // exp(-d / (2 variance)) is the square of the one before
+  bool squares;       // its exponential is the square of the one before
   float rate, slope;  // exp2(rate d) / number, and its derivative by d over it
   float a_rate, a_value, a_slope;
 };

@@ -3,10 +3,9 @@
 
 #include "cpu_vector.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-// Memory that the thread keeps: a page fault costs more than a small problem. Nothing is initialised.
+// Memory that the thread keeps, because a page fault costs more than a small problem. Nothing is initialised.
 template <int SLOT>
 float* kept(int64_t size) {
   static thread_local std::vector<float> memory;
@@ -15,6 +14,7 @@ float* kept(int64_t size) {
 }
 
 template <class S>
+// What all blocks share: rows less the mean of their cluster, and each row's attraction to its anchor.
 struct MmdGradient {
   using V = typename S::V;
   static constexpr int64_t LANES = S::LANES;
@@ -23,8 +23,8 @@ struct MmdGradient {
   const Mixture& mixture;
   const Sorted& sorted;
   const ParallelFor parallel_for;
-  const int64_t padded;  // dim, up to whole vectors
-  // By sorted row, each cluster followed by its centre: residuals less that centre.
+  const int64_t padded;  // dim, rounded up to whole vectors
+  // In the order of the sorted rows: z - anchor - mean, and behind the rows of each cluster their mean of z - anchor.
   float* residuals;
   float *attractions, *slopes;  // a(r) and its slope, by sorted row
 
@@ -36,10 +36,10 @@ struct MmdGradient {
     else parallel_for(count, task, const_cast<Body*>(&body));
   }
 
-  // Row i of cluster c; i == count: its centre.
+  // Row i of cluster c; i == count: its mean.
   float* row(int64_t c, int64_t i) const { return residuals + (sorted.clusters[c].first + c + i) * padded; }
 
-  // Far from its anchor a cluster's mean would swamp in float32 what its latents differ by; pairs do not need it.
+  // Subtracts the mean: far from its anchor it is so large that float32 would lose how the cluster's latents differ.
   void centre(int64_t c) const {
     const Cluster cluster = sorted.clusters[c];
     float* mean = row(c, cluster.count);
@@ -62,7 +62,13 @@ struct MmdGradient {
       for (int64_t d = 0; d < padded; d += LANES) store(row(c, i) + d, load<V>(row(c, i) + d) - load<V>(mean + d));
   }
 
-  // a(r) and its derivative by |r|^2: a bandwidth to a lane.
+  // 2^x for x <= 126; 0 where that is too small for a normal number. NaN stays NaN.
+  static INLINE V exp2_or_zero(V x) {
+    const V lowest = V{} - 126.0f;
+    return x < lowest ? V{} : exp2_in_range(S::maximum(x, lowest));
+  }
+
+  // a(r) and its derivative by |r|^2. Each lane computes one bandwidth.
   INLINE void attract(int64_t i, float squared) const {
     const int64_t count = static_cast<int64_t>(mixture.scales.size());
     V value{}, slope{};
@@ -72,7 +78,7 @@ struct MmdGradient {
         const Scale& scale = mixture.scales[start + s];
         rates[s] = scale.a_rate, values[s] = scale.a_value, factors[s] = scale.a_slope;
       }
-      const V a = S::exp2_or_zero(squared * rates) * values;
+      const V a = exp2_or_zero(squared * rates) * values;
       value += a;
       slope += a * factors;
     }
@@ -80,12 +86,12 @@ struct MmdGradient {
     slopes[i] = sum(slope);
   }
 
-  // k and its derivative by the squared distance; k still to be divided by the number of scales.
+  // k, not yet divided by the number of scales, and its derivative by the squared distance.
   INLINE void pair(V squared, V& k, V& slope) const {
     V e{};
     k = slope = V{};
     for (const Scale& scale : mixture.scales) {
-      e = scale.squares ? e * e : S::exp2_or_zero(squared * scale.rate);
+      e = scale.squares ? e * e : exp2_or_zero(squared * scale.rate);
       k += e;
       slope += e * scale.slope;
     }
@@ -100,7 +106,7 @@ struct MmdGradient {
   }
 };
 
-// Up to VECTORS * LANES rows of a cluster against all of it: a tile of the kernel matrix at a time.
+// Up to VECTORS * LANES rows of a cluster against all its rows. The kernel matrix is computed in tiles.
 template <class S, int VECTORS>
 struct MmdBlock {
   using V = typename S::V;
@@ -116,9 +122,9 @@ struct MmdBlock {
 
   MmdBlock(const MmdGradient<S>& solver_, int64_t c_, int64_t begin_) : solver(solver_), c(c_), begin(begin_) {}
 
-  // The block's part of the cluster's statistic; its rows of the gradient are written.
+  // Writes the gradient of the block's rows, and returns their part of the cluster's statistic.
   double run() {
-    // Where the cluster is one block, half its pairs are enough; long rows then need no transposing either.
+    // If the cluster is one block with long rows, half its pairs are enough, and nothing is transposed.
     const bool alone = rows == cluster.count && padded >= 4 * LANES;
     if (!alone) pack();
     std::memset(pulled, 0, sizeof(float) * padded * WIDTH);
@@ -140,12 +146,12 @@ struct MmdBlock {
 
   void pack() {
     for (int64_t i = 0; i < WIDTH; ++i) {
-      const float* x = solver.row(c, begin + std::min(i, rows - 1));  // what stands in spare lanes is not used
+      const float* x = solver.row(c, begin + std::min(i, rows - 1));  // the values in spare lanes are not used
       for (int64_t d = 0; d < dim; ++d) panel[d * WIDTH + i] = x[d];
     }
   }
 
-  // Squared distances of the block's rows from rows j, ..., j + ROWS - 1; there are ROWS - 1 spare ones at the end.
+  // Squared distances of the block's rows from rows j, ..., j + ROWS - 1. Behind the last row are ROWS - 1 spare ones.
   INLINE void distances(int64_t j, float* out) const {
     const float* x = solver.row(c, j);
     V sums[ROWS][VECTORS]{};
@@ -161,7 +167,7 @@ struct MmdBlock {
       for (int64_t v = 0; v < VECTORS; ++v) store(out + r * WIDTH + v * LANES, sums[r][v]);
   }
 
-  // Squared distances of row j from those before it, on both sides of the diagonal.
+  // Squared distances of row j from the rows before it, written on both sides of the diagonal.
   INLINE void own_distances(int64_t j) const {
     const float* x = solver.row(c, j);
     for (int64_t i = 0; i < j; i += ROWS) {
@@ -180,7 +186,8 @@ struct MmdBlock {
     tile[j * WIDTH + j] = 0;
   }
 
-  // From squared distances from rows [from, to) to slopes, in place; sums of both go to the block's rows.
+  // Replaces squared distances from rows [from, to) by slopes, and adds kernels and slopes to the sums of the block's
+  // rows.
   void kernels(int64_t from, int64_t to) {
     for (int64_t v = 0; v < VECTORS; ++v) {
       V k_sum{}, slope_sum{};
@@ -201,7 +208,7 @@ struct MmdBlock {
     }
   }
 
-  // Add sum_j slope_ij x_j, j in [from, to), to rows i, ..., i + 3 of `pulled`, COLUMNS vectors from column d on.
+  // Adds sum_j slope_ij x_j, j in [from, to), to rows i, ..., i + 3 of `pulled`: COLUMNS vectors from column d on.
   template <int COLUMNS>
   INLINE void pull(int64_t i, int64_t d, int64_t from, int64_t to) const {
     V sums[4][COLUMNS]{};
@@ -275,5 +282,4 @@ inline void solve_mmd(const MmdProblem& problem, ParallelFor parallel_for) {
   *problem.loss = static_cast<float>(loss);
 }
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

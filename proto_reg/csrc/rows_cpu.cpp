@@ -1,4 +1,5 @@
-// Row by row steps of the layer on the CPU, on the widest vectors that run here. One thread: they are bound by memory.
+// Row by row steps of the layer on the CPU, on the widest vectors of this machine. One thread, since memory limits
+// them. cpu_ops.cpp and step_cpu.cpp call them.
 #include "rows_cpu.h"
 
 #include <algorithm>
@@ -11,38 +12,29 @@
 namespace proto_reg {
 namespace {
 
-float dot(const float* x, const float* y, int64_t dim) { return cpu_kernels().dot(x, y, dim); }
-
-void combine(float a, const float* x, float b, const float* y, int64_t dim, float* out) {
-  cpu_kernels().combine(a, x, b, y, dim, out);
-}
-
-float squared_distance(const float* x, const float* y, int64_t dim) { return cpu_kernels().squared_distance(x, y, dim); }
-
-bool finite(const float* x, int64_t dim) { return cpu_kernels().finite(x, dim); }
-
 double norm(const float* x, int64_t rows, int64_t dim) {
   double squares = 0;
-  for (int64_t i = 0; i < rows; ++i) squares += dot(x + i * dim, x + i * dim, dim);
+  for (int64_t i = 0; i < rows; ++i) squares += cpu_kernels().dot(x + i * dim, x + i * dim, dim);
   return std::sqrt(squares);
 }
 
 }  // namespace
 
-float squares_cpu(const float* x, int64_t dim) { return dot(x, x, dim); }
+float squares_cpu(const float* x, int64_t dim) { return cpu_kernels().dot(x, x, dim); }
 
 void unit_rows_cpu(const float* x, int64_t rows, int64_t dim, float* unit, float* inverse_norms) {
   for (int64_t i = 0; i < rows; ++i, x += dim, unit += dim) {
-    const float length = std::sqrt(dot(x, x, dim));
+    const float length = std::sqrt(cpu_kernels().dot(x, x, dim));
     inverse_norms[i] = length > 1e-12f ? 1 / length : 1;
-    combine(inverse_norms[i], x, 0, x, dim, unit);
+    cpu_kernels().combine(inverse_norms[i], x, 0, x, dim, unit);
   }
 }
 
 void unit_rows_pull_back_cpu(const float* gradient, const float* unit, const float* inverse_norms, int64_t rows,
                              int64_t dim, float* by_x) {
   for (int64_t i = 0; i < rows; ++i, gradient += dim, unit += dim, by_x += dim)
-    combine(inverse_norms[i], gradient, -inverse_norms[i] * dot(gradient, unit, dim), unit, dim, by_x);
+    cpu_kernels().combine(inverse_norms[i], gradient, -inverse_norms[i] * cpu_kernels().dot(gradient, unit, dim), unit, dim,
+                          by_x);
 }
 
 void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, const double* weights, float* direction,
@@ -50,7 +42,7 @@ void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, cons
   const double norms[] = {norm(a, rows, dim), norm(b, rows, dim)};
   float scales[2];
   for (int k = 0; k < 2; ++k) scales[k] = norms[k] > 0 ? static_cast<float>(weights[k] / norms[k]) : 0;
-  combine(scales[0], a, scales[1], b, rows * dim, direction);
+  cpu_kernels().combine(scales[0], a, scales[1], b, rows * dim, direction);
   *scale = scales[0];
 }
 
@@ -59,11 +51,11 @@ void add_typical_cpu(const float* x, const int64_t* index, Counted counted, cons
                      int64_t stride_mass) {
   const float unit = static_cast<float>(std * std * dim);
   for (int64_t i = 0; i < rows; ++i, x += dim) {
-    if (!counted.row(i) || index[i] < 0 || index[i] >= groups || !finite(x, dim)) continue;
-    const float spread = 1 + squared_distance(x, prototypes + index[i] * dim, dim) / unit;
+    if (!counted.row(i) || index[i] < 0 || index[i] >= groups || !cpu_kernels().finite(x, dim)) continue;
+    const float spread = 1 + cpu_kernels().squared_distance(x, prototypes + index[i] * dim, dim) / unit;
     const float weight = 1 / (spread * spread);
     float* group = sums + index[i] * stride;
-    combine(1, group, weight, x, dim, group);
+    cpu_kernels().combine(1, group, weight, x, dim, group);
     mass[index[i] * stride_mass] += weight;
   }
 }
@@ -72,11 +64,11 @@ void tally_cpu(const float* x, const float* scores, const float* prototypes, Cou
                int64_t num_prototypes, float prototype_loss, float mmd_loss, int64_t* counts, float* totals) {
   double total = 0;
   for (int64_t i = 0; i < rows; ++i, x += dim, scores += num_prototypes) {
-    if (!counted.row(i) || !finite(x, dim)) continue;
+    if (!counted.row(i) || !cpu_kernels().finite(x, dim)) continue;
     int64_t nearest;
     argmax_cpu(scores, 1, num_prototypes, &nearest);
     counts[nearest] += 1;
-    total += squared_distance(x, prototypes + nearest * dim, dim);
+    total += cpu_kernels().squared_distance(x, prototypes + nearest * dim, dim);
   }
   totals[0] += prototype_loss;
   totals[1] += mmd_loss;
@@ -96,17 +88,17 @@ void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows
 void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,
                 int64_t step_size, float* by_z, float* by_parameter) {
   const float length = static_cast<float>(norm(gradient, rows, dim));
-  combine(1, gradient, length, direction, rows * dim, by_z);
+  cpu_kernels().combine(1, gradient, length, direction, rows * dim, by_z);
   for (int64_t i = 0; i < step_size; ++i) by_parameter[i] = length * step[i];
 }
 
 void follow_cpu(float* prototypes, float* sums, float* mass, float* seen, int64_t rows, int64_t dim, float rate) {
-  bool moved = rows == 1;  // no optimizer moves a single one, whose loss has no gradient
+  bool moved = rows == 1;  // the loss of a single one has no gradient, so no optimizer moves it
   for (int64_t i = 0; i < rows * dim; ++i) moved |= prototypes[i] != seen[i];
   if (!moved) return;
   for (int64_t k = 0; k < rows; ++k)
-    if (mass[k] >= std::numeric_limits<float>::min())  // less has no digits, and no finite inverse
-      combine(rate / mass[k], sums + k * dim, 1 - rate, prototypes + k * dim, dim,
+    if (mass[k] >= std::numeric_limits<float>::min())  // smaller numbers have few digits, and no finite inverse
+      cpu_kernels().combine(rate / mass[k], sums + k * dim, 1 - rate, prototypes + k * dim, dim,
               prototypes + k * dim);
   std::memset(sums, 0, sizeof(float) * rows * dim);
   std::memset(mass, 0, sizeof(float) * rows);

@@ -4,10 +4,9 @@
 
 #include "cpu_vector.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-// body(column, present) for every vector of a row; of the last one only `present` lanes are there.
+// Calls body(column, present) for every vector of a row. Only the first `present` lanes of it are in the row.
 template <int64_t LANES, class Body>
 INLINE void each_vector(int64_t dim, const Body& body) {
   int64_t d = 0;
@@ -45,12 +44,13 @@ inline void combine(float a, const float* x, float b, const float* y, int64_t di
 template <class V>
 inline bool finite(const float* x, int64_t dim) {
   V total{};
-  each_vector<LANES_OF<V>>(dim, [&](int64_t d, int64_t present) ALWAYS_INLINE { total += load_first<V>(x + d, present) * 0.0f; });
+  each_vector<LANES_OF<V>>(
+      dim, [&](int64_t d, int64_t present) ALWAYS_INLINE { total += load_first<V>(x + d, present) * 0.0f; });
   return sum(total) == 0;
 }
 
-// out (rows, columns) = a b, a's entries `row` and `inner_step` apart, b (inner, columns) with 2 LANES floats to read past
-// its end.
+// out (rows, columns) = a b. Rows of a lie `row` floats apart, its columns `inner_step`. Up to 2 LANES floats behind
+// b (inner, columns) are read.
 template <class V>
 inline void product(const float* a, int64_t row, int64_t inner_step, const float* b, int64_t rows, int64_t inner,
                     int64_t columns, float* out) {
@@ -73,5 +73,4 @@ inline void product(const float* a, int64_t row, int64_t inner_step, const float
     }
 }
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

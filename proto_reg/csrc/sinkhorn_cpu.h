@@ -1,4 +1,5 @@
-// The CPU kernel's launcher.
+// The entry point of the CPU's Sinkhorn kernel, and how a kernel gets threads. cpu_ops.cpp and step_cpu.cpp call it;
+// cpu_kernels.cpp defines it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace proto_reg {
 using Task = void (*)(void* context, int64_t index);
 using ParallelFor = void (*)(int64_t count, Task task, void* context);
 
-// Bits do not depend on `parallel_for`: how rows are cut into chunks is a function of the shape alone.
+// The result does not depend on `parallel_for`, because the shape alone decides how rows are cut into chunks.
 void sinkhorn_cpu(const SinkhornProblem& problem, ParallelFor parallel_for);
 
 }  // namespace proto_reg

@@ -4,11 +4,10 @@
 
 #include "cpu_half.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-// Chunks depend on the shape alone, so that results do not depend on the number of threads. Column sums are kept for each
-// chunk: its rows are few enough for float32, and the chunks are few enough for their sums to cost nothing.
+// Chunks depend on the shape alone, so that results do not depend on the number of threads. Column sums are kept for
+// each chunk: its rows are few enough for float32, and the chunks are few enough for their sums to cost nothing.
 struct Chunks {
   int64_t rows, size, count, padded;  // padded: columns, rounded up to whole vectors
 
@@ -63,5 +62,4 @@ struct Group {
   }
 };
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

@@ -1,20 +1,20 @@
-// The linear form of Sinkhorn, for large matrices of scores within RANGE: E = exp((S - origin) / eps) is computed once, and
-// then only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its chunks.
-// SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+// The linear form of Sinkhorn, for large matrices of scores within RANGE: E = exp((S - origin) / eps) is computed once,
+// and then only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its
+// chunks. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_scaling.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-// A row of E that codes or gradient may overwrite. The last vector is read first, because the one before it overwrites a
-// part of it.
+// A row of E that codes or gradient may overwrite. The last vector is read first, because the one before it overwrites
+// a part of it.
 template <class V>
 struct Row {
   const float* e;
   V last;
-  INLINE Row(const float* e_, int64_t columns) : e(e_), last(columns < LANES_OF<V> ? V{} : load<V>(e_ + columns - LANES_OF<V>)) {}
+  INLINE Row(const float* e_, int64_t columns)
+      : e(e_), last(columns < LANES_OF<V> ? V{} : load<V>(e_ + columns - LANES_OF<V>)) {}
   INLINE V get(Full<V>, int64_t k) const { return load<V>(e + k); }
   INLINE V get(Last<V>, int64_t) const { return last; }
   INLINE V get(Short<V> part, int64_t k) const { return part.get(e + k); }
@@ -69,30 +69,23 @@ INLINE double cross_entropy(const float* s, const float* e, int64_t columns, con
 }
 
 template <class S>
-struct LinearSinkhorn {
+struct LinearSinkhorn : ChunkedScaling<S> {
   using V = typename S::V;
+  using Base = ChunkedScaling<S>;
+  using Base::group, Base::chunks, Base::e, Base::v, Base::partial, Base::extrema, Base::losses, Base::exponential;
 
-  const Group& group;
-  const Chunks& chunks;
-  float* e;          // (rows, columns); float32 codes, or gradient, may lie over it; null: computed anew in every pass
-  float* v;          // (padded columns,)
-  float* partial;    // (chunks, padded columns): column sums
-  Extrema* extrema;  // (chunks,)
-  float* scratch;    // (chunks, 3, padded columns)
-  double* losses;    // (chunks,)
-  const Exponential<S> exponential{group.first(), group.epsilon};
-  // Whether the matrix is larger than the caches, and its rows so long that their ends, which no aligned vector covers,
-  // cost nothing: it is written past the caches.
+  // Whether E is written past the caches: it is larger than they are, and its rows are so long that their ends, which
+  // no aligned vector covers, cost nothing.
   const bool large = e && group.rows * group.columns >= 1 << 22 && group.columns >= 1024 &&
                      reinterpret_cast<uintptr_t>(e) % sizeof(float) == 0;
 
-  float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
+  float* chunk_scratch(int64_t chunk, int k) const { return Base::scratch + (3 * chunk + k) * chunks.padded; }
 
   INLINE const float* scores_of(int64_t i, int64_t chunk) const {
-    return group.row<V>(i, chunk_scratch(chunk, 0));
+    return group.template row<V>(i, chunk_scratch(chunk, 0));
   }
 
-  // E of a chunk's rows, and its share of the first column sums.
+  // Computes E of a chunk's rows, and the chunk's part of the first column sums.
   void exponentials(int64_t chunk) const {
     std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
     V low = V{} + INFINITY, high = V{} - INFINITY;
@@ -115,14 +108,14 @@ struct LinearSinkhorn {
     if (large) streamed();
   }
 
-  // R rows from i on; more than one only where their scores need no conversion.
+  // Of R rows from row i on. R is 1 if their scores need conversion.
   template <int R>
   INLINE void exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
     const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
     float w[R];
     for (int r = 0; r < R; ++r) w[r] = group.weight(i + r);
-    const int64_t columns = group.columns;  // a copy: the compiler cannot know that no store changes the original
+    const int64_t columns = group.columns;  // a copy, because a store might change the original
     float *rows = e + i * columns, *c = partial + chunk * chunks.padded;
     V low = lowest, high = highest;
     for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
@@ -142,7 +135,7 @@ struct LinearSinkhorn {
     highest = high;
   }
 
-  // One row at a time: memory is read and written in order.
+  // Of one row at a time, so that memory is read and written in order.
   INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
     const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
@@ -162,12 +155,7 @@ struct LinearSinkhorn {
     highest = high;
   }
 
-  // Whether what `exponentials` saw stays within RANGE and holds no NaN and no infinity.
-  bool safe() const {
-    return exponential.safe(joined(extrema, chunks.count)) && all_finite(partial, chunks.count * chunks.padded);
-  }
-
-  // R rows of E from i on, computed for as long as this thread needs them. look: at each vector of scores.
+  // Computes R rows of E from row i on, in memory of this thread. Calls look(scores) for each vector.
   template <int R, class Look>
   INLINE const float* computed_rows(int64_t i, int64_t chunk, const Look& look) const {
     const Exponential<S> exp = exponential;
@@ -189,7 +177,7 @@ struct LinearSinkhorn {
     return e ? e + i * group.columns : computed_rows<R>(i, chunk, [](V) ALWAYS_INLINE {});
   }
 
-  // Sums of R rows of E diag(v).
+  // d = E v for R rows of E.
   template <int R>
   INLINE void row_sums(const float* rows, float (&d)[R]) const {
     const int64_t columns = group.columns;
@@ -225,27 +213,12 @@ struct LinearSinkhorn {
     add_rows<R>(rows, u, partial + chunk * chunks.padded);
   }
 
-  // One iteration's column sums of diag(u) E, u_i = w_i / (E v)_i.
+  // One iteration: the column sums of diag(u) E with u_i = w_i / (E v)_i.
   void balance(int64_t chunk) const {
     std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
     int64_t i = chunks.begin(chunk);
     for (; i + 4 <= chunks.end(chunk); i += 4) balance_rows<4>(i, chunk);
     for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, chunk);
-  }
-
-  // v from the chunks' column sums, false, leaving v, where all columns were within tol before.
-  bool update(bool first, double tol) const {
-    for (int64_t from = 0; from < chunks.padded; from += 16) {
-      double columns[16] = {};
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
-        for (int64_t k = 0; k < 16; ++k) columns[k] += partial[chunk * chunks.padded + from + k];
-      for (int64_t k = 0; k < 16; ++k) scratch[from + k] = static_cast<float>(columns[k]);
-    }
-    return update_scaling(group, scratch, first, tol, v);
-  }
-
-  void write_potentials(float* potentials) const {
-    write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
   }
 
   void write(int64_t chunk) const {
@@ -258,13 +231,13 @@ struct LinearSinkhorn {
 
   template <int R>
   INLINE void write_rows(int64_t i, int64_t chunk) const {
-    float* rows = const_cast<float*>(rows_from<R>(i, chunk));  // E is not needed any more
+    float* rows = const_cast<float*>(rows_from<R>(i, chunk));  // E is not needed afterwards
     float d[R];
     row_sums<R>(rows, d);
     for (int r = 0; r < R; ++r) losses[chunk] += write_row<R>(i + r, chunk, rows + r * group.columns, 1 / d[r]);
   }
 
-  // Codes and gradient of row i, one of R, with its E at `row`; returns its weighted loss.
+  // Writes codes and gradient of row i, whose E is at `row`. Returns its weighted loss. R rows are written in turn.
   template <int R>
   INLINE double write_row(int64_t i, int64_t chunk, float* row, float u) const {
     float* codes = group.output(group.codes, i, row);
@@ -285,5 +258,4 @@ struct LinearSinkhorn {
   }
 };
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

@@ -1,12 +1,11 @@
-// The logarithmic form of Sinkhorn, for every input that the others do not take: scores of any size, -inf, NaN. Potentials
-// are in float64 and exponentials in float32. Each pass starts from the scores, so that nothing overflows and nothing is
-// clamped. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+// The logarithmic form of Sinkhorn, for every input that the others do not take: scores of any size, -inf, NaN.
+// Potentials are in float64 and exponentials in float32. Each pass starts from the scores, so that nothing overflows
+// and nothing is clamped. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_group.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
 struct LogSinkhorn {
   const Group& group;
@@ -22,12 +21,12 @@ struct LogSinkhorn {
   float* chunk_scratch(int64_t chunk, int64_t which) const { return scratch + (3 * chunk + which) * chunks.padded; }
   const float* scores(int64_t i, int64_t chunk) const { return group.row(i, chunk_scratch(chunk, 0)); }
 
-  // Whether row i takes part: as absent where its weight is 0, or where it is to be isolated.
+  // Whether row i takes part. A row of weight 0 does not, nor does an isolated one.
   bool counts(int64_t i, int64_t chunk) const {
     return group.weight(i) > 0 && !(group.isolate && unusable(i, chunk));
   }
 
-  // Holds a NaN, a +inf, or nothing but -inf wherever there is a share to get.
+  // Whether row i holds a NaN, a +inf, or nothing but -inf in the columns that have a share.
   bool unusable(int64_t i, int64_t chunk) const {
     const float* s = scores(i, chunk);
     bool any = false;
@@ -39,7 +38,7 @@ struct LogSinkhorn {
     return !any;
   }
 
-  // e^x in float32, 0 below e^-87.
+  // e^x in float32; 0 below e^-87.
   static INLINE float exponential(double x) {
     const float y = static_cast<float>(x * M_LOG2E);
     const float clamped = y < -126.f ? -126.f : y;
@@ -73,7 +72,7 @@ struct LogSinkhorn {
     }
   }
 
-  // p_k = exp(y_k - max y) for y = S_i / eps + g; returns their sum.
+  // Writes p_k = exp(y_k - max y) for y = S_i / eps + g, and returns their sum.
   double row(int64_t i, int64_t chunk, double* y, float* p) const {
     const float* s = scores(i, chunk);
     const double scale = 1 / group.epsilon;
@@ -117,13 +116,13 @@ struct LogSinkhorn {
 
   void first_update() const {
     for (int64_t k = 0; k < group.columns; ++k) {
-      // A column of nothing but -inf sums to 0: it gets nothing, as one whose marginal is 0.
+      // A column of nothing but -inf sums to 0. It gets nothing, like a column whose marginal is 0.
       const double column = column_sum(k);
       g[k] = column == 0 ? -INFINITY : std::log(group.marginal(k) / column) - tops[k] / group.epsilon;
     }
   }
 
-  // g_k -= log(c_k / (W r_k)); false, leaving g, where all columns are within tol.
+  // g_k -= log(c_k / (W r_k)). If all columns are within tol, returns false and leaves g.
   bool update(double tol) const {
     if (tol >= 0 && within(tol)) return false;
     for (int64_t k = 0; k < group.columns; ++k) {
@@ -133,8 +132,8 @@ struct LogSinkhorn {
     return true;
   }
 
-  // Whether every column's error is at most tol; a NaN's is not. The others share out what columns of nothing but -inf
-  // leave.
+  // Whether every column's error is at most tol; that of a NaN is not. What columns of nothing but -inf leave is shared
+  // by the others.
   bool within(double tol) const {
     double present = 0;
     for (int64_t k = 0; k < group.columns; ++k) present += column_sum(k) == 0 ? 0 : group.marginal(k);
@@ -169,7 +168,7 @@ struct LogSinkhorn {
     }
   }
 
-  // Gradient and loss of row i with codes q. A row that does not count has neither.
+  // Writes the gradient and returns the loss of row i with codes q. Both are 0 for a row that does not count.
   double cross_entropy(int64_t i, int64_t chunk, const float* q, bool isolated) const {
     double* y = chunk_logits(chunk);
     float* gradient = group.output(group.gradient, i, chunk_scratch(chunk, 2));
@@ -184,7 +183,7 @@ struct LogSinkhorn {
         const double x = (s[k] - static_cast<double>(top)) / group.temperature;
         y[k] = exponential(x);
         z += y[k];
-        product += q[k] == 0 ? 0 : q[k] * x;  // a dead column's -inf counts nothing
+        product += q[k] == 0 ? 0 : q[k] * x;  // the -inf of a column that gets nothing does not count
       }
       const double w = group.weight(i) * group.gradient_scale;
       for (int64_t k = 0; k < group.columns; ++k) gradient[k] = static_cast<float>((y[k] / z - q[k]) * w);
@@ -195,5 +194,4 @@ struct LogSinkhorn {
   }
 };
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

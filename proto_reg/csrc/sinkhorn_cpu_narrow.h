@@ -1,28 +1,19 @@
-// The narrow form of Sinkhorn, for rows shorter than a vector: eight rows stand side by side, one in each lane. Otherwise it
-// computes as the linear form does. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+// The narrow form of Sinkhorn, for rows shorter than a vector: eight rows stand side by side, one in each lane.
+// Otherwise it computes as the linear form does. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_scaling.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
 template <class S>
-struct NarrowSinkhorn {
+struct NarrowSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of eight rows, columns, 8)
   using V = typename S::V;
-  static constexpr int64_t LANES = S::LANES;
-  static constexpr int64_t MOST_COLUMNS = LANES - 1;
+  using Base = ChunkedScaling<S>;
+  using Base::group, Base::chunks, Base::e, Base::v, Base::partial, Base::extrema, Base::losses, Base::exponential;
+  static constexpr int64_t LANES = S::LANES, MOST_COLUMNS = LANES - 1;
 
-  const Group& group;
-  const Chunks& chunks;
-  float* e;          // (chunks, blocks of eight rows, columns, 8)
-  float* v;          // (padded columns,)
-  float* partial;    // (chunks, padded columns): column sums
-  Extrema* extrema;  // (chunks,)
-  double* losses;    // (chunks,)
-  const Exponential<S> exponential{group.first(), group.epsilon};
-
-  // Eight rows of scores, columns apart, from row i on; beyond the last row, that row again.
+  // Eight rows of scores from row `first` on: x[k] is column k. Lanes beyond the last row repeat it.
   struct Block {
     int64_t first, present;
     float scores[MOST_COLUMNS * LANES];
@@ -31,7 +22,7 @@ struct NarrowSinkhorn {
 
   static int64_t chunk_floats(const Chunks& chunks, int64_t columns) { return (chunks.size + 7) / 8 * 8 * columns; }
 
-  // body(block, its part of E) for every eight rows of a chunk.
+  // Calls body(block, its part of E) for every eight rows of a chunk.
   template <class Body>
   INLINE void each_block(int64_t chunk, const Body& body) const {
     float* at = e + chunk * chunk_floats(chunks, group.columns);
@@ -83,10 +74,6 @@ struct NarrowSinkhorn {
     for (int64_t k = 0; k < chunks.padded; ++k) partial[chunk * chunks.padded + k] = k < group.columns ? sum(c[k]) : 0;
   }
 
-  bool safe() const {
-    return exponential.safe(joined(extrema, chunks.count)) && all_finite(partial, chunks.count * chunks.padded);
-  }
-
   // 1 / (E v) of eight rows.
   INLINE V row_scales(const float* at) const {
     V d{};
@@ -101,20 +88,6 @@ struct NarrowSinkhorn {
       for (int64_t k = 0; k < group.columns; ++k) c[k] += u * load<V>(at + LANES * k);
     });
     finish_sums(chunk, c);
-  }
-
-  bool update(bool first, double tol) const {
-    float columns[LANES];
-    for (int64_t k = 0; k < group.columns; ++k) {
-      double column = 0;
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) column += partial[chunk * chunks.padded + k];
-      columns[k] = static_cast<float>(column);
-    }
-    return update_scaling(group, columns, first, tol, v);
-  }
-
-  void write_potentials(float* potentials) const {
-    write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
   }
 
   void write(int64_t chunk) const {
@@ -147,5 +120,4 @@ struct NarrowSinkhorn {
   }
 };
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

@@ -1,18 +1,17 @@
-// What the forms that scale a matrix E (small, linear, narrow) have in common: exponentials of scores, the check whether
-// their range allows them, and the update of the scaling vector v.
+// What the forms that scale a matrix E (small, linear, narrow) have in common: exponentials of scores, the check
+// whether their range allows them, and the update of the scaling vector v.
 #pragma once
 
 #include "sinkhorn_cpu_group.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-// The largest exponent, base e: cosines at epsilon = .05 span 40. Then u, v and their products stay within float32's 87,
-// and rounding of the exponents changes a code by less than 1e-6.
+// The largest exponent, base e: cosines at epsilon = .05 span 40. Then u, v and their products stay within float32's
+// 87, and rounding of the exponents changes a code by less than 1e-6.
 constexpr double RANGE = 40.5;
 
-// The largest S / eps of machines with fused multiplications: they split it into an integer and a fraction at once, which
-// holds for integers of 22 bits.
+// The largest S / eps of machines with fused multiplications: they split it into an integer and a fraction at once,
+// which holds for integers of 22 bits.
 constexpr double LARGEST = 1 << 21;
 
 // Lowest and highest of the scores. A NaN may be lost here; it shows in the first column sums.
@@ -69,12 +68,6 @@ struct Exponential {
   }
 };
 
-inline Extrema joined(const Extrema* parts, int64_t count) {
-  Extrema all;
-  for (int64_t part = 0; part < count; ++part) all.add(parts[part]);
-  return all;
-}
-
 // Whether these column sums, which are >= 0, hold no NaN.
 inline bool all_finite(const float* sums, int64_t count) {
   float total = 0;
@@ -113,5 +106,40 @@ inline void write_logarithms(const float* v, int64_t columns, double origin, flo
   });
 }
 
-}  // namespace
-}  // namespace proto_reg
+// What the linear and the narrow form share: a matrix in chunks, each of which has column sums of its own.
+template <class S>
+struct ChunkedScaling {
+  const Group& group;
+  const Chunks& chunks;
+  float* e;          // E, as each form lays it out
+  float* v;          // (padded columns,)
+  float* partial;    // (chunks, padded columns): column sums
+  Extrema* extrema;  // (chunks,): of the scores
+  float* scratch;    // (padded columns,); the linear form has 3 of them for each chunk
+  double* losses;    // (chunks,)
+  const Exponential<S> exponential{group.first(), group.epsilon};
+
+  // Whether E and the first column sums, which are computed by now, can be used.
+  bool safe() const {
+    Extrema all;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) all.add(extrema[chunk]);
+    return exponential.safe(all) && all_finite(partial, chunks.count * chunks.padded);
+  }
+
+  // Sets v from the chunks' column sums. If all columns were within tol before, returns false and leaves v.
+  bool update(bool first, double tol) const {
+    for (int64_t from = 0; from < chunks.padded; from += 16) {
+      double columns[16] = {};
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+        for (int64_t k = 0; k < 16; ++k) columns[k] += partial[chunk * chunks.padded + from + k];
+      for (int64_t k = 0; k < 16; ++k) scratch[from + k] = static_cast<float>(columns[k]);
+    }
+    return update_scaling(group, scratch, first, tol, v);
+  }
+
+  void write_potentials(float* potentials) const {
+    write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
+  }
+};
+
+}}  // namespace proto_reg

@@ -1,14 +1,13 @@
-// The small form of Sinkhorn, for a matrix that stays in the nearest caches: E = exp((S - origin) / eps) lies in rows of
-// whole vectors, and each iteration reads it once, as many rows at a time as a vector has lanes. One thread.
+// The small form of Sinkhorn, for a matrix that stays in the nearest caches: E = exp((S - origin) / eps) lies in rows
+// of whole vectors, and each iteration reads it once, as many rows at a time as a vector has lanes. One thread.
 // SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_scaling.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-// Lane l of the result: all lanes of x[l], put together by `join`, such as their sum.
+// Lane l of the result is what `join` makes of all lanes of x[l], such as their sum.
 template <int64_t DISTANCE, class V, size_t LANES, class Join>
 INLINE V joined_lanes(V (&x)[LANES], const Join& join) {
   const IntsOf<V> upper = (lane_numbers<V>() & (int32_t)DISTANCE) != 0;
@@ -35,13 +34,13 @@ struct SmallSinkhorn {
   float* codes;     // (rows, columns), or null
   float* gradient;  // (rows, columns), or null
   const Exponential<S> exponential{group.first(), group.epsilon};
-  // Columns beyond the last whole vector, where they are few. They lie across: each is one vector to a block of rows,
-  // lane r for row r.
+  // The columns beyond the last whole vector, if they are few. They lie across: in each block of rows such a column is
+  // one vector, with row r in lane r.
   const int64_t rest = group.columns > LANES && group.columns % LANES <= MOST_REST ? group.columns % LANES : 0;
 
   static int64_t rounded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-  // E and the first v; false where the scores' range is not safe or they hold a NaN or an infinity.
+  // Computes E and the first v. Returns false if the scores' range is not safe, or they hold a NaN or an infinity.
   bool exponentials() const {
     std::fill_n(v, rounded(group.columns), 0.0f);
     Extrema range;
@@ -52,7 +51,7 @@ struct SmallSinkhorn {
     return exponential.safe(range) && all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
   }
 
-  // One iteration; false, leaving v, where all columns were within tol.
+  // One iteration. If all columns were within tol, returns false and leaves v.
   bool balance(double tol) const {
     with_vectors([&](auto vectors, auto across) ALWAYS_INLINE { balance_rows<vectors(), across()>(); });
     return update_scaling(group, c, false, tol, v);
@@ -62,7 +61,7 @@ struct SmallSinkhorn {
     write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
   }
 
-  // Codes, gradient; returns the sum of the rows' losses.
+  // Writes codes and gradient, and returns the sum of the rows' losses.
   double write() const {
     double loss = 0;
     with_vectors([&](auto vectors, auto across) ALWAYS_INLINE {
@@ -80,29 +79,20 @@ struct SmallSinkhorn {
     return joined_lanes<LANES / 2>(x, [](V a, V b) ALWAYS_INLINE { return S::maximum(a, b); });
   }
 
-  // body with the number of vectors along a row as a constant, and whether there are columns across.
+  // Calls body(vectors, across) with two constants: the number of vectors along a row, and whether columns lie across.
   template <class Body>
   INLINE void with_vectors(const Body& body) const {
     if (rest) choose<true>(group.columns / LANES, body);
     else choose<false>((group.columns + LANES - 1) / LANES, body);
   }
-  template <bool ACROSS, class Body>
+  template <bool ACROSS, int VECTORS = 1, class Body>
   INLINE void choose(int64_t vectors, const Body& body) const {
-    constexpr std::bool_constant<ACROSS> across;
-    switch (vectors) {
-      case 1: return body(std::integral_constant<int, 1>{}, across);
-      case 2: return body(std::integral_constant<int, 2>{}, across);
-      case 3: return body(std::integral_constant<int, 3>{}, across);
-      case 4: return body(std::integral_constant<int, 4>{}, across);
-      case 5: return body(std::integral_constant<int, 5>{}, across);
-      case 6: return body(std::integral_constant<int, 6>{}, across);
-      case 7: return body(std::integral_constant<int, 7>{}, across);
-      default: return body(std::integral_constant<int, 8>{}, across);
-    }
+    if (vectors == VECTORS) return body(std::integral_constant<int, VECTORS>{}, std::bool_constant<ACROSS>{});
+    if constexpr (VECTORS < MOST_VECTORS) choose<ACROSS, VECTORS + 1>(vectors, body);
   }
 
-  // Rows of a matrix without padding. Without columns across, a row's last vector reaches into the next row, but not
-  // past the end of them all.
+  // Rows of a matrix without padding. Without columns across, a row's last vector reaches into the next row, but never
+  // past the end of the matrix.
   template <int VECTORS, bool ACROSS>
   struct Rows {
     int64_t columns, count;
@@ -113,17 +103,17 @@ struct SmallSinkhorn {
       if (ACROSS || j < VECTORS - 1 || at + LANES <= count) return load<V>(from + at);
       return Short<V>{count - at}.get(from + at);
     }
-    // What reaches too far is overwritten by the row after this one: rows are put in their order.
+    // Rows are put in their order, so that the next row overwrites what reaches too far.
     INLINE void put(float* to, int64_t i, int j, V x) const {
       const int64_t at = i * columns + j * LANES;
       if (ACROSS || j < VECTORS - 1 || at + LANES <= count) return store(to + at, x);
       Short<V>{count - at}.put(to + at, x);
     }
-    // x, and `other` where vector j is past the end of a row.
+    // x, but `other` in the lanes of vector j that lie past the end of the row.
     INLINE V within(int j, V x, V other = V{}) const {
       return ACROSS || j < VECTORS - 1 || lane_numbers<V>() < static_cast<int32_t>(columns - j * LANES) ? x : other;
     }
-    // Column `VECTORS * LANES + t` of `present` rows from row i on; beyond the last that row's again.
+    // Column `VECTORS * LANES + t` of `present` rows from row i on. Lanes beyond the last row repeat it.
     INLINE V get_across(const float* from, int64_t i, int64_t present, int64_t t) const {
       const float* at = from + i * columns + VECTORS * LANES + t;
       alignas(V) float x[LANES];
@@ -138,7 +128,7 @@ struct SmallSinkhorn {
     }
   };
 
-  // The block of E that starts with row i, and where in a block column `VECTORS * LANES + t` lies: after all rows.
+  // The block of E that starts with row i; and where in a block column `VECTORS * LANES + t` lies, behind all rows.
   template <int VECTORS>
   INLINE float* block(int64_t i) const {
     return e + i * (VECTORS * LANES + rest);
@@ -150,18 +140,18 @@ struct SmallSinkhorn {
 
   INLINE int64_t present(int64_t i) const { return std::min(LANES, group.rows - i); }
 
-  // Weights of LANES rows from row i on, 0 past the last.
+  // Weights of LANES rows from row i on; 0 past the last row.
   INLINE V row_weights(int64_t i) const {
     V w = V{} + 1.f;
     if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present(i));
     return lane_numbers<V>() < static_cast<int32_t>(present(i)) ? w : V{};
   }
 
-  // E, and its column sums by the rows' weights, in which alone a NaN is seen, be its row's weight 0. Returns the scores'
-  // range.
+  // Computes E and its column sums, weighted by row. Returns the scores' range. A NaN shows only in the sums, also that
+  // of a row of weight 0.
   template <int VECTORS, bool ACROSS, bool WEIGHTED>
   Extrema exponentials_of() const {
-    // Copies: the compiler cannot know that no store changes the originals.
+    // Copies, because the compiler cannot know that no store changes the originals.
     const Rows<VECTORS, ACROSS> rows(group);
     const Exponential<S> exp = exponential;
     const float *const scores = s, *const weights = group.weights;
@@ -221,7 +211,7 @@ struct SmallSinkhorn {
   // c_k = sum_i w_i u_i E_ik.
   template <int VECTORS, bool ACROSS>
   void balance_rows() const {
-    // Some rows side by side: a sum's next addition waits for its last.
+    // Some rows have sums of their own, because an addition to a sum waits for the one before.
     constexpr int ROWS = VECTORS <= 1 ? 4 : VECTORS <= 3 ? 2 : 1;
     V total[ROWS][VECTORS] = {}, total_across[MOST_REST] = {};
     for (int64_t i = 0; i < group.rows; i += LANES) {
@@ -231,7 +221,7 @@ struct SmallSinkhorn {
         for (int64_t t = 0; t < rest; ++t) total_across[t] += load<V>(row + across_at<VECTORS>(t)) * weighted;
       alignas(V) float u[LANES];
       store(u, weighted);
-      asm("" : "+r"(row));  // or the compiler carries the rows over from row_scales, by way of the stack
+      asm("" : "+r"(row));  // without this the compiler keeps rows from row_scales, on the stack
       for (int r = 0; r < LANES; ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) total[r % ROWS][j] += load<V>(row + j * LANES) * u[r];
@@ -263,7 +253,8 @@ struct SmallSinkhorn {
     }
   }
 
-  // Gradient, and codes unless null; returns the sum of the rows' losses: log z - q . (S - row maximum) / tau.
+  // Writes the gradient, and the codes unless null. Returns the sum of the rows' losses: log z - q . (S - row maximum)
+  // / tau.
   template <int VECTORS, bool ACROSS>
   double write_gradient() const {
     V losses{};
@@ -275,7 +266,7 @@ struct SmallSinkhorn {
     return loss;
   }
 
-  // Row maxima of a block's scores, and its scores across.
+  // Returns the row maxima of a block's scores, and reads its scores across.
   template <int VECTORS, bool ACROSS, class Score>
   INLINE V row_maxima(const Rows<VECTORS, ACROSS>& rows, int64_t i, int64_t present, const Score& score,
                       V (&x_across)[MOST_REST]) const {
@@ -295,18 +286,18 @@ struct SmallSinkhorn {
     return top;
   }
 
-  // Of LANES rows from row i on, or where WHOLE is 0 of the last ones, `present` of them. Returns their losses.
+  // For LANES rows from row i on; if WHOLE is 0, for the last `present` rows. Returns their losses.
   template <int VECTORS, bool ACROSS, int64_t WHOLE>
   INLINE V write_gradients(int64_t i, int64_t present) const {
     if (WHOLE) present = WHOLE;
     const Rows<VECTORS, ACROSS> rows(group);
-    // Copies: the compiler cannot know that no store changes the originals.
+    // Copies, because the compiler cannot know that no store changes the originals.
     const float *const scores = s, *const row = block<VECTORS>(i);
     float *const by_scores = gradient, *const q = codes;
     const int64_t others = ACROSS ? rest : 0;
     const float by_temperature = static_cast<float>(M_LOG2E / group.temperature);
     const auto score = [&](int64_t r, int j) ALWAYS_INLINE {
-      // Beyond the last row that row again, with a weight of 0.
+      // Beyond the last row comes that row again, with a weight of 0.
       return WHOLE ? load<V>(scores + (i + r) * rows.columns + j * LANES)
                    : rows.get(scores, i + std::min(r, present - 1), j);
     };
@@ -322,7 +313,7 @@ struct SmallSinkhorn {
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) {
         const V x = score(r, j) - top[r], pj = power(x);
-        const V qj = load<V>(row + (r * VECTORS + j) * LANES) * load<V>(v + j * LANES);  // beyond a row's end 0
+        const V qj = load<V>(row + (r * VECTORS + j) * LANES) * load<V>(v + j * LANES);  // 0 beyond the end of the row
         store(p + (r * VECTORS + j) * LANES, pj);
         z += rows.within(j, pj);
         qx += qj * x;
@@ -364,5 +355,4 @@ struct SmallSinkhorn {
   }
 };
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

@@ -7,19 +7,17 @@
 #include "sinkhorn_cpu_narrow.h"
 #include "sinkhorn_cpu_small.h"
 
-namespace proto_reg {
-namespace {
+namespace proto_reg { namespace {
 
-// One group from scores to codes, gradient and loss.
+// Solves one group: from scores to codes, gradient and loss.
 template <class Isa>
 struct SinkhornGroupSolver {
-  using S8 = Simd<Isa, 8>;
   const SinkhornProblem& problem;
   const Chunks chunks;
   const ParallelFor parallel_for;
   Group group;
   float* potentials;  // null: not wanted
-  double* losses;  // (chunks,), each a sum over the chunk's rows
+  double* losses;     // (chunks,), each the sum over the chunk's rows
 
   template <class Body>
   void each_chunk(const Body& body) const {
@@ -28,7 +26,7 @@ struct SinkhornGroupSolver {
     else parallel_for(chunks.count, task, const_cast<Body*>(&body));
   }
 
-  // The fast paths; false, with nothing of worth written, where they are not safe.
+  // The fast forms. Each returns false if it is not safe here; then nothing that it wrote counts.
   bool run_small() const {
     using Small = SmallSinkhorn<Simd<Isa>>;
     const bool wide = group.dtype == Dtype::f32;
@@ -51,24 +49,24 @@ struct SinkhornGroupSolver {
 
   template <class Linear>
   bool run_linear() const {
-    // E takes the place of a float32 output, so that it costs no memory of its own. Beside half precision it would;
-    // above 32 MiB, which C libraries hand back after every call, that takes longer than to compute E in each of a few
-    // passes.
+    // E lies where a float32 output will be, so that it needs no memory of its own. With half precision it does. Above
+    // 32 MiB, which C libraries give back after every call, that takes longer than to compute E again in a few passes.
     const int64_t count = group.rows * group.columns;
     const bool wide = group.dtype == Dtype::f32, kept = count <= 1 << 23 || problem.num_iters > 8;
     Workspace workspace(!wide && kept ? count : 0, chunks.padded, chunks.count * chunks.padded,
                         3 * chunks.count * chunks.padded);
     std::vector<Extrema> extrema(chunks.count);
     float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : kept ? workspace[0] : nullptr;
-    return iterate(Linear{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses});
+    return iterate(Linear{{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses}});
   }
 
   bool run_narrow() const {
-    Workspace workspace(chunks.count * NarrowSinkhorn<S8>::chunk_floats(chunks, group.columns), chunks.padded,
-                        chunks.count * chunks.padded);
+    using Narrow = NarrowSinkhorn<Simd<Isa, 8>>;
+    Workspace workspace(chunks.count * Narrow::chunk_floats(chunks, group.columns), chunks.padded,
+                        chunks.count * chunks.padded, chunks.padded);
     std::vector<Extrema> extrema(chunks.count);
     return iterate(
-        NarrowSinkhorn<S8>{group, chunks, workspace[0], workspace[1], workspace[2], extrema.data(), losses});
+        Narrow{{group, chunks, workspace[0], workspace[1], workspace[2], extrema.data(), workspace[3], losses}});
   }
 
   template <class Method>
@@ -115,7 +113,7 @@ struct SinkhornGroupSolver {
     group.gradient_scale = group.total_weight > 0 ? 1 / (problem.temperature * group.total_weight) : 0;
   }
 
-  // Row sums to the mean.
+  // The mean of the rows' losses.
   float loss() const {
     const double total = std::accumulate(losses, losses + chunks.count, 0.0);
     return static_cast<float>(group.total_weight > 0 ? total / group.total_weight : 0);
@@ -139,9 +137,10 @@ inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chu
   using Small = SmallSinkhorn<Simd<Isa>>;
   using Narrow = NarrowSinkhorn<Simd<Isa, 8>>;
   using Linear = LinearSinkhorn<Simd<Isa>>;
-  using ShortRows = LinearSinkhorn<Simd<Isa, std::min<int64_t>(Isa::LANES, 8)>>;  // sixteen lanes pay on long rows alone
+  using ShortRows = LinearSinkhorn<Simd<Isa, std::min<int64_t>(Isa::LANES, 8)>>;  // sixteen lanes only pay on long ones
   const bool small = chunks.count == 1 && problem.columns <= Small::MOST_COLUMNS;
-  // The codes of a single column are exactly 1, and it has no gradient. Only the logarithmic form divides them by themselves.
+  // The codes of a single column are exactly 1, and it has no gradient. Only the logarithmic form divides them by
+  // themselves.
   bool done = solver.group.total_weight > 0 && problem.columns > 1;
   if (done && problem.columns <= Narrow::MOST_COLUMNS) done = solver.run_narrow();
   else if (done && small) done = solver.run_small();
@@ -157,5 +156,4 @@ void solve_sinkhorn(const SinkhornProblem& problem, ParallelFor parallel_for) {
   for (int64_t group = 0; group < problem.groups; ++group) solve_group<Isa>(problem, group, chunks, parallel_for);
 }
 
-}  // namespace
-}  // namespace proto_reg
+}}  // namespace proto_reg

@@ -7,8 +7,8 @@
 
 namespace proto_reg {
 
-// Clusters and access to each other's shared memory come with compute capability 9.0. Code for less ends the launch with
-// an error; the launcher asks for none.
+// Clusters and access to each other's shared memory come with compute capability 9.0. Code for less ends the launch
+// with an error; the launcher asks for none.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 PROTO_REG_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 PROTO_REG_DEVICE int cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }

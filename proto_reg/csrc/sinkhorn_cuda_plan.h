@@ -131,8 +131,8 @@ inline bool plan_resident(const SinkhornProblem& p, const DeviceLimits& d, Regim
   return plan->shared_bytes <= d.shared_per_block;
 }
 
-// How a row lies over lanes of a warp, an even number of columns to each: as few in vain as can be, and rather four. False:
-// it is too long.
+// How a row lies over lanes of a warp, an even number of columns to each: as few in vain as can be, and rather four.
+// False: it is too long.
 inline bool plan_lanes(const SinkhornProblem& p, SinkhornPlan* plan) {
   int64_t best = INT64_MAX;
   for (int64_t lanes = 1; lanes <= 32; lanes *= 2) {
@@ -275,8 +275,8 @@ inline void plan_streamed(const SinkhornProblem& p, const DeviceLimits& d, bool 
                            round_up(larger(plan->sweep_blocks, plan->narrow_blocks), 4);
 }
 
-// Where groups fill the device, as few blocks as hold one. Else one block or a cluster that leaves each thread one row; a
-// cluster of 8 that leaves two; the smallest cooperative grid of clusters with the fewest rows to a thread.
+// Where groups fill the device, as few blocks as hold one. Else one block or a cluster that leaves each thread one row;
+// a cluster of 8 that leaves two; the smallest cooperative grid of clusters with the fewest rows to a thread.
 inline bool choose_registers(const SinkhornProblem& p, const DeviceLimits& d, bool many, SinkhornPlan* plan) {
   const SinkhornPlan before = *plan;
   const int64_t most = d.clusters && p.rows > 1 ? kClusterBlocks : 1;

@@ -1,7 +1,7 @@
-// The matrix stays in registers: of one block, of a cluster, or of a cooperative grid. A row lies over neighbouring lanes
-// of a warp. A pass sums rows by shuffles, and columns by shuffles, over the warps through shared memory, over a cluster
-// through its shared memory, and over a grid through device memory. Each block merges all columns for itself, in one
-// order, so that all blocks know the same potentials after one barrier.
+// The matrix stays in registers: of one block, of a cluster, or of a cooperative grid. A row lies over neighbouring
+// lanes of a warp. A pass sums rows by shuffles, and columns by shuffles, over the warps through shared memory, over a
+// cluster through its shared memory, and over a grid through device memory. Each block merges all columns for itself,
+// in one order, so that all blocks know the same potentials after one barrier.
 #pragma once
 
 #include <type_traits>

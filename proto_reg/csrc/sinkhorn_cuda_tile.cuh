@@ -83,8 +83,8 @@ PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int6
   columns.potential[k] = potential;
 }
 
-// Whether a column's sum is further than tol from its target; the same for every thread. Columns that no row has mass for
-// leave their share to the others. `scratch`: 32 floats. Every thread calls this; ends with the block in step.
+// Whether a column's sum is further than tol from its target; the same for every thread. Columns that no row has mass
+// for leave their share to the others. `scratch`: 32 floats. Every thread calls this; ends with the block in step.
 template <class Sum>
 PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, float total, float* scratch, Sum sum) {
   float shared_out = 0.0f;
@@ -114,8 +114,8 @@ PROTO_REG_DEVICE void row_top_term(const Quad& scores, const float* column_top, 
   }
 }
 
-// exp2(x + g + f) of an entry. A row with a NaN or +inf spoils every column, or none where it does not count: then 0 / 0
-// makes its codes NaN.
+// exp2(x + g + f) of an entry. A row with a NaN or +inf spoils every column, or none where it does not count: then 0 /
+// 0 makes its codes NaN.
 PROTO_REG_DEVICE float exponential(const SinkhornArgs& a, float score, float column_top, float potential, float row_top,
                                    float shift, float weight) {
   const float e = exp2_fast(centre(score, column_top, row_top, a.limit) * a.scale + (potential + shift));

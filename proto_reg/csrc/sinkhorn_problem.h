@@ -1,5 +1,6 @@
-// One Sinkhorn problem, as every kernel receives it: plain pointers, no torch. The contract is that of
-// proto_reg/kernels/sinkhorn_reference.py, whose plain-torch functions judge each kernel.
+// One Sinkhorn problem as every kernel receives it, CPU and CUDA: plain pointers, no torch. A kernel does what the
+// functions of proto_reg/kernels/sinkhorn_reference.py do, against which it is tested. binding.h and step_cpu.cpp make
+// the problem.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +20,13 @@ struct SinkhornProblem {
   double epsilon;
   int64_t num_iters;
   double tol;    // < 0: always num_iters iterations
-  bool isolate;  // rows with a NaN, a +inf or nothing but -inf: weight 0, NaN codes
+  bool isolate;  // a row with a NaN, a +inf or nothing but -inf gets weight 0 and NaN codes
 
   // Out.
   void* codes;        // like scores; null: not wanted
   float* potentials;  // (groups, columns); null, on the CPU: not wanted
 
-  // Cross-entropy of softmax(scores / temperature) against the codes; wanted where `loss` is not null.
+  // Cross-entropy of softmax(scores / temperature) against the codes; wanted if `loss` is not null.
   double temperature;
   float* loss;     // (groups,)
   void* gradient;  // like scores

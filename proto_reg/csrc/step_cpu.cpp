@@ -1,4 +1,5 @@
-// The layer's balanced training step on the CPU, made of the kernels that are there for its parts.
+// The layer's balanced training step on the CPU: calls the kernels for its parts one after the other.
+// cpu_ops.cpp calls step_cpu.
 #include "step_cpu.h"
 
 #include <cmath>
@@ -11,7 +12,7 @@
 namespace proto_reg {
 namespace {
 
-struct Solver {
+struct BalancedStep {
   const StepProblem& problem;
   const ParallelFor parallel_for;
   const Multiply multiply;
@@ -19,7 +20,8 @@ struct Solver {
                 matrix = problem.rows * problem.groups;
   const Workspace workspace{latents, latents, latents, anchors, matrix, problem.rows, problem.rows, problem.groups,
                             problem.groups, anchors, PAST_END};
-  // What is scored, unit rows or the rows themselves, and 1 / their lengths; gradients by tokens, latents and scores.
+  // left, right: what is scored, either unit rows with 1 / their lengths (of_left, of_right), or the scaled rows
+  // themselves.
   float *left = workspace[0], *by_tokens = workspace[1], *by_latents = workspace[2], *right = workspace[3],
         *by_scores = workspace[4], *of_left = workspace[5], *weights = workspace[6], *of_right = workspace[7],
         *potentials = workspace[8], *transposed = workspace[9];
@@ -47,7 +49,7 @@ struct Solver {
     if (cosine) {
       unit_rows_cpu(problem.z, problem.rows, problem.dim, left, of_left);
       unit_rows_cpu(problem.prototypes, problem.groups, problem.dim, right, of_right);
-    } else {  // copies, for products read past the end
+    } else {  // copies, because products read past the end
       const float unit = static_cast<float>(1 / problem.std);
       for (int64_t d = 0; d < latents; ++d) left[d] = unit * problem.z[d];
       for (int64_t d = 0; d < anchors; ++d) right[d] = unit * problem.prototypes[d];
@@ -60,7 +62,7 @@ struct Solver {
     }
   }
 
-  // Codes, assignments, the prototype loss and its gradient by the scores.
+  // Computes codes, assignments, and the prototype loss with its gradient by the scores.
   void assign() const {
     if (problem.mask)
       for (int64_t i = 0; i < problem.rows; ++i) weights[i] = problem.mask[i];
@@ -70,7 +72,7 @@ struct Solver {
     balance.weights = problem.mask ? weights : nullptr;
     balance.groups = 1, balance.rows = problem.rows, balance.columns = problem.groups;
     balance.dtype = Dtype::f32;
-    // Sharper scores are scores under a lower temperature and epsilon; so is the gradient.
+    // To sharpen scores is to lower temperature and epsilon, also for the gradient.
     balance.epsilon = problem.epsilon / problem.sharpness;
     balance.temperature = problem.temperature / problem.sharpness;
     balance.num_iters = problem.num_iters, balance.tol = problem.tol, balance.isolate = problem.isolate;
@@ -80,7 +82,8 @@ struct Solver {
     argmax_cpu(problem.codes, problem.rows, problem.groups, problem.assignments);
   }
 
-  // The prototype loss's gradient by what was scored: at its weight, that by latents and prototypes, in whatever units.
+  // The gradient of the prototype loss by latents and prototypes. Its units do not matter, because add_up sets its
+  // size.
   void pull_back() const {
     product({by_scores, false, right, false, problem.rows, problem.groups, problem.dim, by_tokens});
     product({by_scores, true, left, false, problem.groups, problem.rows, problem.dim, problem.step});
@@ -102,11 +105,11 @@ struct Solver {
             parallel_for);
   }
 
-  // Both gradients at their weights.
+  // Adds both gradients at their weights.
   void add_up() const {
     const double sizes[] = {problem.active[0] * problem.prototype_weight, problem.active[1] * problem.mmd_weight};
     double loss = 0;
-    // What is not at work contributes nothing, be it NaN.
+    // A loss that is not active contributes nothing, not even its NaN.
     if (problem.active[0] > 0) {
       loss += sizes[0] * *problem.prototype_loss;
     } else {
@@ -126,7 +129,7 @@ struct Solver {
 
   void track() const {
     const Counted counted{problem.mask, 1};
-    // NaN codes say nothing of whose a latent is.
+    // NaN codes do not say to which prototype a latent belongs.
     if (problem.sums && problem.active[0] > 0 && std::isfinite(*problem.prototype_loss))
       add_typical_cpu(problem.z, problem.assignments, counted, problem.prototypes, problem.rows, problem.dim,
                       problem.groups, problem.std, problem.sums, problem.dim, problem.mass, 1);
@@ -140,14 +143,14 @@ struct Solver {
 }  // namespace
 
 void step_cpu(const StepProblem& problem, ParallelFor parallel_for, Multiply multiply) {
-  const Solver solver{problem, parallel_for, multiply};
-  solver.follow();
-  solver.score();
-  solver.assign();
-  solver.pull_back();
-  solver.match();
-  solver.add_up();
-  solver.track();
+  const BalancedStep step{problem, parallel_for, multiply};
+  step.follow();
+  step.score();
+  step.assign();
+  step.pull_back();
+  step.match();
+  step.add_up();
+  step.track();
 }
 
 }  // namespace proto_reg

@@ -1,5 +1,5 @@
-// The layer's balanced training step, from latents to the direction that is attached to them, as the CPU kernel receives
-// it: plain pointers, no torch. The contract is that of balanced_step_plain in proto_reg/kernels/step.py.
+// The layer's balanced training step, from latents to the direction that is attached to them, with plain pointers.
+// It does what balanced_step_plain in proto_reg/kernels/step.py does. cpu_ops.cpp calls it.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace proto_reg {
 
-// A product too large for one thread: out (rows, columns) = a (rows, inner) b (inner, columns). A matrix that is said to
-// be transposed lies as (columns, rows); all are contiguous.
+// A product too large for one thread: out (rows, columns) = a (rows, inner) b (inner, columns). All are contiguous. A
+// transposed matrix lies in memory as (columns, rows).
 struct Product {
   const float* a;
   bool a_transposed;
@@ -26,13 +26,13 @@ enum class Scores : int32_t { cosine, dot, euclidean };
 struct StepProblem {
   // In. Contiguous.
   const float* z;           // (rows, dim)
-  const bool* mask;         // (rows,), false: left out; null: none
-  float* prototypes;        // (groups, dim), moved where `seen` is given
+  const bool* mask;         // (rows,); false leaves a row out; null: no row
+  float* prototypes;        // (groups, dim); moved if `seen` is given
   const float* marginals;   // (groups,); null: uniform
   int64_t rows, groups, dim;
   Scores kind;
-  double std;        // of the normal distribution around each prototype
-  double sharpness;  // what scores are multiplied with, under the temperature and epsilon below
+  double std;        // standard deviation around each prototype
+  double sharpness;  // scores are multiplied with it before temperature and epsilon
   double epsilon;
   int64_t num_iters;
   double tol;  // < 0: always num_iters iterations
@@ -42,9 +42,9 @@ struct StepProblem {
   bool unbiased, by_mass;
   double prototype_weight, mmd_weight;
   double follow_rate;
-  double active[2];  // share of its usual size that each weight has; without the prototype loss nothing is followed
+  double active[2];  // the share of each weight now; prototypes follow only if the first is not 0
 
-  // State that the step adds to. Null where it is not kept.
+  // State that the step adds to; null: not kept.
   float *sums, *mass, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)
   int64_t *usage, *steps;     // the meter's, (groups,), and the layer's, ()
   float* totals;              // the meter's, (4,)

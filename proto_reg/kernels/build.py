@@ -40,7 +40,7 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PREBUILT = Path(__file__).resolve().parent / "lib"  # filled by PROTO_REG_BUILD=... pip install
 SOURCES = {
     "cpu": (
-        *("cpu_ops.cpp", "sinkhorn_cpu.cpp", "mmd_cpu.cpp", "rows_cpu.cpp", "step_cpu.cpp"),
+        *("cpu_ops.cpp", "cpu_kernels.cpp", "mmd_cpu_clusters.cpp", "rows_cpu.cpp", "step_cpu.cpp"),
         *("cpu_baseline.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"),  # the kernels, once for each instruction set
     ),
     "cuda": ("cuda_ops.cpp", "sinkhorn_cuda.cu"),

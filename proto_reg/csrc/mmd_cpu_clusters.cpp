@@ -1,13 +1,11 @@
-// The anchored MMD on the CPU: sorts the rows by cluster, and calls the kernel of this machine's instruction set.
-#include "mmd_cpu.h"
+// Prepares an anchored MMD for the CPU kernels: sorts the rows by cluster, and computes the mixture's constants.
+// solve_mmd in mmd_cpu_kernel.h calls it.
+#include "mmd_cpu_clusters.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
-
-#include "cpu_kernels.h"
-#include "mmd_cpu_clusters.h"
 
 namespace proto_reg {
 namespace {
@@ -46,7 +44,8 @@ Mixture::Mixture(std::vector<double> widths, double dim, double std) {
   for (const double width : widths) {
     const double variance = dim * width * noise;
     Scale scale;
-    // Each doubles the relative error, hence two at most: the default scales cost two exponentials, not six.
+    // A squaring doubles the relative error, so there are at most two in a row. The default scales cost two
+    // exponentials.
     scale.squares = previous == 2 * variance && squarings < 2;
     squarings = scale.squares ? squarings + 1 : 0;
     scale.rate = static_cast<float>(-0.5 / variance * log2_e);
@@ -59,7 +58,5 @@ Mixture::Mixture(std::vector<double> widths, double dim, double std) {
     previous = variance;
   }
 }
-
-void mmd_cpu(const MmdProblem& problem, ParallelFor parallel_for) { cpu_kernels().mmd(problem, parallel_for); }
 
 }  // namespace proto_reg
