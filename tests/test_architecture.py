@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,27 @@ def test_the_wheels_package_list_is_the_tree() -> None:
 def test_ops_are_registered_once_and_have_no_surprises() -> None:
     for name in ("sinkhorn", "anchored_mmd", "weighted_mmd", "follow", "snapshot"):
         assert getattr(torch.ops.proto_reg, name).default is not None
+
+
+def test_the_page_on_kernels_names_what_exists() -> None:
+    """Files, functions, types and excerpts of docs/reading-a-kernel.md, in the sources as they are."""
+    page = (ROOT / "docs" / "reading-a-kernel.md").read_text()
+    prose, *excerpts = re.split(r"^```(?:cpp)?\n", page, flags=re.MULTILINE)
+    prose, excerpts = "".join([prose, *excerpts[1::2]]), excerpts[::2]
+    named = set(re.findall(r"`([^`\n]+)`", prose))
+    files = {name for name in named if re.search(r"\.(h|cpp|cuh?|py)$", name)}
+    assert {
+        name for name in files if not any((folder / name).is_file() for folder in (ROOT, PACKAGE / "csrc"))
+    } == set()
+    sources = {path: path.read_text() for path in (PACKAGE / "csrc").iterdir() if path.is_file()}
+    everything = "\n".join([*sources.values(), *((ROOT / name).read_text() for name in files if name.endswith(".py"))])
+    names = {name for name in named - files if re.fullmatch(r"\w{2,}", name)}
+    assert len(files) > 15 and len(names) > 40
+    assert {name for name in names if not re.search(rf"\b{name}\b", everything)} == set()
+    # Whatever the page places in a file stands there.
+    placed = re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.\w+)`", prose)
+    assert len(placed) > 8
+    for name, file in placed:
+        (path,) = (p for p in (ROOT / file, PACKAGE / "csrc" / file) if p.is_file())
+        assert re.search(rf"\b{name}\b", path.read_text()), (name, file)
+    assert excerpts and all(any(excerpt in text for text in sources.values()) for excerpt in excerpts)

@@ -58,6 +58,13 @@ PROTO_REG_DEVICE void from_float(float x, float* out) { *out = x; }
 PROTO_REG_DEVICE void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 PROTO_REG_DEVICE void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 
+// body(0), ..., body(N - 1), unrolled, so that arrays which the body indexes can stay in registers.
+template <int N, class Body>
+PROTO_REG_DEVICE void unroll(Body body) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) body(i);
+}
+
 // Four neighbouring columns of a row: what a thread moves at one time.
 struct alignas(16) Quad {
   float at[4];
@@ -79,11 +86,9 @@ PROTO_REG_DEVICE Quad read_quad(const T* row, int64_t first, int64_t columns, bo
   Quad x;
   if (vectors) {
     const Packed<T> packed = *reinterpret_cast<const Packed<T>*>(row + first);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x.at[j] = to_float(packed.at[j]);
+    unroll<4>([&](int j) { x.at[j] = to_float(packed.at[j]); });
   } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x.at[j] = first + j < columns ? to_float(row[first + j]) : -infinity();
+    unroll<4>([&](int j) { x.at[j] = first + j < columns ? to_float(row[first + j]) : -infinity(); });
   }
   return x;
 }
@@ -92,8 +97,7 @@ PROTO_REG_DEVICE Quad read_quad(const T* row, int64_t first, int64_t columns, bo
 template <class T>
 PROTO_REG_DEVICE Quad read_scores(const T* row, int64_t first, int64_t columns, bool vectors) {
   Quad x = read_quad(row, first, columns, vectors);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) x.at[j] *= kEighth;
+  unroll<4>([&](int j) { x.at[j] *= kEighth; });
   return x;
 }
 
@@ -101,14 +105,10 @@ template <class T>
 PROTO_REG_DEVICE void write_quad(T* row, int64_t first, int64_t columns, bool vectors, const Quad& x) {
   if (vectors) {
     Packed<T> packed;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) from_float(x.at[j], &packed.at[j]);
+    unroll<4>([&](int j) { from_float(x.at[j], &packed.at[j]); });
     *reinterpret_cast<Packed<T>*>(row + first) = packed;
   } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (first + j < columns) from_float(x.at[j], &row[first + j]);
-    }
+    unroll<4>([&](int j) { if (first + j < columns) from_float(x.at[j], &row[first + j]); });
   }
 }
 
@@ -121,8 +121,7 @@ struct Values {
 struct Add {
   template <int N>
   PROTO_REG_DEVICE Values<N> operator()(Values<N> a, const Values<N>& b) const {
-#pragma unroll
-    for (int j = 0; j < N; ++j) a.at[j] += b.at[j];
+    unroll<N>([&](int j) { a.at[j] += b.at[j]; });
     return a;
   }
 };
@@ -130,8 +129,7 @@ struct Add {
 struct Max {
   template <int N>
   PROTO_REG_DEVICE Values<N> operator()(Values<N> a, const Values<N>& b) const {
-#pragma unroll
-    for (int j = 0; j < N; ++j) a.at[j] = fmaxf(a.at[j], b.at[j]);
+    unroll<N>([&](int j) { a.at[j] = fmaxf(a.at[j], b.at[j]); });
     return a;
   }
 };
@@ -152,8 +150,7 @@ template <int N, class Combine>
 PROTO_REG_DEVICE Values<N> reduce_lanes(Values<N> x, int lanes, Combine combine, int stride = 1) {
   for (int step = lanes / 2; step >= stride; step /= 2) {
     Values<N> other;
-#pragma unroll
-    for (int j = 0; j < N; ++j) other.at[j] = __shfl_xor_sync(0xffffffffu, x.at[j], step);
+    unroll<N>([&](int j) { other.at[j] = __shfl_xor_sync(0xffffffffu, x.at[j], step); });
     x = combine(x, other);
   }
   return x;
@@ -224,8 +221,7 @@ PROTO_REG_DEVICE void reduce_rows(const Layout& l, Values<N> start, float* scrat
     if (l.segments == 1) {
       finish(row, sum);
     } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) scratch[task * N + j] = sum.at[j];
+      unroll<N>([&](int j) { scratch[task * N + j] = sum.at[j]; });
     }
   }
   __syncthreads();
@@ -234,8 +230,7 @@ PROTO_REG_DEVICE void reduce_rows(const Layout& l, Values<N> start, float* scrat
     Values<N> sum = start;
     for (int segment = 0; segment < l.segments; ++segment) {
       Values<N> part;
-#pragma unroll
-      for (int j = 0; j < N; ++j) part.at[j] = scratch[(row * l.segments + segment) * N + j];
+      unroll<N>([&](int j) { part.at[j] = scratch[(row * l.segments + segment) * N + j]; });
       sum = combine(sum, part);
     }
     finish(row, sum);
@@ -257,8 +252,7 @@ PROTO_REG_DEVICE void reduce_groups(const Layout& l, const Quad& mine, float* sc
       Quad sum = load_quad(scratch + 4 * threadIdx.x);
       for (int group = l.group + step; group < end; group += step) {
         const Quad other = load_quad(scratch + 4 * (group * l.quads + l.quad));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum.at[j] = kMaximum ? fmaxf(sum.at[j], other.at[j]) : sum.at[j] + other.at[j];
+        unroll<4>([&](int j) { sum.at[j] = kMaximum ? fmaxf(sum.at[j], other.at[j]) : sum.at[j] + other.at[j]; });
       }
       store_quad(step == 1 ? out + 4 * l.quad : scratch + 4 * threadIdx.x, sum);
     }
@@ -275,8 +269,7 @@ PROTO_REG_DEVICE void reduce_columns(const Layout& l, float* scratch, float* out
 #pragma unroll 4
     for (int row = l.group; row < l.rows; row += l.groups) {
       const Quad x = term(row, quad);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum.at[j] = kMaximum ? fmaxf(sum.at[j], x.at[j]) : sum.at[j] + x.at[j];
+      unroll<4>([&](int j) { sum.at[j] = kMaximum ? fmaxf(sum.at[j], x.at[j]) : sum.at[j] + x.at[j]; });
     }
     return sum;
   };

@@ -44,14 +44,12 @@ struct NarrowPass {
     if (team <= 32) return;
     float* const parts = sums + turn * 32 * kNarrowValues;
     if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) parts[threadIdx.x / 32 * N + n] = x->at[n];
+      unroll<N>([&](int n) { parts[threadIdx.x / 32 * N + n] = x->at[n]; });
     }
     __syncthreads();
     *x = Values<N>{};
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) x->at[n] += parts[warp * N + n];
+      unroll<N>([&](int n) { x->at[n] += parts[warp * N + n]; });
     }
     if (plan.narrow_cluster > 1) sum_over_cluster(x);
     turn ^= 1;
@@ -61,8 +59,7 @@ struct NarrowPass {
   PROTO_REG_DEVICE void sum_over_cluster(Values<N>* x) {
     float* const mine = shared_by_cluster + turn * kNarrowValues;
     if (threadIdx.x == 0) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) mine[n] = x->at[n];
+      unroll<N>([&](int n) { mine[n] = x->at[n]; });
     }
     cluster_sync();
     if (static_cast<int>(threadIdx.x) < N) {
@@ -71,22 +68,19 @@ struct NarrowPass {
       totals[turn * kNarrowValues + threadIdx.x] = total;
     }
     __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; ++n) x->at[n] = totals[turn * kNarrowValues + n];
+    unroll<N>([&](int n) { x->at[n] = totals[turn * kNarrowValues + n]; });
   }
 
   PROTO_REG_DEVICE void load(int64_t first) {
     const T* const scores = static_cast<const T*>(a.problem.scores);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
+    unroll<R>([&](int r) {
       const int64_t at = row(first, r);
-#pragma unroll
-      for (int q = 0; q < Q; ++q) {
+      unroll<Q>([&](int q) {
         x[r][q] = at < a.problem.rows && owns(q)
                       ? read_quad(scores + at * a.problem.columns, column(q), a.problem.columns, a.vectors)
                       : filled(-infinity());
-      }
-    }
+      });
+    });
   }
 
   PROTO_REG_DEVICE float exponential(const Quad& scores, int q, int j) const {
@@ -96,39 +90,30 @@ struct NarrowPass {
   // Scores become exponentials; their sums over each row.
   PROTO_REG_DEVICE Values<R> fill() {
     Values<R> sum{};
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-      for (int q = 0; q < Q; ++q) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
+    unroll<R>([&](int r) {
+      unroll<Q>([&](int q) {
+        unroll<4>([&](int j) {
           x[r][q].at[j] = exponential(x[r][q], q, j);
           sum.at[r] += x[r][q].at[j];
-        }
-      }
-    }
+        });
+      });
+    });
     sum_over_row(&sum);
     return sum;
   }
 
   PROTO_REG_DEVICE void add_columns() {
     Quad column_sums[Q];
-#pragma unroll
-    for (int q = 0; q < Q; ++q) column_sums[q] = filled(0.0f);
+    unroll<Q>([&](int q) { column_sums[q] = filled(0.0f); });
     for (int64_t first = first_row(); first < a.problem.rows; first += step()) {
       load(first);
       const Values<R> sum = fill();
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
+      unroll<R>([&](int r) {
         const int64_t at = row(first, r);
         const float weight = at < a.problem.rows ? state.row_weight(a, at) : 0.0f;
         const float weighted = weight > 0.0f ? divide(weight, sum.at[r]) : 0.0f;
-#pragma unroll
-        for (int q = 0; q < Q; ++q) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) column_sums[q].at[j] += weighted * x[r][q].at[j];
-        }
-      }
+        unroll<Q>([&](int q) { unroll<4>([&](int j) { column_sums[q].at[j] += weighted * x[r][q].at[j]; }); });
+      });
     }
     publish(column_sums);
   }
@@ -139,15 +124,12 @@ struct NarrowPass {
     float* const scratch = shared_floats();
     const int warps = team > 32 ? 1 : blockDim.x / 32, warp = team > 32 ? 0 : threadIdx.x / 32;
     const bool stores = team > 32 || static_cast<int>(threadIdx.x) % 32 < team;
-#pragma unroll
-    for (int q = 0; q < Q; ++q) {
+    unroll<Q>([&](int q) {
       Values<4> sum;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum.at[j] = column_sums[q].at[j];
+      unroll<4>([&](int j) { sum.at[j] = column_sums[q].at[j]; });
       if (team < 32) sum = reduce_lanes<4>(sum, 32, Add(), team);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) column_sums[q].at[j] = sum.at[j];
-    }
+      unroll<4>([&](int j) { column_sums[q].at[j] = sum.at[j]; });
+    });
     for (int turn_of = 0; turn_of < warps; ++turn_of) {
       if (warps > 1) __syncthreads();
       if (warp != turn_of || !stores) continue;
@@ -158,8 +140,7 @@ struct NarrowPass {
         Quad sum = column_sums[q];
         if (turn_of > 0) {
           const Quad before = load_quad(at);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sum.at[j] += before.at[j];
+          unroll<4>([&](int j) { sum.at[j] += before.at[j]; });
         }
         store_quad(turn_of + 1 == warps ? out + column(q) : at, sum);
       }
@@ -178,21 +159,18 @@ struct NarrowPass {
     for (int64_t first = first_row(); first < a.problem.rows; first += step()) {
       load(first);
       const Values<R> sum = fill();
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
+      unroll<R>([&](int r) {
         const float factor = divide(1.0f, sum.at[r]);
-#pragma unroll
-        for (int q = 0; q < Q; ++q) put(a.problem.codes, row(first, r), q, code(x[r][q], factor));
-      }
+        unroll<Q>([&](int q) { put(a.problem.codes, row(first, r), q, code(x[r][q], factor)); });
+      });
     }
   }
 
   PROTO_REG_DEVICE Quad code(Quad e, float factor) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    unroll<4>([&](int j) {
       e.at[j] *= factor;
       if (a.problem.columns == 1 && e.at[j] == e.at[j]) e.at[j] = 1.0f;  // exactly
-    }
+    });
     return e;
   }
 
@@ -245,8 +223,7 @@ struct NarrowPass {
   }
 
   PROTO_REG_DEVICE void run() {
-#pragma unroll
-    for (int q = 0; q < Q; ++q) potential[q] = owns(q) ? load_quad(state.folded + column(q)) : filled(-infinity());
+    unroll<Q>([&](int q) { potential[q] = owns(q) ? load_quad(state.folded + column(q)) : filled(-infinity()); });
     if constexpr (kFor == Narrow::sums) add_columns();
     if constexpr (kFor == Narrow::codes) write();
     if constexpr (kFor == Narrow::entropy) write_entropy();

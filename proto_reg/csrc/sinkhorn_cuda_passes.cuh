@@ -78,8 +78,7 @@ struct SweepRows {
 
   PROTO_REG_DEVICE Quad code(int row, int quad) const {
     Quad e = exponential(row, quad);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) e.at[j] *= rows.factor()[row];
+    unroll<4>([&](int j) { e.at[j] *= rows.factor()[row]; });
     return e;
   }
 };
@@ -221,11 +220,9 @@ struct FusedPass {
 #pragma unroll 4
       for (int row = l.group; row < l.rows; row += l.groups) {
         const Quad e = load_quad(entry(row, quad));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum.at[j] += rows.weighted()[row] * e.at[j];
+        unroll<4>([&](int j) { sum.at[j] += rows.weighted()[row] * e.at[j]; });
       }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum.at[j] += before.at[j];
+      unroll<4>([&](int j) { sum.at[j] += before.at[j]; });
       store_quad(own_sums(l, quad), sum);
     }
   }

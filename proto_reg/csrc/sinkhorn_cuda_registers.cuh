@@ -1,7 +1,7 @@
-// The matrix stays in registers: of one block, of a cluster, or of a cooperative grid. A row lies over neighbouring
-// lanes of a warp. A pass sums rows by shuffles, and columns by shuffles, over the warps through shared memory, over a
-// cluster through its shared memory, and over a grid through device memory. Each block merges all columns for itself,
-// in one order, so that all blocks know the same potentials after one barrier.
+// The matrix stays in registers: of one block, of a cluster, or of a cooperative grid. A row lies over neighbouring lanes
+// of a warp. A pass sums rows by shuffles, and columns by shuffles, over the warps through shared memory, over a cluster
+// through its shared memory, and over a grid through device memory. Each block merges all columns for itself, in one
+// order, so that all blocks know the same potentials after one barrier.
 #pragma once
 
 #include <type_traits>
@@ -72,15 +72,11 @@ struct Registers {
   // use(r, c, offset) for each entry of the matrix that this thread holds.
   template <class Use>
   PROTO_REG_DEVICE void for_entries(Use use) const {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
+    unroll<R>([&](int r) {
       const int at = row(r), columns_of_all = static_cast<int>(a.problem.columns);
       const int64_t offset = (group * a.problem.rows + at) * columns_of_all;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        if (at >= 0 && column(c) < columns_of_all) use(r, c, offset + column(c));
-      }
-    }
+      unroll<C>([&](int c) { if (at >= 0 && column(c) < columns_of_all) use(r, c, offset + column(c)); });
+    });
   }
 
   // use(a null pointer to the scores' type).
@@ -96,11 +92,7 @@ struct Registers {
   }
 
   PROTO_REG_DEVICE void read_scores(float (&x)[R][C]) const {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-      for (int c = 0; c < C; ++c) x[r][c] = -infinity();
-    }
+    unroll<R>([&](int r) { unroll<C>([&](int c) { x[r][c] = -infinity(); }); });
     with_type([&](auto* type) {
       const auto* const scores = static_cast<const std::remove_pointer_t<decltype(type)>*>(a.problem.scores);
       for_entries([&](int r, int c, int64_t at) { x[r][c] = kEighth * to_float(scores[at]); });
@@ -119,11 +111,9 @@ struct Registers {
   template <int N, class Merge, class Finish>
   PROTO_REG_DEVICE void merge_columns(const Values<C> (&mine)[N], Merge merge, Finish finish) {
     if (place == 0) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-#pragma unroll
-        for (int c = 0; c < C; ++c) partials[(warp * N + j) * pitch + column(c)] = mine[j].at[c];
-      }
+      unroll<N>([&](int j) {
+        unroll<C>([&](int c) { partials[(warp * N + j) * pitch + column(c)] = mine[j].at[c]; });
+      });
     }
     __syncthreads();
     const int blocks = static_cast<int>(plan.blocks), cluster = static_cast<int>(plan.cluster);
@@ -134,8 +124,7 @@ struct Registers {
       if (blocks == 1) {
         finish(k, sum);
       } else {
-#pragma unroll
-        for (int j = 0; j < N; ++j) buffer[j * pitch + k] = sum.at[j];
+        unroll<N>([&](int j) { buffer[j * pitch + k] = sum.at[j]; });
       }
     }
     if (blocks == 1) return;
@@ -154,8 +143,7 @@ struct Registers {
         if (clusters == 1) {
           finish(k, sum);
         } else {
-#pragma unroll
-          for (int j = 0; j < N; ++j) shared_by_all[(rank / cluster * N + j) * pitch + k] = sum.at[j];
+          unroll<N>([&](int j) { shared_by_all[(rank / cluster * N + j) * pitch + k] = sum.at[j]; });
         }
       }
     }
@@ -175,10 +163,8 @@ struct Registers {
   // The sum of one number for each row, over the group, for every thread.
   PROTO_REG_DEVICE float sum_over_rows(const float (&x)[R]) {
     Values<C> mine[1];
-#pragma unroll
-    for (int c = 0; c < C; ++c) mine[0].at[c] = 0.0f;
-#pragma unroll
-    for (int r = 0; r < R; ++r) mine[0].at[0] += lane == 0 ? x[r] : 0.0f;
+    unroll<C>([&](int c) { mine[0].at[c] = 0.0f; });
+    unroll<R>([&](int r) { mine[0].at[0] += lane == 0 ? x[r] : 0.0f; });
     mine[0] = over_places(mine[0], Add());
     merge_columns(mine, MergeSums(), [&](int k, const Values<1>& sum) {
       if (k == 0) *slot = sum.at[0];
@@ -190,21 +176,18 @@ struct Registers {
   PROTO_REG_DEVICE void load() {
     read_scores(e);
     Values<R> largest;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
+    unroll<R>([&](int r) {
       const int at = row(r);
       weight[r] = at < 0 ? 0.0f : a.problem.weights ? a.problem.weights[group * a.problem.rows + at] : 1.0f;
       largest.at[r] = -infinity();
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
+      unroll<C>([&](int c) {
         largest.at[r] = fmaxf(largest.at[r], row_evidence(a.problem, group, column(c), e[r][c]));
-      }
+      });
       shift[r] = 0.0f;
-    }
+    });
     if (a.problem.isolate) {
       largest = reduce_lanes<R>(largest, lanes, Max());
-#pragma unroll
-      for (int r = 0; r < R; ++r) weight[r] = fabsf(largest.at[r]) == infinity() ? 0.0f : weight[r];
+      unroll<R>([&](int r) { weight[r] = fabsf(largest.at[r]) == infinity() ? 0.0f : weight[r]; });
     }
     total = a.problem.weights || a.problem.isolate ? sum_over_rows(weight) : static_cast<float>(a.problem.rows);
   }
@@ -212,22 +195,17 @@ struct Registers {
   // The first potentials, from column maxima and the sums of exponentials below them.
   PROTO_REG_DEVICE void start_columns() {
     Values<C> both[2];
-#pragma unroll
-    for (int c = 0; c < C; ++c) both[0].at[c] = -infinity(), both[1].at[c] = 0.0f;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-      for (int c = 0; c < C; ++c) both[0].at[c] = weight[r] > 0.0f ? fmaxf(both[0].at[c], e[r][c]) : both[0].at[c];
-    }
+    unroll<C>([&](int c) { both[0].at[c] = -infinity(), both[1].at[c] = 0.0f; });
+    unroll<R>([&](int r) {
+      unroll<C>([&](int c) { both[0].at[c] = weight[r] > 0.0f ? fmaxf(both[0].at[c], e[r][c]) : both[0].at[c]; });
+    });
     both[0] = over_places(both[0], Max());
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
+    unroll<C>([&](int c) {
       const float base = both[0].at[c] == -infinity() ? 0.0f : both[0].at[c];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
+      unroll<R>([&](int r) {
         both[1].at[c] += weight[r] > 0.0f ? weight[r] * exp2_fast((e[r][c] - base) * a.scale) : 0.0f;
-      }
-    }
+      });
+    });
     both[1] = over_places(both[1], Add());
     merge_columns(both, MergeMasses{a.scale}, [&](int k, const Values<2>& sum) {
       start_column(a.problem, group, k, total, sum.at[0], sum.at[1], columns);
@@ -239,55 +217,43 @@ struct Registers {
   // Centres the scores by row.
   PROTO_REG_DEVICE void start_rows() {
     Values<R> largest;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
+    unroll<R>([&](int r) {
       largest.at[r] = -infinity();
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
+      unroll<C>([&](int c) {
         const float x = e[r][c] - columns.top[column(c)];
         largest.at[r] = fmaxf(largest.at[r], x < infinity() ? x : infinity());
-      }
-    }
+      });
+    });
     largest = reduce_lanes<R>(largest, lanes, Max());
-#pragma unroll
-    for (int r = 0; r < R; ++r) top[r] = largest.at[r] == -infinity() ? 0.0f : largest.at[r];
+    unroll<R>([&](int r) { top[r] = largest.at[r] == -infinity() ? 0.0f : largest.at[r]; });
   }
 
   // Scores in `e` become exponentials.
   PROTO_REG_DEVICE void fill() {
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
+    unroll<C>([&](int c) {
       const float column_top = columns.top[column(c)], potential = columns.potential[column(c)];
-#pragma unroll
-      for (int r = 0; r < R; ++r) e[r][c] = exponential(a, e[r][c], column_top, potential, top[r], shift[r], weight[r]);
-    }
+      unroll<R>([&](int r) { e[r][c] = exponential(a, e[r][c], column_top, potential, top[r], shift[r], weight[r]); });
+    });
   }
 
   PROTO_REG_DEVICE void sum_rows() {
     Values<R> sum;
-#pragma unroll
-    for (int r = 0; r < R; ++r) sum.at[r] = 0.0f;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
+    unroll<R>([&](int r) { sum.at[r] = 0.0f; });
+    unroll<C>([&](int c) {
       const float v = scale[column(c)];
-#pragma unroll
-      for (int r = 0; r < R; ++r) sum.at[r] += e[r][c] * v;
-    }
+      unroll<R>([&](int r) { sum.at[r] += e[r][c] * v; });
+    });
     sum = reduce_lanes<R>(sum, lanes, Add());
-#pragma unroll
-    for (int r = 0; r < R; ++r) factor[r] = divide(1.0f, sum.at[r]);
+    unroll<R>([&](int r) { factor[r] = divide(1.0f, sum.at[r]); });
   }
 
   PROTO_REG_DEVICE void sum_columns() {
     Values<C> mine[1];
-#pragma unroll
-    for (int c = 0; c < C; ++c) mine[0].at[c] = 0.0f;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
+    unroll<C>([&](int c) { mine[0].at[c] = 0.0f; });
+    unroll<R>([&](int r) {
       const float weighted = weight[r] > 0.0f ? weight[r] * factor[r] : 0.0f;
-#pragma unroll
-      for (int c = 0; c < C; ++c) mine[0].at[c] += weighted * e[r][c];
-    }
+      unroll<C>([&](int c) { mine[0].at[c] += weighted * e[r][c]; });
+    });
     mine[0] = over_places(mine[0], Add());
     merge_columns(mine, MergeSums(), [&](int k, const Values<1>& sum) { sums[k] = sum.at[0]; });
   }
@@ -312,23 +278,20 @@ struct Registers {
       columns.potential[k] += log2f(scale[k]);
       scale[k] = 1.0f;
     }
-#pragma unroll
-    for (int r = 0; r < R; ++r) shift[r] += factor[r] < infinity() ? log2f(factor[r]) : 0.0f;
+    unroll<R>([&](int r) { shift[r] += factor[r] < infinity() ? log2f(factor[r]) : 0.0f; });
     __syncthreads();
     read_scores(e);
     fill();
   }
 
   PROTO_REG_DEVICE void finish() {
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
+    unroll<C>([&](int c) {
       const float v = scale[column(c)];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
+      unroll<R>([&](int r) {
         e[r][c] *= v * factor[r];
         if (a.problem.columns == 1 && column(c) == 0 && e[r][c] == e[r][c]) e[r][c] = 1.0f;  // exactly
-      }
-    }
+      });
+    });
     if (a.problem.codes) write(a.problem.codes, e);
     for (int k = threadIdx.x; rank == 0 && k < a.problem.columns; k += blockDim.x) {
       const float potential = columns.potential[k] + log2f(scale[k]);
@@ -343,37 +306,31 @@ struct Registers {
     float x[R][C], loss[R];
     read_scores(x);
     Values<R> largest, norm, along;  // a row's maximum; sums of exponentials below it, and of codes times scores
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
+    unroll<R>([&](int r) {
       largest.at[r] = -infinity(), norm.at[r] = along.at[r] = 0.0f;
-#pragma unroll
-      for (int c = 0; c < C; ++c) largest.at[r] = fmaxf(largest.at[r], x[r][c]);
-    }
+      unroll<C>([&](int c) { largest.at[r] = fmaxf(largest.at[r], x[r][c]); });
+    });
     largest = reduce_lanes<R>(largest, lanes, Max());
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
+    unroll<R>([&](int r) {
+      unroll<C>([&](int c) {
         const float below = x[r][c] - largest.at[r];
         along.at[r] += e[r][c] == 0.0f ? 0.0f : e[r][c] * below;
         x[r][c] = exp2_fast(below * a.entropy_scale);
         norm.at[r] += column(c) < a.problem.columns ? x[r][c] : 0.0f;
-      }
-    }
+      });
+    });
     norm = reduce_lanes<R>(norm, lanes, Add());
     along = reduce_lanes<R>(along, lanes, Add());
     const float per_weight = divide(a.entropy_scale * (kLn2 / 8), total);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
+    unroll<R>([&](int r) {
       const bool counts = weight[r] > 0.0f;
       loss[r] = counts ? weight[r] * (logf(norm.at[r]) - along.at[r] * a.entropy_scale * kLn2) : 0.0f;
       const float inverse = divide(1.0f, norm.at[r]);
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
+      unroll<C>([&](int c) {
         const float predicted = a.problem.columns == 1 ? e[r][c] : x[r][c] * inverse;
         x[r][c] = counts ? weight[r] * per_weight * (predicted - e[r][c]) : 0.0f;
-      }
-    }
+      });
+    });
     write(a.problem.gradient, x);
     const float sum = sum_over_rows(loss);
     if (rank == 0 && threadIdx.x == 0) a.problem.loss[group] = total > 0.0f ? divide(sum, total) : 0.0f;

@@ -157,8 +157,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_sum_columns(const Sinkho
     const Quad e = exponentials(a, x, load_quad(state.columns.top + 4 * (slab.first_quad + quad)),
                                 load_quad(state.columns.potential + 4 * (slab.first_quad + quad)), state.row_top[at],
                                 state.shift[at], weight);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum.at[j] += weight > 0.0f ? weight * e.at[j] : 0.0f;
+    unroll<4>([&](int j) { sum.at[j] += weight > 0.0f ? weight * e.at[j] : 0.0f; });
   });
   reduce_groups<false>(slab.layout, sum, shared_floats(),
                        state.partials + blockIdx.y * a.plan.stride + 4 * slab.first_quad);
@@ -174,18 +173,15 @@ PROTO_REG_DEVICE void gather_partials(const SinkhornArgs& a, const float* partia
 #pragma unroll 4
   for (int64_t row = lane; k < stride && row < count; row += lanes) {
     Values<N> part;
-#pragma unroll
-    for (int j = 0; j < N; ++j) part.at[j] = partials[(row * N + j) * stride + k];
+    unroll<N>([&](int j) { part.at[j] = partials[(row * N + j) * stride + k]; });
     sum = combine(sum, part);
   }
-#pragma unroll
-  for (int j = 0; j < N; ++j) own[j] = sum.at[j];
+  unroll<N>([&](int j) { own[j] = sum.at[j]; });
   __syncthreads();
   if (lane != 0 || k >= stride) return;
   for (int other = 1; other < lanes; ++other) {
     Values<N> part;
-#pragma unroll
-    for (int j = 0; j < N; ++j) part.at[j] = own[other * 32 * N + j];
+    unroll<N>([&](int j) { part.at[j] = own[other * 32 * N + j]; });
     sum = combine(sum, part);
   }
   finish(k, sum);

@@ -83,8 +83,8 @@ PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int6
   columns.potential[k] = potential;
 }
 
-// Whether a column's sum is further than tol from its target; the same for every thread. Columns that no row has mass
-// for leave their share to the others. `scratch`: 32 floats. Every thread calls this; ends with the block in step.
+// Whether a column's sum is further than tol from its target; the same for every thread. Columns that no row has mass for
+// leave their share to the others. `scratch`: 32 floats. Every thread calls this; ends with the block in step.
 template <class Sum>
 PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, float total, float* scratch, Sum sum) {
   float shared_out = 0.0f;
@@ -107,15 +107,14 @@ PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, 
 // The row's largest centred score, as a term of reduce_rows; NaN and +inf count as +inf.
 PROTO_REG_DEVICE void row_top_term(const Quad& scores, const float* column_top, Values<1>* top) {
   const Quad shift = load_quad(column_top);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  unroll<4>([&](int j) {
     const float x = scores.at[j] - shift.at[j];
     top->at[0] = fmaxf(top->at[0], x < infinity() ? x : infinity());
-  }
+  });
 }
 
-// exp2(x + g + f) of an entry. A row with a NaN or +inf spoils every column, or none where it does not count: then 0 /
-// 0 makes its codes NaN.
+// exp2(x + g + f) of an entry. A row with a NaN or +inf spoils every column, or none where it does not count: then 0 / 0
+// makes its codes NaN.
 PROTO_REG_DEVICE float exponential(const SinkhornArgs& a, float score, float column_top, float potential, float row_top,
                                    float shift, float weight) {
   const float e = exp2_fast(centre(score, column_top, row_top, a.limit) * a.scale + (potential + shift));
@@ -126,10 +125,9 @@ PROTO_REG_DEVICE float exponential(const SinkhornArgs& a, float score, float col
 PROTO_REG_DEVICE Quad exponentials(const SinkhornArgs& a, const Quad& scores, const Quad& column_top,
                                    const Quad& potential, float row_top, float shift, float weight) {
   Quad e;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  unroll<4>([&](int j) {
     e.at[j] = exponential(a, scores.at[j], column_top.at[j], potential.at[j], row_top, shift, weight);
-  }
+  });
   return e;
 }
 
@@ -139,16 +137,14 @@ PROTO_REG_DEVICE void for_columns(const Layout& l, Source source, Put put) {
   for (int quad = l.quad; quad < l.quads; quad += blockDim.x) {
     for (int first = l.group; first < l.rows; first += kDepth * l.groups) {
       Quad x[kDepth];
-#pragma unroll
-      for (int j = 0; j < kDepth; ++j) {
+      unroll<kDepth>([&](int j) {
         const int row = first + j * l.groups;
         if (row < l.rows) x[j] = source(row, quad);
-      }
-#pragma unroll
-      for (int j = 0; j < kDepth; ++j) {
+      });
+      unroll<kDepth>([&](int j) {
         const int row = first + j * l.groups;
         if (row < l.rows) put(row, quad, x[j]);
-      }
+      });
     }
   }
 }
@@ -178,10 +174,7 @@ PROTO_REG_DEVICE void fill_weights(const SinkhornArgs& a, const Layout& l, int64
   // A usable row's maximum is finite.
   auto term = [&](int row, int quad, Values<1>* top) {
     const Quad x = source(row, quad);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      top->at[0] = fmaxf(top->at[0], row_evidence(a.problem, group, 4 * quad + j, x.at[j]));
-    }
+    unroll<4>([&](int j) { top->at[0] = fmaxf(top->at[0], row_evidence(a.problem, group, 4 * quad + j, x.at[j])); });
   };
   reduce_rows<1>(l, {{-infinity()}}, scratch, Max(), term, [&](int row, const Values<1>& top) {
     weight[row] = fabsf(top.at[0]) == infinity() ? 0.0f : given ? given[first_row + row] : 1.0f;
@@ -203,19 +196,17 @@ PROTO_REG_DEVICE void row_entropies(const SinkhornArgs& a, const Layout& l, cons
                                     const EntropyState& state, float* scratch, Source source, Code code) {
   auto top_term = [&](int row, int quad, Values<1>* top) {
     const Quad x = source(row, quad);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) top->at[0] = fmaxf(top->at[0], x.at[j]);
+    unroll<4>([&](int j) { top->at[0] = fmaxf(top->at[0], x.at[j]); });
   };
   reduce_rows<1>(l, {{-infinity()}}, scratch, Max(), top_term,
                  [&](int row, const Values<1>& top) { state.top[row] = top.at[0]; });
   auto term = [&](int row, int quad, Values<2>* sums) {  // of exponentials, of codes times scores
     const Quad x = source(row, quad), q = code(row, quad);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    unroll<4>([&](int j) {
       const float below = x.at[j] - state.top[row];
       sums->at[0] += exp2_fast(below * a.entropy_scale);
       sums->at[1] += q.at[j] == 0.0f ? 0.0f : q.at[j] * below;
-    }
+    });
   };
   reduce_rows<2>(l, {{0.0f, 0.0f}}, scratch, Add(), term, [&](int row, const Values<2>& sums) {
     const float loss = logf(sums.at[0]) - sums.at[1] * a.entropy_scale * kLn2;
@@ -240,12 +231,11 @@ PROTO_REG_DEVICE void write_rows(const SinkhornArgs& a, const Layout& l, int64_t
     if (!p.loss) return;
     const Quad x = source(row, quad);
     Quad gradient;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    unroll<4>([&](int j) {
       const float softmax = exp2_fast((x.at[j] - state.top[row]) * a.entropy_scale) * state.norm[row];
       const float predicted = single ? q.at[j] : softmax;
       gradient.at[j] = weight[row] > 0.0f ? weight[row] * per_weight * (predicted - q.at[j]) : 0.0f;
-    }
+    });
     write_quad(static_cast<T*>(p.gradient) + offset, 4 * quad, p.columns, a.vectors, gradient);
   });
 }
