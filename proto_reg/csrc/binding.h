@@ -1,6 +1,5 @@
-// What the bindings of both devices (cpu_ops.cpp and cuda_ops.cpp) share: PyTorch's arguments of the Sinkhorn operators
-// are turned into a SinkhornProblem. It uses the stable ABI alone, so that one library serves every later PyTorch and
-// Python.
+// What cpu_ops.cpp and cuda_ops.cpp share: turns PyTorch's arguments of the Sinkhorn operators into a SinkhornProblem.
+// It uses the stable ABI alone, so that one library serves every later PyTorch and Python.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -7,9 +7,7 @@ namespace proto_reg { namespace {
 
 // U holds 16 bits in each lane, V float32.
 template <class V, class U = UnsignedOf<V>>
-INLINE V from_bf16(U half) {
-  return (V)(half << 16);
-}
+INLINE V from_bf16(U half) { return (V)(half << 16); }
 
 template <class V, class U = UnsignedOf<V>>
 INLINE U to_bf16(V x) {

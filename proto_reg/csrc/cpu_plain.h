@@ -1,7 +1,6 @@
-// Everything that code for an instruction set uses but that is itself compiled for every machine. A source includes
-// this before BEGIN_TARGET: a standard header behind it would give its functions the target, and the linker could then
-// keep such a function for machines that lack the instructions. Hence a header that is compiled for an instruction set
-// includes this file and no standard header.
+// What the code for an instruction set uses but is itself compiled for every machine. A source includes it before
+// BEGIN_TARGET, and headers behind that include no standard header: its functions would get the target, and the linker
+// could keep them for machines without the instructions.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,5 @@
-// How a part of a source is compiled for an instruction set: BEGIN_TARGET(features) ... END_TARGET around it. Also
-// INLINE. cpu_baseline.cpp, cpu_avx2.cpp and cpu_avx512.cpp use the first, everything that they compile uses the
-// second.
+// BEGIN_TARGET(features) ... END_TARGET: compiles what stands between for an instruction set. cpu_avx2.cpp and
+// cpu_avx512.cpp use them. Everything that these compile uses INLINE.
 #pragma once
 
 // A function with vectors as arguments must be inlined: its caller is compiled for the same instruction set.

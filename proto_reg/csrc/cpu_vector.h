@@ -1,6 +1,5 @@
-// Vectors of float32 in the compiler's vector extension: one source for every instruction set and every number of
-// lanes. All CPU kernels use it. V is a vector, or float where a function says so; S is a Simd, which names a vector
-// and its machine.
+// Vectors of float32, the same for every instruction set and number of lanes. All CPU kernels use this file.
+// V is a vector of the compiler, or float where it says so. S is a Simd, which names a vector and its machine.
 #pragma once
 
 #include "cpu_plain.h"
@@ -8,22 +7,18 @@
 namespace proto_reg { namespace {
 
 // The instruction sets: lanes of their vectors, and whether they multiply and add in one instruction, rounding once.
-struct Baseline {
-  static constexpr int64_t LANES = 4;
+template <int64_t N, bool FUSES>
+struct InstructionSet {
+  static constexpr int64_t LANES = N;
+  static constexpr bool FUSED = FUSES;
+};
 #if defined(__aarch64__)
-  static constexpr bool FUSED = true;
+struct Baseline : InstructionSet<4, true> {};
 #else
-  static constexpr bool FUSED = false;
+struct Baseline : InstructionSet<4, false> {};
 #endif
-};
-struct Avx2 {
-  static constexpr int64_t LANES = 8;
-  static constexpr bool FUSED = true;
-};
-struct Avx512 {
-  static constexpr int64_t LANES = 16;
-  static constexpr bool FUSED = true;
-};
+struct Avx2 : InstructionSet<8, true> {};
+struct Avx512 : InstructionSet<16, true> {};
 
 // N lanes of float32. Apart from Simd, for inside a template GCC takes such a type for a float.
 template <int64_t N>
@@ -57,9 +52,7 @@ INLINE V load(const float* from) {
 }
 
 template <class V>
-INLINE void store(float* to, V x) {
-  __builtin_memcpy(to, &x, sizeof x);
-}
+INLINE void store(float* to, V x) { __builtin_memcpy(to, &x, sizeof x); }
 
 // Load and store where a row ends: only the first `present` lanes, at least one, are in memory. The others are 0.
 template <class V>
@@ -214,9 +207,7 @@ template <class V>
 struct Last : Full<V> {
   int32_t repeated;
   explicit INLINE Last(int64_t columns) : repeated(static_cast<int32_t>(-columns & (LANES_OF<V> - 1))) {}
-  INLINE V once(V x) const {
-    return lane_numbers<V>() >= repeated ? x : V{};
-  }
+  INLINE V once(V x) const { return lane_numbers<V>() >= repeated ? x : V{}; }
 };
 
 template <class V>
@@ -230,9 +221,7 @@ struct Short {
   }
   INLINE void put(float* to, V x) const { __builtin_memcpy(to, &x, sizeof(float) * count); }
   INLINE void stream_to(float* to, V x) const { put(to, x); }
-  INLINE V once(V x) const {
-    return lane_numbers<V>() < (int32_t)count ? x : V{};
-  }
+  INLINE V once(V x) const { return lane_numbers<V>() < (int32_t)count ? x : V{}; }
 };
 
 // Calls body(part, column, slot) for every part of a row. `slot` is the constant 0 or 1 and changes from one part to

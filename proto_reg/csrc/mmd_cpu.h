@@ -1,6 +1,5 @@
-// One anchored MMD as the CPU kernel receives it: a mixture of Gaussian kernels, an analytic target, plain pointers. It
-// does what anchored_mmd_loss in proto_reg/kernels/mmd.py does, against which it is tested. cpu_ops.cpp and
-// step_cpu.cpp call it.
+// One anchored MMD as the CPU kernel receives it, with plain pointers. It does what anchored_mmd_loss in
+// proto_reg/kernels/mmd.py does, against which it is tested. cpu_ops.cpp and step_cpu.cpp call it.
 #pragma once
 
 #include <cstdint>

@@ -33,8 +33,8 @@ void unit_rows_cpu(const float* x, int64_t rows, int64_t dim, float* unit, float
 void unit_rows_pull_back_cpu(const float* gradient, const float* unit, const float* inverse_norms, int64_t rows,
                              int64_t dim, float* by_x) {
   for (int64_t i = 0; i < rows; ++i, gradient += dim, unit += dim, by_x += dim)
-    cpu_kernels().combine(inverse_norms[i], gradient, -inverse_norms[i] * cpu_kernels().dot(gradient, unit, dim), unit, dim,
-                          by_x);
+    cpu_kernels().combine(inverse_norms[i], gradient, -inverse_norms[i] * cpu_kernels().dot(gradient, unit, dim), unit,
+                          dim, by_x);
 }
 
 void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, const double* weights, float* direction,

@@ -1,6 +1,5 @@
-// What the layer does to latents and prototypes row by row. A function does what the one of the same name in
-// proto_reg/kernels/rows.py or follow.py does. Matrices are contiguous float32. cpu_ops.cpp and step_cpu.cpp call
-// these.
+// What the layer does to latents and prototypes row by row, as functions of the same names in proto_reg/kernels/rows.py
+// and follow.py do. Matrices are contiguous float32. cpu_ops.cpp and step_cpu.cpp call these.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,5 @@
-// The logarithmic form of Sinkhorn, for every input that the others do not take: scores of any size, -inf, NaN.
-// Potentials are in float64 and exponentials in float32. Each pass starts from the scores, so that nothing overflows
-// and nothing is clamped. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+// The logarithmic form of Sinkhorn, for inputs that the others do not take: scores of any size, -inf, NaN. Each pass
+// starts from the scores, so that nothing overflows. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_group.h"
@@ -22,9 +21,7 @@ struct LogSinkhorn {
   const float* scores(int64_t i, int64_t chunk) const { return group.row(i, chunk_scratch(chunk, 0)); }
 
   // Whether row i takes part. A row of weight 0 does not, nor does an isolated one.
-  bool counts(int64_t i, int64_t chunk) const {
-    return group.weight(i) > 0 && !(group.isolate && unusable(i, chunk));
-  }
+  bool counts(int64_t i, int64_t chunk) const { return group.weight(i) > 0 && !(group.isolate && unusable(i, chunk)); }
 
   // Whether row i holds a NaN, a +inf, or nothing but -inf in the columns that have a share.
   bool unusable(int64_t i, int64_t chunk) const {

@@ -10,8 +10,7 @@ namespace proto_reg { namespace {
 // 87, and rounding of the exponents changes a code by less than 1e-6.
 constexpr double RANGE = 40.5;
 
-// The largest S / eps of machines with fused multiplications: they split it into an integer and a fraction at once,
-// which holds for integers of 22 bits.
+// The largest S / eps with fused multiplications, which split it into an integer of 22 bits and a fraction at once.
 constexpr double LARGEST = 1 << 21;
 
 // Lowest and highest of the scores. A NaN may be lost here; it shows in the first column sums.

@@ -130,13 +130,9 @@ struct SmallSinkhorn {
 
   // The block of E that starts with row i; and where in a block column `VECTORS * LANES + t` lies, behind all rows.
   template <int VECTORS>
-  INLINE float* block(int64_t i) const {
-    return e + i * (VECTORS * LANES + rest);
-  }
+  INLINE float* block(int64_t i) const { return e + i * (VECTORS * LANES + rest); }
   template <int VECTORS>
-  INLINE static int64_t across_at(int64_t t) {
-    return (LANES * VECTORS + t) * LANES;
-  }
+  INLINE static int64_t across_at(int64_t t) { return (LANES * VECTORS + t) * LANES; }
 
   INLINE int64_t present(int64_t i) const { return std::min(LANES, group.rows - i); }
 

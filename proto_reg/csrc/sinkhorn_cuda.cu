@@ -1,4 +1,5 @@
-// Launches: which kernels, in which order, with every call checked.
+// The CUDA launcher: asks for the device's limits, plans, and launches the kernels in their order. cuda_ops.cpp calls
+// plan_sinkhorn_cuda and launch_sinkhorn_cuda.
 #include "sinkhorn_cuda.h"
 
 #include <cmath>
@@ -18,7 +19,7 @@ namespace {
 
 const char* message(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // reported here, so that nobody else finds it
+  cudaGetLastError();  // it is reported here, so nobody else should find it
   return cudaGetErrorString(error);
 }
 
@@ -45,7 +46,7 @@ cudaError_t query_limits(int device, DeviceLimits* limits) {
   return error;
 }
 
-constexpr int kDevices = 64;  // of which the launcher remembers what it asked
+constexpr int kDevices = 64;  // for so many devices the launcher remembers limits and plans
 
 // The current device's limits, asked for once.
 cudaError_t current_limits(DeviceLimits* limits) {
@@ -73,7 +74,7 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// A launch's configuration; it points into itself, so it stays where it is.
+// A launch's configuration. It points into itself, so it must not move.
 struct Configuration {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2]{};
@@ -98,8 +99,8 @@ struct Configuration {
   Configuration(const Configuration&) = delete;
 };
 
-// Blocks ask for more than 48 KB of shared memory explicitly. What a kernel was once allowed is never lowered: another
-// thread may be about to launch it.
+// More than 48 KB of shared memory must be asked for. A limit is never lowered, because another thread may be about to
+// launch the kernel.
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
@@ -125,7 +126,7 @@ cudaError_t enqueue(void (*kernel)(Parameters...), const Launch& launch, Argumen
   return cudaLaunchKernelEx(&configuration.config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// Whether the blocks of one group are a cooperative grid.
+// Whether the blocks of one group are a cooperative grid, which waits for all its blocks.
 bool waits_for_its_grid(const SinkhornPlan& plan) {
   return plan.regime == Regime::grid || (plan.regime == Regime::registers && plan.blocks > plan.cluster);
 }
@@ -214,11 +215,11 @@ cudaError_t fits(void (*kernel)(SinkhornArgs), const SinkhornPlan& plan, const D
   return error;
 }
 
-// Whether it can hold one cluster, or all clusters of a cooperative grid.
+// Whether the device can hold one cluster, or all clusters of a cooperative grid.
 template <class... Parameters>
 cudaError_t fits_cluster(void (*kernel)(Parameters...), Launch launch, bool* answer) {
   cudaError_t error = allow_shared(kernel, launch.shared_bytes);
-  // PTX of an older architecture holds no code for clusters, whatever the device can do.
+  // PTX of an older architecture has no code for clusters, even if the device has them.
   cudaFuncAttributes compiled{};
   if (!error) error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
   int count = 0;
@@ -253,7 +254,7 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 
 int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// What kernels want to know, ready for them.
+// The kernels' arguments.
 SinkhornArgs arguments(const SinkhornProblem& p, const SinkhornPlan& plan, float* workspace) {
   constexpr double kLog2E = 1.4426950408889634, kLargest = 1e38;
   SinkhornArgs a{p, plan, 0, 0, 0, 8 / p.epsilon, -1, false, workspace};
@@ -266,7 +267,7 @@ SinkhornArgs arguments(const SinkhornProblem& p, const SinkhornPlan& plan, float
   return a;
 }
 
-// The narrow pass, which does nothing where the scores' range is wide; the others do nothing where it is narrow.
+// The narrow pass. It does nothing if the scores' range is wide; the other passes do nothing if it is narrow.
 template <class T, Narrow kFor>
 cudaError_t enqueue_narrow(const SinkhornArgs& a, const Sweeps& sweeps) {
   if (a.plan.narrow_blocks == 0) return cudaSuccess;
@@ -307,7 +308,7 @@ cudaError_t enqueue_streamed(const SinkhornArgs& a, cudaStream_t stream) {
   return error ? error : enqueue(stream_finish, sweeps.one_block(), a);
 }
 
-// The problem of one group alone.
+// The problem of one group.
 SinkhornProblem one_group(SinkhornProblem p, int64_t group) {
   const int64_t bytes = group * p.rows * p.columns * element_bytes(p.dtype);
   p.scores = static_cast<const char*>(p.scores) + bytes;
@@ -340,7 +341,7 @@ cudaError_t enqueue_all(const SinkhornArgs& a, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-// The plan for the current device, as ambitious as it allows.
+// The fastest plan that the current device can run.
 cudaError_t plan_anew(const SinkhornProblem& problem, SinkhornPlan* plan) {
   DeviceLimits limits{};
   cudaError_t error = current_limits(&limits);
@@ -349,7 +350,7 @@ cudaError_t plan_anew(const SinkhornProblem& problem, SinkhornPlan* plan) {
     error = problem.dtype == Dtype::f32   ? fits<float>(*plan, limits, &fit)
             : problem.dtype == Dtype::f16 ? fits<__half>(*plan, limits, &fit)
                                           : fits<__nv_bfloat16>(*plan, limits, &fit);
-    // Less ambitious until the device agrees; without clusters and cooperative launches nothing waits for anything.
+    // Gives up one feature after the other until the plan fits. Without clusters and cooperative grids every plan does.
     if (waits_for_its_grid(*plan) && plan->cluster > 1 && limits.grid_clusters > 1) {
       --limits.grid_clusters;
     } else if (plan->cluster > 1 || plan->narrow_cluster > 1) {
@@ -364,7 +365,7 @@ cudaError_t plan_anew(const SinkhornProblem& problem, SinkhornPlan* plan) {
 }  // namespace
 
 const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* plan) {
-  // What a plan depends on, with the device. To ask for occupancy takes longer than to launch.
+  // What a plan depends on. Plans are kept, because to ask for occupancy takes longer than to launch.
   using Key = std::tuple<int, Dtype, int64_t, int64_t, int64_t>;
   constexpr size_t kMost = 1024;
   static std::mutex mutex;

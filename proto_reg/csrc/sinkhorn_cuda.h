@@ -1,5 +1,5 @@
-// The CUDA launcher, free of torch and of CUDA types. Both functions return null, or what went wrong; neither allocates
-// device memory nor waits for the device. The caller makes the device of the pointers the current one.
+// The CUDA launcher, without types of torch or CUDA; cuda_ops.cpp calls it. Both functions return null, or what went
+// wrong. They do not allocate device memory or wait. The caller makes the device of the pointers the current one.
 #pragma once
 
 #include "sinkhorn_problem.h"
@@ -7,11 +7,11 @@
 
 namespace proto_reg {
 
-// How the current device will compute the problem: how much workspace to allocate is `plan->workspace_floats`.
+// Decides how the current device computes the problem. The caller allocates plan->workspace_floats floats.
 const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* plan);
 
-// Enqueues the kernels. `workspace`: plan.workspace_floats floats of device memory, 16-byte aligned; nothing is read
-// before it is written. `stream`: a cudaStream_t.
+// Enqueues the kernels. `workspace`: plan.workspace_floats floats of device memory, 16-byte aligned, with any content.
+// `stream`: a cudaStream_t.
 const char* launch_sinkhorn_cuda(const SinkhornProblem& problem, const SinkhornPlan& plan, float* workspace,
                                  void* stream);
 

@@ -1,5 +1,5 @@
-// What every Sinkhorn kernel uses: quads of scores in and out of memory, reductions in a fixed order, how threads are
-// laid over a tile.
+// What every CUDA kernel uses: reading and writing quads of scores, reductions in a fixed order, and how threads lie
+// over a tile. The other .cuh files include it.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -15,14 +15,15 @@ namespace proto_reg {
 
 #define PROTO_REG_DEVICE __device__ __forceinline__
 
-// Scores are held in eighths of their unit: then no difference of two finite shifts and a finite score overflows.
+// Scores are held in eighths (multiplied by it), so that no difference of two finite shifts and a score overflows.
 constexpr float kEighth = 0.125f;
 
-constexpr int kLoads = 4;  // quads that a thread asks device memory for before it uses the first
+constexpr int kLoads = 4;  // so many quads a thread loads from device memory before it uses the first
 
 PROTO_REG_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 PROTO_REG_DEVICE float nan() { return __int_as_float(0x7fc00000); }
 
+// 2^x by the GPU's own instruction. So the CPU's polynomial, which is slower here, is not used.
 PROTO_REG_DEVICE float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -33,7 +34,7 @@ PROTO_REG_DEVICE float exp2_fast(float x) {
 #endif
 }
 
-// a / b to an ulp or two, without the slow path that a division calls.
+// a / b with an error of an ulp or two. A division would call a slow function.
 PROTO_REG_DEVICE float divide(float a, float b) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -65,7 +66,7 @@ PROTO_REG_DEVICE void unroll(Body body) {
   for (int i = 0; i < N; ++i) body(i);
 }
 
-// Four neighbouring columns of a row: what a thread moves at one time.
+// Four neighbouring columns of a row. A thread moves them together.
 struct alignas(16) Quad {
   float at[4];
 };
@@ -80,7 +81,7 @@ PROTO_REG_DEVICE void store_quad(float* to, const Quad& x) { *reinterpret_cast<Q
 
 PROTO_REG_DEVICE Quad filled(float value) { return Quad{{value, value, value, value}}; }
 
-// Numbers of the columns from `first` on; -inf beyond the last. `vectors`: rows are whole, aligned quads.
+// Reads the four columns from `first` on; -inf beyond the last column. `vectors`: rows are whole, aligned quads.
 template <class T>
 PROTO_REG_DEVICE Quad read_quad(const T* row, int64_t first, int64_t columns, bool vectors) {
   Quad x;
@@ -134,7 +135,7 @@ struct Max {
   }
 };
 
-// (m, z) stands for z exp2(scale m): sums of exponentials relative to their own maxima.
+// (m, z) means z exp2(scale m): a sum of exponentials relative to their maximum m.
 struct MergeExponentials {
   float scale;
   PROTO_REG_DEVICE Values<2> operator()(const Values<2>& a, const Values<2>& b) const {
@@ -144,8 +145,8 @@ struct MergeExponentials {
   }
 };
 
-// Over each `stride`-th of `lanes` neighbouring lanes (powers of two up to a warp); every lane gets the result. Whole
-// warps call this.
+// Reduces over each `stride`-th of `lanes` neighbouring lanes (powers of two up to a warp). Every lane gets the result.
+// Whole warps call this.
 template <int N, class Combine>
 PROTO_REG_DEVICE Values<N> reduce_lanes(Values<N> x, int lanes, Combine combine, int stride = 1) {
   for (int step = lanes / 2; step >= stride; step /= 2) {
@@ -156,7 +157,7 @@ PROTO_REG_DEVICE Values<N> reduce_lanes(Values<N> x, int lanes, Combine combine,
   return x;
 }
 
-// The block's sum, for every thread; `scratch`: 32 floats. Ends with the block in step.
+// The block's sum, for every thread. `scratch`: 32 floats. All threads are in step afterwards.
 PROTO_REG_DEVICE float sum_block(float value, float* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   value = reduce_lanes<1>({{value}}, 32, Add()).at[0];
@@ -167,8 +168,8 @@ PROTO_REG_DEVICE float sum_block(float value, float* scratch) {
   return reduce_lanes<1>({{value}}, 32, Add()).at[0];
 }
 
-// How a block's threads lie over its tile of rows x quads. By columns: a thread owns quads and steps through the rows
-// of its group. By rows: teams of lanes step through the quads of a row, or of one of a row's segments.
+// How a block's threads lie over its tile of rows x quads. By columns, a thread owns quads and goes through the rows of
+// its group. By rows, a team of lanes goes through the quads of a row, or of one of its segments.
 struct Layout {
   int rows, quads;
   int quad, group, groups;  // by columns
@@ -188,7 +189,7 @@ PROTO_REG_DEVICE Layout make_layout(int rows, int quads, int segments, int most_
   return l;
 }
 
-// Rows: visit(row, quad) for every quad, a team's lanes side by side.
+// By rows: calls visit(row, quad) for every quad, with the lanes of a team side by side.
 template <class Visit>
 PROTO_REG_DEVICE void for_rows(const Layout& l, Visit visit) {
   const int lane = threadIdx.x % l.lanes, team = threadIdx.x / l.lanes, teams = blockDim.x / l.lanes;
@@ -201,8 +202,8 @@ PROTO_REG_DEVICE void for_rows(const Layout& l, Visit visit) {
   }
 }
 
-// Rows: term(row, quad, &values) adds a quad; finish(row, values) is called once for each row, by one thread.
-// `scratch`: N floats for each row and segment. Ends with the block in step.
+// By rows: term(row, quad, &values) adds a quad, and one thread calls finish(row, values) for each row. `scratch`: N
+// floats for each row and segment. All threads are in step afterwards.
 template <int N, class Term, class Combine, class Finish>
 PROTO_REG_DEVICE void reduce_rows(const Layout& l, Values<N> start, float* scratch, Combine combine, Term term,
                                   Finish finish) {
@@ -238,8 +239,8 @@ PROTO_REG_DEVICE void reduce_rows(const Layout& l, Values<N> start, float* scrat
   __syncthreads();
 }
 
-// The groups' values of every column, reduced in the order of the groups in two steps, to `out` (shared or device
-// memory). `scratch`: 4 floats for each thread. Every thread calls this; ends with the block in step.
+// Reduces the groups' values of every column to `out` (shared or device memory), in two steps, in the order of the
+// groups. `scratch`: 4 floats for each thread. Every thread calls this, and all are in step afterwards.
 template <bool kMaximum>
 PROTO_REG_DEVICE void reduce_groups(const Layout& l, const Quad& mine, float* scratch, float* out) {
   int leaders = 1;
@@ -261,7 +262,8 @@ PROTO_REG_DEVICE void reduce_groups(const Layout& l, const Quad& mine, float* sc
   __syncthreads();
 }
 
-// Columns: out[k] = term(row, quad) summed, or its maximum, over the rows of the tile. Ends with the block in step.
+// By columns: out[k] is the sum, or the maximum, of term(row, quad) over the tile's rows. Threads are in step
+// afterwards.
 template <bool kMaximum, class Term>
 PROTO_REG_DEVICE void reduce_columns(const Layout& l, float* scratch, float* out, Term term) {
   auto over_rows = [&](int quad) {

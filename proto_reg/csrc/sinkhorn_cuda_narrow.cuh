@@ -1,6 +1,6 @@
-// Streamed passes for scores of a narrow range, where exponentials need no shift for their rows: one multiplication and
-// one exponential for each score. A thread holds some quads of some rows in registers, the scores of one row lie over
-// neighbouring lanes, a block, or a cluster. All logarithms are to base 2.
+// Streamed passes for scores of a narrow range, where exponentials need no shift for their rows. A thread holds some
+// quads of some rows in registers; a row lies over neighbouring lanes, a block, or a cluster. All logarithms are to
+// base 2. sinkhorn_cuda.cu launches stream_narrow.
 #pragma once
 
 #include "sinkhorn_cuda_peers.cuh"
@@ -10,7 +10,7 @@ namespace proto_reg {
 
 enum class Narrow { sums, codes, entropy };  // what a pass is for: column sums; codes; codes, loss and gradient
 
-// R rows and Q quads of each thread.
+// Each thread has R rows and Q quads of each.
 template <class T, int R, int Q, Narrow kFor>
 struct NarrowPass {
   const SinkhornArgs& a;
@@ -36,7 +36,7 @@ struct NarrowPass {
   PROTO_REG_DEVICE int64_t column(int q) const { return 4 * static_cast<int64_t>(first_quad + q * team + lane); }
   PROTO_REG_DEVICE bool owns(int q) const { return q * team + lane < quads; }
 
-  // Each of N numbers summed over the row's threads, for every one of them.
+  // Sums each of N numbers over the row's threads; every thread gets the sums.
   template <int N>
   PROTO_REG_DEVICE void sum_over_row(Values<N>* x) {
     static_assert(N <= kNarrowValues, "shared memory");
@@ -87,7 +87,7 @@ struct NarrowPass {
     return exp2_fast(fmaf(scores.at[j], a.scale * kEighth, potential[q].at[j]));
   }
 
-  // Scores become exponentials; their sums over each row.
+  // Turns scores into exponentials, and returns their sums over each row.
   PROTO_REG_DEVICE Values<R> fill() {
     Values<R> sum{};
     unroll<R>([&](int r) {
@@ -118,7 +118,7 @@ struct NarrowPass {
     publish(column_sums);
   }
 
-  // Where a warp holds whole rows, their sums are merged first over its lanes, then over the warps in their order.
+  // If a warp holds whole rows, sums are merged over its lanes first, and then over the warps in their order.
   PROTO_REG_DEVICE void publish(Quad (&column_sums)[Q]) {
     float* const out = state.partials + blockIdx.x / plan.narrow_cluster * a.plan.stride;
     float* const scratch = shared_floats();
@@ -174,7 +174,7 @@ struct NarrowPass {
     return e;
   }
 
-  // Codes, cross-entropy and its gradient, a row of each thread's at a time.
+  // Writes codes, cross-entropy and its gradient; each thread takes one of its rows at a time.
   PROTO_REG_DEVICE void write_entropy() {
     const float sharpness = a.entropy_scale * kEighth, total = *state.total;
     const float per_weight = divide(sharpness * kLn2, total);

@@ -1,5 +1,5 @@
-// Streamed kernels that go through whole rows: the sweep that sums rows, the one that writes, and the pass that sums
-// rows and columns in one read.
+// Streamed kernels that go through whole rows: a sweep sums rows, one writes, and the fused pass sums rows and columns
+// in one read. sinkhorn_cuda.cu launches them.
 #pragma once
 
 #include "sinkhorn_cuda_peers.cuh"
@@ -7,8 +7,8 @@
 
 namespace proto_reg {
 
-// A row of E sums to `sum`: moves the row's potential so that it will sum to 1. A row that sums to nothing, or to NaN,
-// is marked like one that holds a NaN.
+// Moves the potential of a row of E that sums to `sum`, so that it will sum to 1. A row whose sum is 0 or NaN is marked
+// like one that holds a NaN.
 PROTO_REG_DEVICE void move_row(const RowState& rows, int row, float sum) {
   rows.weighted()[row] = rows.weight()[row] > 0.0f ? divide(rows.weight()[row], sum) : 0.0f;
   if (sum > 0.0f) {
@@ -18,7 +18,7 @@ PROTO_REG_DEVICE void move_row(const RowState& rows, int row, float sum) {
   }
 }
 
-// A batch of rows of a sweep: what is known of them, in shared memory.
+// A batch of rows of a sweep, with their state in shared memory.
 template <class T>
 struct SweepRows {
   const SinkhornArgs& a;
@@ -46,7 +46,7 @@ struct SweepRows {
                         rows.weight()[row]);
   }
 
-  // From the workspace, or on the first pass from the scores. Ends with the block in step.
+  // Reads the state from the workspace, or on the first pass from the scores. All threads are in step afterwards.
   PROTO_REG_DEVICE void load(bool start) const {
     for (int row = threadIdx.x; row < layout.rows; row += blockDim.x) {
       rows.weight()[row] = state.row_weight(a, first + row);
@@ -64,7 +64,7 @@ struct SweepRows {
     __syncthreads();
   }
 
-  // `move`: moves the rows' potentials, too.
+  // `move`: also moves the rows' potentials.
   PROTO_REG_DEVICE void sum(bool move) const {
     auto term = [&](int row, int quad, Values<1>* sum) {
       const Quad e = exponential(row, quad);
@@ -83,7 +83,7 @@ struct SweepRows {
   }
 };
 
-// Row potentials such that each row of E sums to 1. `start`: the first time.
+// Sets row potentials so that each row of E sums to 1. `start`: for the first time.
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) stream_sum_rows(const SinkhornArgs a, bool start) {
   const StreamState state(a);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_write(const SinkhornArgs
   if (threadIdx.x == 0) state.losses[blockIdx.x] = loss;
 }
 
-// One pass over the matrix: tiles of rows in shared memory, a row shared by the blocks of a cluster where it is long.
+// One pass over the matrix, with tiles of rows in shared memory. The blocks of a cluster share a long row.
 template <class T, bool kCluster>
 struct FusedPass {
   const SinkhornArgs& a;
@@ -148,7 +148,7 @@ struct FusedPass {
         rows{sums + larger(args.plan.local_columns, 4 * args.plan.threads), most_rows},
         parts(rows.weighted() + most_rows), scratch(rows.weight() + round_up(7 * most_rows, 4)) {}
 
-  // finish(row, value): this block's parts combined with those of the others of the cluster, in their order.
+  // Combines this block's parts with those of the cluster's other blocks, in their order, and calls finish(row, value).
   template <class Combine, class Finish>
   PROTO_REG_DEVICE void over_cluster(const Layout& l, Combine combine, Finish finish) {
     float* const mine = parts + turn * most_rows;
@@ -168,7 +168,7 @@ struct FusedPass {
     return tile + (static_cast<int64_t>(row) * quads + quad) * 4;
   }
 
-  // The tile's E, the first time with the rows' shifts. Ends with the block in step.
+  // Computes the tile's E, and the first time the rows' shifts. All threads are in step afterwards.
   PROTO_REG_DEVICE void fill(const Layout& l, int64_t first, bool start) {
     const ColumnState columns{state.columns.top + first_column, state.columns.potential + first_column};
     auto score = [&](int row, int quad) { return stream_score<T>(a, first + row, first_column + 4 * quad); };
@@ -209,7 +209,7 @@ struct FusedPass {
     });
   }
 
-  // A thread's own sums, where the layout by columns puts them.
+  // A thread's own sums, at the place that the layout by columns gives them.
   PROTO_REG_DEVICE float* own_sums(const Layout& l, int quad) const {
     return sums + 4 * (l.groups == 1 ? quad : static_cast<int>(threadIdx.x));
   }
@@ -235,7 +235,7 @@ struct FusedPass {
       l.rows = static_cast<int>(smaller(most_rows, a.problem.rows - first));
       fill(l, first, start);
       sum_rows(l, first);
-      add_columns(l);  // no barrier: before the next one threads overwrite only what they alone read here
+      add_columns(l);  // needs no barrier: until the next one, threads overwrite only what they alone read
     }
     float* const out = state.partials + cluster * a.plan.stride + first_column;
     if (l.groups == 1) {

@@ -1,5 +1,6 @@
-// Blocks that share a problem exchange sums over their rows: each publishes a row of partial sums, all wait, and owners
-// add the partial sums of their columns in the order of the blocks. No atomics, so that results repeat bit by bit.
+// How blocks that share a problem add up their columns: each publishes a row of partial sums, all wait, and the owner
+// of a column adds its sums in the order of the blocks. Without atomics results repeat bit by bit. All kernels include
+// it.
 #pragma once
 
 #include "sinkhorn_cuda_device.cuh"
@@ -7,20 +8,16 @@
 
 namespace proto_reg {
 
-// Clusters and access to each other's shared memory come with compute capability 9.0. Code for less ends the launch
-// with an error; the launcher asks for none.
+// Clusters need compute capability 9.0. Code for less would end the launch with an error; nobody launches it.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 PROTO_REG_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 PROTO_REG_DEVICE int cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-PROTO_REG_DEVICE const float* cluster_shared(float* mine, int rank) {  // what lies at `mine` here, of block `rank`
+PROTO_REG_DEVICE const float* cluster_shared(float* mine, int rank) {  // of block `rank`: what lies there at `mine`
   return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
 }
 #else
 PROTO_REG_DEVICE void cluster_sync() { __trap(); }
-PROTO_REG_DEVICE int cluster_rank() {
-  __trap();
-  return 0;
-}
+PROTO_REG_DEVICE int cluster_rank() { return __trap(), 0; }
 PROTO_REG_DEVICE const float* cluster_shared(float* mine, int) { return mine; }
 #endif
 
@@ -29,7 +26,7 @@ struct Peers {
   int rank, count;
   int columns;
   float* mine;            // partial sums of this block; in a cluster the first of two buffers
-  int turn = 0;           // cluster: a buffer is written again only after all have left the barrier after the next
+  int turn = 0;           // which of two buffers; in a cluster the other may still be read
 
   PROTO_REG_DEVICE Peers(const SinkhornPlan& plan, float* partials) {
     columns = static_cast<int>(plan.stride);
@@ -40,7 +37,7 @@ struct Peers {
 
   PROTO_REG_DEVICE int pitch() const { return 2 * columns + kScalars; }  // from one block's partial sums to the next's
 
-  // The columns that this block adds up: in a grid a slice, else all of them, each block for itself.
+  // The columns that this block adds up: a slice in a grid, or else all of them.
   PROTO_REG_DEVICE int slice() const { return kRegime == Regime::grid ? (columns + count - 1) / count : columns; }
   PROTO_REG_DEVICE int first() const { return kRegime == Regime::grid ? min(columns, rank * slice()) : 0; }
   PROTO_REG_DEVICE int last() const { return min(columns, first() + slice()); }
@@ -54,7 +51,7 @@ struct Peers {
     return mine[index];
   }
 
-  // All partial sums so far are there to be read.
+  // Waits until the partial sums of all blocks can be read.
   PROTO_REG_DEVICE void publish() {
     if (kRegime == Regime::cluster) {
       cluster_sync();
@@ -63,7 +60,7 @@ struct Peers {
     }
   }
 
-  // All owners have written what follows from them.
+  // Waits until all owners have written their results.
   PROTO_REG_DEVICE void agree() {
     if (kRegime == Regime::grid) {
       cooperative_groups::this_grid().sync();
@@ -79,8 +76,8 @@ struct Peers {
     return sum_block(sum, scratch);
   }
 
-  // finish(k, values) for every column of this block's: N rows of partial sums, combined over the blocks, by several
-  // threads where there are more threads than columns. `scratch`: N floats for each thread.
+  // Calls finish(k, values) for every column that this block owns, with N rows of partial sums combined over the
+  // blocks. If there are more threads than columns, several share one. `scratch`: N floats for each thread.
   template <int N, class Combine, class Finish>
   PROTO_REG_DEVICE void gather(float* scratch, const Values<N>& start, Combine combine, Finish finish) {
     const int first = this->first(), last = this->last();
@@ -93,8 +90,7 @@ struct Peers {
       Values<N> sum = start;
       for (int peer = lane; active && peer < count; peer += lanes) {
         Values<N> part;
-#pragma unroll
-        for (int j = 0; j < N; ++j) part.at[j] = at(peer, j * columns + k);
+        unroll<N>([&](int j) { part.at[j] = at(peer, j * columns + k); });
         sum = combine(sum, part);
       }
       if (lanes > 1) sum = over_lanes(width, lanes, scratch, sum, combine);
@@ -108,14 +104,12 @@ struct Peers {
   template <int N, class Combine>
   PROTO_REG_DEVICE Values<N> over_lanes(int width, int lanes, float* scratch, Values<N> sum, Combine combine) {
     float* own = scratch + threadIdx.x * N;
-#pragma unroll
-    for (int j = 0; j < N; ++j) own[j] = sum.at[j];
+    unroll<N>([&](int j) { own[j] = sum.at[j]; });
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < width) {
       for (int lane = 1; lane < lanes; ++lane) {
         Values<N> other;
-#pragma unroll
-        for (int j = 0; j < N; ++j) other.at[j] = own[lane * width * N + j];
+        unroll<N>([&](int j) { other.at[j] = own[lane * width * N + j]; });
         sum = combine(sum, other);
       }
     }

@@ -1,4 +1,5 @@
-// How a problem is laid over a device: decided on the host from the shape and the device's limits, never from the data.
+// Decides how a problem lies over a device, on the host, from the shape and the device's limits, never from the data.
+// sinkhorn_cuda.cu calls plan_sinkhorn, and the kernels read the plan.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +17,12 @@ namespace proto_reg {
 struct DeviceLimits {
   int64_t multiprocessors;
   int64_t threads_per_block;         // 1024 on every device so far
-  int64_t shared_per_block;          // bytes a block may opt in to
+  int64_t shared_per_block;          // bytes that a block may ask for
   int64_t shared_per_multiprocessor;
   int64_t capability;                // 80, 90, ...
   bool cooperative;                  // a grid of one block per multiprocessor may wait for itself
   bool clusters;                     // blocks of a cluster reach each other's shared memory: capability 90 and above
-  int64_t grid_clusters;             // clusters of 8 that a cooperative grid may have; shrinks where a launch would not fit
+  int64_t grid_clusters;             // clusters of 8 in a cooperative grid; fewer if a launch would not fit
 };
 
 // Where the matrix lives between the passes.
@@ -39,8 +40,8 @@ struct SinkhornPlan {
   int64_t threads;         // of a block
   int64_t blocks;          // for each group
   int64_t cluster;         // blocks of a cluster; 1: none
-  int64_t rows_per_block;  // streamed: of a tile that a block holds at one time
-  int64_t segments;        // pieces of a row that warps sum apart, where a block has fewer rows than warps
+  int64_t rows_per_block;  // streamed: rows of a block's tile
+  int64_t segments;        // pieces of a row, each summed by a warp, if there are fewer rows than warps
   int64_t shared_bytes;
   int64_t workspace_floats;
 
@@ -85,14 +86,14 @@ PROTO_REG_BOTH inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a
 PROTO_REG_BOTH inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 PROTO_REG_BOTH inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Threads that hold one quad each of as many whole rows as fit, or an equal number of quads of one row.
+// Threads of a block: one for each quad of as many rows as fit, or each with an equal number of quads of one row.
 inline int64_t choose_threads(int64_t rows, int64_t quads, int64_t most) {
   if (quads > most) return round_up(ceil_div(quads, ceil_div(quads, most)), 32);
   const int64_t groups = smaller(rows, most / quads);
   return smaller(most, larger(64, round_up(groups * quads, 32)));
 }
 
-// Pieces into which a row is cut so that no warp waits long for the others.
+// The number of pieces of a row with which no warp waits long for the others.
 inline int64_t choose_segments(int64_t rows, int64_t quads, int64_t threads) {
   const int64_t warps = threads / 32;
   int64_t best = 1;
@@ -106,14 +107,14 @@ PROTO_REG_BOTH inline int64_t scratch_floats(int64_t rows, int64_t threads, int6
   return larger(4 * threads, round_up(2 * rows * segments, 4));
 }
 
-// Floats of shared memory that the resident kernel lays out: the matrix, per row and column what every pass needs.
+// Floats of shared memory of the resident kernel: the matrix, and what every pass needs for each row and column.
 inline int64_t resident_floats(Regime regime, int64_t rows, int64_t stride, int64_t threads, int64_t segments) {
   const int64_t held = rows * stride + stride + round_up(5 * rows, 4) + scratch_floats(rows, threads, segments);
   if (regime == Regime::grid) return held;
   return held + 3 * stride + (regime == Regime::cluster ? 2 : 1) * (2 * stride + kScalars);
 }
 
-// The resident regime over `blocks` blocks, if their shared memory holds the matrix.
+// Plans the resident regime over `blocks` blocks. Returns whether their shared memory holds the matrix.
 inline bool plan_resident(const SinkhornProblem& p, const DeviceLimits& d, Regime regime, int64_t blocks,
                           SinkhornPlan* plan) {
   plan->regime = regime;
@@ -131,8 +132,8 @@ inline bool plan_resident(const SinkhornProblem& p, const DeviceLimits& d, Regim
   return plan->shared_bytes <= d.shared_per_block;
 }
 
-// How a row lies over lanes of a warp, an even number of columns to each: as few in vain as can be, and rather four.
-// False: it is too long.
+// Plans how a row lies over lanes of a warp. Each has an even number of columns, best about four, and few are unused.
+// Returns false if the row is too long.
 inline bool plan_lanes(const SinkhornProblem& p, SinkhornPlan* plan) {
   int64_t best = INT64_MAX;
   for (int64_t lanes = 1; lanes <= 32; lanes *= 2) {
@@ -147,7 +148,7 @@ inline bool plan_lanes(const SinkhornProblem& p, SinkhornPlan* plan) {
   return best < INT64_MAX;
 }
 
-// Registers of `blocks` blocks, in clusters of `cluster`, if they hold the matrix.
+// Plans the registers of `blocks` blocks, in clusters of `cluster`. Returns whether they hold the matrix.
 inline bool plan_registers(const SinkhornProblem& p, const DeviceLimits& d, int64_t blocks, int64_t cluster,
                            SinkhornPlan* plan) {
   plan->regime = Regime::registers;
@@ -175,7 +176,7 @@ inline int64_t fused_floats(int64_t rows, int64_t local, int64_t threads, int64_
   return rows * local + larger(local, 4 * threads) + round_up(7 * rows, 4) + scratch_floats(rows, threads, segments);
 }
 
-// The most rows of a tile of the fused pass: enough to keep its threads busy.
+// The most rows of a tile of the fused pass; they keep its threads busy.
 inline int64_t most_fused_rows(int64_t local) { return larger(16, 2048 / (local / 4)); }
 
 // Rows of a tile of the fused pass in `bytes` of shared memory; 0: not even one.
@@ -187,8 +188,8 @@ inline int64_t fused_rows(int64_t local, int64_t threads, int64_t bytes) {
   return 0;
 }
 
-// A tile for the fused pass: two blocks on a multiprocessor, so that one loads while the other computes; of the cluster
-// sizes the smallest that gives tiles of four rows, else the one with the most rows.
+// Plans a tile of the fused pass. Two blocks share a multiprocessor, so that one loads while the other computes. Takes
+// the smallest cluster that gives tiles of four rows, or else the one with the most rows.
 inline void plan_fused(const SinkhornProblem& p, const DeviceLimits& d, SinkhornPlan* plan) {
   const int64_t half = smaller(d.shared_per_block, d.shared_per_multiprocessor / 2 - kReserved);
   const int64_t most = smaller(kFusedThreads, d.threads_per_block);
@@ -218,10 +219,11 @@ inline int64_t sweep_floats(int64_t rows, int64_t threads, int64_t segments) {
   return round_up(8 * rows, 4) + scratch_floats(rows, threads, segments);
 }
 
-// Columns that one block of the column sweep covers: a warp's worth of quads where there are that many.
+// Quads that one block of the column sweep covers: those of a warp, if there are so many.
 PROTO_REG_BOTH inline int64_t sweep_quads(int64_t quads) { return smaller(quads, 32); }
 
-// A row over as few lanes as hold it in one, two or four quads each, over a block, or over a cluster.
+// Plans the narrow pass: a row lies over as few lanes as hold it in one, two or four quads each, or a block, or a
+// cluster.
 inline void plan_narrow(const SinkhornProblem& p, const DeviceLimits& d, SinkhornPlan* plan) {
   const int64_t quads = plan->stride / 4, most = smaller(kNarrowThreads, d.threads_per_block);
   plan->narrow_blocks = 0;
@@ -275,8 +277,8 @@ inline void plan_streamed(const SinkhornProblem& p, const DeviceLimits& d, bool 
                            round_up(larger(plan->sweep_blocks, plan->narrow_blocks), 4);
 }
 
-// Where groups fill the device, as few blocks as hold one. Else one block or a cluster that leaves each thread one row;
-// a cluster of 8 that leaves two; the smallest cooperative grid of clusters with the fewest rows to a thread.
+// Plans registers. If groups fill the device, takes as few blocks as hold one. Else takes the first that there is: one
+// block or a cluster with one row to a thread, a cluster of 8 with two, a small grid of clusters.
 inline bool choose_registers(const SinkhornProblem& p, const DeviceLimits& d, bool many, SinkhornPlan* plan) {
   const SinkhornPlan before = *plan;
   const int64_t most = d.clusters && p.rows > 1 ? kClusterBlocks : 1;
@@ -295,16 +297,16 @@ inline bool choose_registers(const SinkhornProblem& p, const DeviceLimits& d, bo
   return false;
 }
 
-// Elements above which one block is slower than what exchanging sums with others costs.
+// With more elements, one block is slower than several that exchange sums.
 constexpr int64_t kBlockElements = 16384, kBlockElementsWithoutClusters = 32768, kClusterShare = 8192;
 
-// The regime for a problem; `allow` forbids all before it, for tests and for a launch that the device refused.
+// The plan for a problem. `allow` forbids all regimes before it, for tests and for a launch that the device refused.
 inline SinkhornPlan plan_sinkhorn(const SinkhornProblem& p, const DeviceLimits& d, Regime allow = Regime::block) {
   SinkhornPlan plan{};
   plan.stride = round_up(p.columns, 4);
   const int64_t elements = p.rows * plan.stride;
   plan.cluster = plan.segments = 1;
-  const bool many = 2 * p.groups >= d.multiprocessors;  // groups fill the device: blocks that wait for nobody
+  const bool many = 2 * p.groups >= d.multiprocessors;  // groups fill the device, so no block should wait
   if (allow <= Regime::registers && choose_registers(p, d, many, &plan)) return plan;
   const int64_t one_block = many ? INT64_MAX : d.clusters ? kBlockElements : kBlockElementsWithoutClusters;
   if (allow <= Regime::block && elements <= one_block && plan_resident(p, d, Regime::block, 1, &plan)) return plan;

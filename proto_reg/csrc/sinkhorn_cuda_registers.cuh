@@ -1,7 +1,7 @@
-// The matrix stays in registers: of one block, of a cluster, or of a cooperative grid. A row lies over neighbouring lanes
-// of a warp. A pass sums rows by shuffles, and columns by shuffles, over the warps through shared memory, over a cluster
-// through its shared memory, and over a grid through device memory. Each block merges all columns for itself, in one
-// order, so that all blocks know the same potentials after one barrier.
+// The kernel that keeps the matrix in registers: of one block, of a cluster, or of a cooperative grid. A row lies over
+// neighbouring lanes of a warp. Rows are summed by shuffles. Columns are summed by shuffles, then over the warps
+// through shared memory, over a cluster through its shared memory, and over a grid through device memory. Every block
+// merges all columns in the same order, so that one barrier is enough. sinkhorn_cuda.cu launches sinkhorn_registers.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,7 @@ struct MergeSums {
   }
 };
 
-// (m, z) stands for z exp2(scale m): see MergeExponentials.
+// (m, z) means z exp2(scale m): see MergeExponentials.
 struct MergeMasses {
   float scale;
   template <class Get>
@@ -37,7 +37,7 @@ struct MergeMasses {
   }
 };
 
-// R rows and C columns of each thread.
+// Each thread has R rows and C columns.
 template <int R, int C>
 struct Registers {
   const SinkhornArgs& a;
@@ -62,14 +62,14 @@ struct Registers {
 
   PROTO_REG_DEVICE int column(int c) const { return c * lanes + lane; }
 
-  // Row of the group; -1: none. Blocks hold few enough rows for numbers of 32 bits.
+  // The thread's row r, as a row of the group; -1: none. A block's rows are few enough for numbers of 32 bits.
   PROTO_REG_DEVICE int row(int r) const {
     const int most = static_cast<int>(plan.rows_per_block);
     const int local = (warp * R + r) * (32 / lanes) + place, at = rank * most + local;
     return local < most && at < static_cast<int>(a.problem.rows) ? at : -1;
   }
 
-  // use(r, c, offset) for each entry of the matrix that this thread holds.
+  // Calls use(r, c, offset) for each entry of the matrix that this thread holds.
   template <class Use>
   PROTO_REG_DEVICE void for_entries(Use use) const {
     unroll<R>([&](int r) {
@@ -79,7 +79,7 @@ struct Registers {
     });
   }
 
-  // use(a null pointer to the scores' type).
+  // Calls use with a null pointer to the scores' type.
   template <class Use>
   PROTO_REG_DEVICE void with_type(Use use) const {
     if (a.problem.dtype == Dtype::f32) {
@@ -106,7 +106,7 @@ struct Registers {
     });
   }
 
-  // finish(k, values) for each column, in every block of the group: N numbers of each column, merged. `mine`: merged
+  // Merges N numbers for each column, and calls finish(k, values) for it in every block of the group. `mine`: merged
   // over the rows of this warp. The caller waits for its block before it uses the outcome.
   template <int N, class Merge, class Finish>
   PROTO_REG_DEVICE void merge_columns(const Values<C> (&mine)[N], Merge merge, Finish finish) {
@@ -154,7 +154,7 @@ struct Registers {
     }
   }
 
-  // Over the rows of a warp.
+  // Reduces over the rows of a warp.
   template <class Combine>
   PROTO_REG_DEVICE Values<C> over_places(Values<C> x, Combine combine) const {
     return reduce_lanes<C>(x, 32, combine, lanes);
@@ -258,7 +258,8 @@ struct Registers {
     merge_columns(mine, MergeSums(), [&](int k, const Values<1>& sum) { sums[k] = sum.at[0]; });
   }
 
-  // False: within tol, and nothing changes. Each thread goes through the columns that it has just merged.
+  // Sets v. If all columns are within tol, returns false and changes nothing. A thread takes the columns that it has
+  // merged.
   PROTO_REG_DEVICE bool update() {
     auto sum = [&](int k) { return scale[k] * sums[k]; };
     if (a.problem.tol >= 0.0 && !far_from_targets(a.problem, group, total, partials, sum)) return false;
@@ -272,7 +273,7 @@ struct Registers {
     return true;
   }
 
-  // The scaling vectors move into the potentials, and the exponentials are computed anew.
+  // Moves the scaling vectors into the potentials, and computes the exponentials again.
   PROTO_REG_DEVICE void rebuild() {
     for (int k = threadIdx.x; k < pitch; k += blockDim.x) {
       columns.potential[k] += log2f(scale[k]);

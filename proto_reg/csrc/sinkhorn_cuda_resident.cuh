@@ -1,5 +1,5 @@
-// The matrix stays in shared memory, of one block, of a cluster or of a whole cooperative grid: scores are read once,
-// codes written once.
+// The kernel that keeps the matrix in shared memory, of one block, a cluster or a cooperative grid. Scores are read
+// once, and codes are written once. sinkhorn_cuda.cu launches sinkhorn_resident.
 #pragma once
 
 #include "sinkhorn_cuda_peers.cuh"
@@ -75,7 +75,8 @@ struct Resident {
     if (threadIdx.x == 0) peers.scalars()[0] = weight;
   }
 
-  // Column maxima, the sums of exponentials below them, and from both over all blocks the first potentials.
+  // Computes column maxima and the sums of exponentials below them, and from both, over all blocks, the first
+  // potentials.
   PROTO_REG_DEVICE void start_columns() {
     float* const top = peers.buffer();
     float* const mass = top + a.plan.stride;
@@ -87,10 +88,9 @@ struct Resident {
       const Quad x = held(row, quad), below = load_quad(top + 4 * quad);
       Quad e = filled(0.0f);
       if (weight > 0.0f) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        unroll<4>([&](int j) {
           e.at[j] = weight * exp2_fast((x.at[j] - (below.at[j] == -infinity() ? 0.0f : below.at[j])) * a.scale);
-        }
+        });
       }
       return e;
     });
@@ -114,18 +114,16 @@ struct Resident {
     fill_exponentials<2>(a, layout, shared.tile, rows, columns, [&](int row, int quad) { return held(row, quad); });
   }
 
-  // Two rows at a time, which share the loads of v: shared memory is what bounds this.
+  // Takes two rows at a time, which share the loads of v, because shared memory limits this.
   PROTO_REG_DEVICE void sum_rows() {
     Layout pairs = layout;
     pairs.rows = (layout.rows + 1) / 2;
     auto term = [&](int pair, int quad, Values<2>* sums) {
       const Quad v = load_quad(scale + 4 * quad);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      unroll<2>([&](int half) {
         const Quad e = held(min(2 * pair + half, layout.rows - 1), quad);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums->at[half] += e.at[j] * v.at[j];
-      }
+        unroll<4>([&](int j) { sums->at[half] += e.at[j] * v.at[j]; });
+      });
     };
     reduce_rows<2>(pairs, {{0.0f, 0.0f}}, shared.scratch, Add(), term, [&](int pair, const Values<2>& sums) {
 #pragma unroll
@@ -141,8 +139,7 @@ struct Resident {
   PROTO_REG_DEVICE void sum_columns() {
     reduce_columns<false>(layout, shared.scratch, peers.buffer(), [&](int row, int quad) {
       Quad e = held(row, quad);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) e.at[j] *= rows.weighted()[row];
+      unroll<4>([&](int j) { e.at[j] *= rows.weighted()[row]; });
       return e;
     });
     peers.publish();
@@ -150,7 +147,7 @@ struct Resident {
                              [&](int k, const Values<1>& sum) { sums[k] = sum.at[0]; });
   }
 
-  // Every block for itself, with the same outcome. False: within tol, and nothing changes.
+  // Sets v, in every block alike. If all columns are within tol, returns false and changes nothing.
   PROTO_REG_DEVICE bool update() {
     auto sum = [&](int k) { return scale[k] * column_sum(k); };
     if (a.problem.tol >= 0.0 && !far_from_targets(a.problem, group, total, shared.scratch, sum)) return false;
@@ -183,8 +180,7 @@ struct Resident {
     auto code = [&](int row, int quad) {
       Quad e = held(row, quad);
       const Quad v = load_quad(scale + 4 * quad);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) e.at[j] *= v.at[j] * rows.factor()[row];
+      unroll<4>([&](int j) { e.at[j] *= v.at[j] * rows.factor()[row]; });
       return e;
     };
     auto source = [&](int row, int quad) { return score(row, quad); };

@@ -1,5 +1,5 @@
-// The matrix stays in device memory, and each kernel reads it once. State between kernels lies in the workspace. Here:
-// the sweeps over columns and rows that work for every size, and what goes between them.
+// Kernels for a matrix that stays in device memory; each reads it once. Their state is in the workspace. Here are the
+// sweeps over columns, and the small kernels between the passes. sinkhorn_cuda.cu launches them.
 #pragma once
 
 #include "sinkhorn_cuda_tile.cuh"
@@ -35,10 +35,8 @@ struct StreamState {
     partials = losses + round_up(larger(a.plan.sweep_blocks, a.plan.narrow_blocks), 4);
   }
 
-  // Whether no exponential needs its row's shift: exponents lie within twice the limit, and what follows from them.
-  PROTO_REG_DEVICE bool narrow(const SinkhornArgs& a) const {
-    return *bound <= a.narrow_bound;
-  }
+  // Whether no exponential needs its row's shift, because the scores are small enough.
+  PROTO_REG_DEVICE bool narrow(const SinkhornArgs& a) const { return *bound <= a.narrow_bound; }
 
   PROTO_REG_DEVICE void fold(const SinkhornArgs& a, int64_t k) const {
     folded[k] = columns.potential[k] - columns.top[k] * a.scale;
@@ -100,7 +98,7 @@ struct Slab {
   }
 };
 
-// Per slab and column the maximum score and the sum of exponentials below it.
+// Computes for each slab and column the maximum score and the sum of exponentials below it.
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) stream_start_columns(const SinkhornArgs a) {
   const StreamState state(a);
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_start_columns(const Sink
     }
   });
   bound = reduce_lanes<1>({{bound}}, 32, Max()).at[0];
-  // Not negative: such numbers are in the order of their bits.
+  // Floats that are not negative have the order of their bits.
   if (threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<int*>(state.bound), __float_as_int(bound));
   reduce_groups<true>(slab.layout, top, shared_floats(), out);
   if (slab.layout.quad < slab.layout.quads) {
@@ -141,7 +139,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_start_columns(const Sink
   reduce_groups<false>(slab.layout, mass, shared_floats(), out + a.plan.stride);
 }
 
-// Per slab and column the sum of weighted P; row potentials make each row of E sum to 1.
+// Computes for each slab and column the weighted sum of E, whose rows sum to 1 by their potentials.
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) stream_sum_columns(const SinkhornArgs a) {
   const StreamState state(a);
@@ -163,7 +161,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_sum_columns(const Sinkho
                        state.partials + blockIdx.y * a.plan.stride + 4 * slab.first_quad);
 }
 
-// A block adds up `count` rows of partial sums for 32 columns: finish(k, values), by one thread for each column.
+// A block adds up `count` rows of partial sums for 32 columns. One thread for each column calls finish(k, values).
 template <int N, class Combine, class Finish>
 PROTO_REG_DEVICE void gather_partials(const SinkhornArgs& a, const float* partials, int64_t count, Values<N> sum,
                                       Combine combine, Finish finish) {
@@ -202,7 +200,7 @@ PROTO_REG_DEVICE void move_potential(const SinkhornArgs& a, const StreamState& s
   state.fold(a, k);
 }
 
-// Column sums over all rows, and without tol what follows from them. `count`: rows of partial sums.
+// Computes column sums over all rows and, without tol, moves the potentials. `count`: rows of partial sums.
 __global__ void __launch_bounds__(kSweepThreads) stream_gather(const SinkhornArgs a, int64_t count) {
   const StreamState state(a);
   if (*state.settled != 0.0f) return;
@@ -217,7 +215,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_gather(const SinkhornArg
   });
 }
 
-// One block: stops where every column is within tol, else moves the potentials.
+// One block: stops if every column is within tol, or else moves the potentials.
 __global__ void __launch_bounds__(1024) stream_tolerance(const SinkhornArgs a) {
   const StreamState state(a);
   if (*state.settled != 0.0f || *state.total == 0.0f) return;
@@ -228,7 +226,7 @@ __global__ void __launch_bounds__(1024) stream_tolerance(const SinkhornArgs a) {
   }
 }
 
-// One block: what the caller gets beside codes and gradient.
+// One block: writes potentials and loss.
 __global__ void __launch_bounds__(1024) stream_finish(const SinkhornArgs a) {
   const StreamState state(a);
   const float total = *state.total;

@@ -1,4 +1,5 @@
-// The phases of a Sinkhorn iteration on a tile of rows in shared memory. All logarithms are to base 2.
+// The phases of a Sinkhorn iteration, most of them on a tile of rows in shared memory. The kernels in the other .cuh
+// files call them. All logarithms are to base 2.
 //
 // A tile holds first the scores, then E = exp2(x + g + f), where x are the scores centred by column and by row and
 // scaled by log2(e) / epsilon, and g and f the potentials of columns and rows so far. Since centred rows and columns
@@ -15,16 +16,16 @@ struct SinkhornArgs {
   SinkhornProblem problem;
   SinkhornPlan plan;
   float scale;          // log2(e) / epsilon, for an eighth of a unit
-  float limit;          // for shifts of rows: see centre()
+  float limit;          // see centre()
   float entropy_scale;  // log2(e) / temperature, for an eighth of a unit
   double eighths;       // 8 / epsilon
-  float narrow_bound;   // of the scores, in eighths: what a narrow pass may compute; negative: nothing
+  float narrow_bound;   // largest score, in eighths, for a narrow pass; negative: no narrow pass
   bool vectors;         // rows of all matrices are whole quads, aligned
   float* workspace;
 };
 
-// Once a column's scaling vector leaves [1 / kLargestScale, kLargestScale], it moves into the potentials and E is
-// computed anew from the scores: entries that had vanished count again, and nothing overflows.
+// If a column's scale leaves [1 / kLargestScale, kLargestScale], it moves into the potentials, and E is computed again
+// from the scores. So entries that had vanished count again, and nothing overflows.
 constexpr float kLargestScale = 1099511627776.0f;  // 2^40
 
 // Per row, in shared memory.
@@ -45,9 +46,9 @@ struct ColumnState {
   float* potential;  // g; -inf: the column gets nothing
 };
 
-// score - column_top - row_top with the rounding error of the first difference given back (Knuth's two-sum): exact
-// where the result is small, whatever cancels. Only where the row's shift is so large that this error could outweigh
-// everything else it is left out; then the row's largest entry is exactly 0.
+// score - column_top - row_top, plus the rounding error of the first difference (Knuth's two-sum): exact if the result
+// is small. If the row's shift is so large that this error could be larger than everything else, it is left out. Then
+// the row's largest entry is exactly 0.
 PROTO_REG_DEVICE float centre(float score, float column_top, float row_top, float limit) {
   const float difference = score - column_top, back = difference - score;
   const float error = (score - (difference - back)) - (column_top + back);
@@ -60,14 +61,15 @@ PROTO_REG_DEVICE float column_target(const SinkhornProblem& p, int64_t group, in
   return p.marginals ? total * p.marginals[group * p.marginals_stride + k] : divide(total, static_cast<float>(p.columns));
 }
 
-// What a score of column k says of its row: NaN and +inf count as +inf, and nothing where the column gets nothing.
+// A score of column k as evidence whether its row is usable: NaN and +inf count as +inf; -inf if the column gets
+// nothing.
 PROTO_REG_DEVICE float row_evidence(const SinkhornProblem& p, int64_t group, int64_t k, float score) {
   if (!(score < infinity())) return infinity();
   if (!p.marginals || score == -infinity()) return score;  // as beyond the last column
   return p.marginals[group * p.marginals_stride + k] == 0.0f ? -infinity() : score;
 }
 
-// g and shift of column k after the first column step, from the column's maximum and the sum of exponentials below it.
+// Sets g and shift of column k for the first time, from the column's maximum and the sum of exponentials below it.
 PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int64_t k, float total, float top,
                                    float mass, const ColumnState& columns) {
   float potential = 0.0f;
@@ -83,8 +85,8 @@ PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int6
   columns.potential[k] = potential;
 }
 
-// Whether a column's sum is further than tol from its target; the same for every thread. Columns that no row has mass for
-// leave their share to the others. `scratch`: 32 floats. Every thread calls this; ends with the block in step.
+// Whether a column's sum is further than tol from its target, for every thread. Columns whose sum is 0 leave their
+// share to the others. `scratch`: 32 floats. Every thread calls this, and all are in step afterwards.
 template <class Sum>
 PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, float total, float* scratch, Sum sum) {
   float shared_out = 0.0f;
@@ -113,8 +115,8 @@ PROTO_REG_DEVICE void row_top_term(const Quad& scores, const float* column_top, 
   });
 }
 
-// exp2(x + g + f) of an entry. A row with a NaN or +inf spoils every column, or none where it does not count: then 0 / 0
-// makes its codes NaN.
+// exp2(x + g + f) of an entry. A row with a NaN or +inf makes every column NaN. If the row does not count it is 0
+// instead, and 0 / 0 makes its codes NaN.
 PROTO_REG_DEVICE float exponential(const SinkhornArgs& a, float score, float column_top, float potential, float row_top,
                                    float shift, float weight) {
   const float e = exp2_fast(centre(score, column_top, row_top, a.limit) * a.scale + (potential + shift));
@@ -131,7 +133,7 @@ PROTO_REG_DEVICE Quad exponentials(const SinkhornArgs& a, const Quad& scores, co
   return e;
 }
 
-// By columns: put(row, quad, source(row, quad)), with kDepth loads in flight.
+// By columns: calls put(row, quad, source(row, quad)) for every quad, with kDepth loads under way.
 template <int kDepth, class Source, class Put>
 PROTO_REG_DEVICE void for_columns(const Layout& l, Source source, Put put) {
   for (int quad = l.quad; quad < l.quads; quad += blockDim.x) {
@@ -149,7 +151,7 @@ PROTO_REG_DEVICE void for_columns(const Layout& l, Source source, Put put) {
   }
 }
 
-// The tile's scores turned into E; `source` gives the scores of a quad of a row. Ends with the block in step.
+// Turns the tile's scores into E. `source` gives the scores of a quad of a row. All threads are in step afterwards.
 template <int kDepth, class Source>
 PROTO_REG_DEVICE void fill_exponentials(const SinkhornArgs& a, const Layout& l, float* tile, const RowState& rows,
                                         const ColumnState& columns, Source source) {
@@ -161,7 +163,7 @@ PROTO_REG_DEVICE void fill_exponentials(const SinkhornArgs& a, const Layout& l, 
   __syncthreads();
 }
 
-// Weights of the tile's rows, 0 for those to isolate; `source` gives their scores. Ends with the block in step.
+// Writes the weights of the tile's rows; 0 for isolated ones. `source` gives scores. Threads are in step afterwards.
 template <class Source>
 PROTO_REG_DEVICE void fill_weights(const SinkhornArgs& a, const Layout& l, int64_t group, int64_t first_row,
                                    float* weight, float* scratch, Source source) {
@@ -183,14 +185,14 @@ PROTO_REG_DEVICE void fill_weights(const SinkhornArgs& a, const Layout& l, int64
 
 constexpr float kLn2 = 0.693147181f;
 
-// Where the last phase keeps a row's part of the cross-entropy.
+// A row's part of the cross-entropy, for the last phase.
 struct EntropyState {
   float* top;   // the row's maximum, in eighths
   float* norm;  // 1 / sum of exponentials below it
   float* loss;  // weighted
 };
 
-// Cross-entropy of each row; `code(row, quad)` gives its codes. Ends with the block in step.
+// The cross-entropy of each row. `code(row, quad)` gives its codes. All threads are in step afterwards.
 template <class Source, class Code>
 PROTO_REG_DEVICE void row_entropies(const SinkhornArgs& a, const Layout& l, const float* weight,
                                     const EntropyState& state, float* scratch, Source source, Code code) {
@@ -215,8 +217,8 @@ PROTO_REG_DEVICE void row_entropies(const SinkhornArgs& a, const Layout& l, cons
   });
 }
 
-// Writes codes and gradient of the tile's rows, the first of which is `first_row` of the whole matrix. `total`: the
-// weight of all rows.
+// Writes codes and gradient of the tile's rows; the first one is row `first_row` of the matrix. `total`: the weight of
+// all rows.
 template <class T, class Source, class Code>
 PROTO_REG_DEVICE void write_rows(const SinkhornArgs& a, const Layout& l, int64_t first_row, const float* weight,
                                  float total, const EntropyState& state, Source source, Code code) {

@@ -1,6 +1,5 @@
-// One Sinkhorn problem as every kernel receives it, CPU and CUDA: plain pointers, no torch. A kernel does what the
-// functions of proto_reg/kernels/sinkhorn_reference.py do, against which it is tested. binding.h and step_cpu.cpp make
-// the problem.
+// One Sinkhorn problem as every CPU and CUDA kernel receives it; binding.h and step_cpu.cpp make it. A kernel does what
+// proto_reg/kernels/sinkhorn_reference.py does, against which it is tested.
 #pragma once
 
 #include <cstdint>
