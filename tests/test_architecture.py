@@ -228,3 +228,17 @@ def test_the_page_on_kernels_names_what_exists() -> None:
         (path,) = (p for p in (ROOT / file, PACKAGE / "csrc" / file) if p.is_file())
         assert re.search(rf"\b{name}\b", path.read_text()), (name, file)
     assert excerpts and all(any(excerpt in text for text in sources.values()) for excerpt in excerpts)
+
+
+def test_headers_for_an_instruction_set_stay_apart() -> None:
+    """No standard header, and one unnamed namespace: the linker merges no functions of two machines."""
+    pending, seen = ["cpu_kernel_table.h"], {"cpu_plain.h"}
+    while pending:
+        name = pending.pop()
+        text = (PACKAGE / "csrc" / name).read_text()
+        includes = re.findall(r"^#include (\S+)$", text, flags=re.MULTILINE)
+        assert [path for path in includes if path.startswith("<")] == [], name
+        assert text.count("namespace proto_reg {") == text.count("namespace proto_reg { namespace {") == 1, name
+        seen.add(name)
+        pending += [path.strip('"') for path in includes if path.strip('"') not in seen]
+    assert len(seen) > 10
