@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def loss_gradients(
     queue: LatentQueue | None,
     sharpness: Tensor | None,
     temperature: float,
-    step: Tensor,
+    now: Callable[[], Tensor],
     training: bool,
 ) -> Gradients:
     """Both losses of ``batch`` and their gradients. As in Algorithm 1, the MMD holds its anchors fixed.
@@ -60,7 +60,7 @@ def loss_gradients(
     Args:
         queue: past latents, which enter the balance but not the loss. Today's prototypes score them.
         sharpness: (), a factor of the scores before the temperature and the assigner's epsilon apply; None for 1.
-        step: () int64, on which the MMD's subsample depends.
+        now: returns the step, () int64, which decides the MMD's subsample.
         training: take the argmax of the codes for assignments, and use the queue; in eval mode that of the scores.
     """
     tokens, mask = batch.tokens, batch.mask
@@ -78,20 +78,20 @@ def loss_gradients(
     codes = codes if loss_rows is None else codes[:rows]
     assignments = (codes if training else scores).argmax(1)
     by_tokens, by_parameters = pull_back(by_scores if sharpness is None else by_scores * sharpness)
-    mmd_loss, by_latents = _mmd(batch, assignments, head, mmd, step)
+    mmd_loss, by_latents = _mmd(batch, assignments, head, mmd, now)
     output = RegularizerOutput(prototype_loss.new_zeros(()), prototype_loss, mmd_loss, scores, codes, assignments)
     return Gradients(output, by_tokens, by_parameters, by_latents)
 
 
 def _mmd(
-    batch: BatchShard, assignments: Tensor, head: PrototypeHead, mmd: AnchoredMMDLoss, step: Tensor
+    batch: BatchShard, assignments: Tensor, head: PrototypeHead, mmd: AnchoredMMDLoss, now: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The MMD () of at most ``mmd.max_tokens`` latents, and its gradient by all of them (N, D)."""
     tokens, anchors = batch.tokens, head.prototypes.detach()
     # An exporter would take the comparison for a bound on the number of latents.
     if torch.compiler.is_exporting() or batch.total <= mmd.max_tokens:
         return mmd.value_and_gradient(tokens, anchors, assignments, batch.mask, head.std)
-    index, chosen = subsample(batch, mmd.max_tokens, step, mmd.options.seed)
+    index, chosen = subsample(batch, mmd.max_tokens, now(), mmd.options.seed)
     loss, by_chosen = mmd.value_and_gradient(tokens[index], anchors, assignments[index], chosen, head.std)
     return loss, torch.zeros_like(tokens).index_copy_(0, index, by_chosen)
 

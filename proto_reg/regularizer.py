@@ -272,7 +272,7 @@ class PrototypicalRegularizer(nn.Module):
     def _gradients(self, batch: BatchShard, factors: StepFactors) -> Gradients:
         """Both losses and their gradients; no graph is built."""
         components = self.head, self.assigner, self.mmd, self.queue
-        at = factors.sharpness, self.schedule.final_temperature, self._now(), self.training
+        at = factors.sharpness, self.schedule.final_temperature, self._now, self.training
         with torch.no_grad():
             return loss_gradients(batch._replace(tokens=batch.tokens.detach()), *components, *at)
 
@@ -321,7 +321,7 @@ class PrototypicalRegularizer(nn.Module):
 
     def _factors(self) -> StepFactors:
         """What the schedule says of this step."""
-        return self.schedule.at(self._now(), self._reached(), self.mmd_weight)
+        return self.schedule.at(self._now, self._reached(), self.mmd_weight)
 
     def _now(self) -> Tensor:
         """() int64: the step count, also for this step's backward pass, when the count has moved on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,15 +84,16 @@ class Schedule:
         """The temperature after ``temperature_steps`` steps."""
         return _pair(self.temperature)[1]
 
-    def at(self, step: Tensor, reached: float, mmd_weight: float) -> StepFactors:
-        """What the schedule says of ``step``, () int64, on its device.
+    def at(self, now: Callable[[], Tensor], reached: float, mmd_weight: float) -> StepFactors:
+        """What the schedule says of this step.
 
         Args:
+            now: returns the step, () int64, on its device. It is called only if the schedule depends on it.
             reached: a step that training is known to have reached. It spares operators once the schedule is over.
             mmd_weight: the layer's, the full size of the MMD's weight.
         """
-        shares = None if reached >= self.end else self.loss_shares(step, mmd_weight)
-        return StepFactors(shares, self.sharpness(step) if self.temperature_steps else None)
+        shares = self.loss_shares(now(), mmd_weight) if self.end and reached < self.end else None
+        return StepFactors(shares, self.sharpness(now()) if self.temperature_steps else None)
 
     def loss_shares(self, step: Tensor, mmd_weight: float) -> Tensor:
         """(2,) float32: the weights of prototype loss and MMD at ``step`` () as shares of their full size.

@@ -78,7 +78,10 @@ def _energy_attraction(squared: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """-E|r - y| from sqrt(w) = int (1 - e^{-tw}) t^{-3/2} dt / (2 sqrt(pi)) and E e^{-t |r - y|^2}.
 
     sqrt(c), c = D + |r|^2, is taken out of both integrals: what remains is small and converges fast in log(t c).
+    It is computed in float64: in float32 the exponents' rounding errors are equal for all rows, and add up.
     """
+    dtype = squared.dtype
+    squared = squared if squared.device.type == "mps" else squared.double()  # which has no float64
     c = squared + dim
     value, slope = torch.ones_like(squared), 0.5 / c
     for node, weight in _energy_nodes():
@@ -88,7 +91,7 @@ def _energy_attraction(squared: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         value.add_(math.exp(-node) - laplace, alpha=weight)
         slope.add_(shrink * laplace - math.exp(-node) * t, alpha=weight)
     root = c.sqrt()
-    return -root * value, -root * slope
+    return (-root * value).to(dtype), (-root * slope).to(dtype)
 
 
 def self_term(kernel: str, dim: int, scales: Sequence[float]) -> float:
