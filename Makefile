@@ -1,4 +1,4 @@
-# The commands of README.md and CONTRIBUTING.md under short names; tests/test_packaging.py holds them together.
+# The commands of README.md, CONTRIBUTING.md and docs/ under short names; tests/test_packaging.py holds them together.
 .PHONY: help install quickstart sample test paper-test lint kernels backends bench paper report floors benchmarks gpu
 
 help:  ## list the targets

@@ -25,9 +25,8 @@ class PrototypeHead(nn.Module):
         similarity: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
         std: standard deviation of the distribution around each prototype that training aims at, 1 by default.
-            The reconstruction decides how far apart an encoder puts latents; README, "The scale of the latents", tells
-            which std fits. It is part of the state: ``load_state_dict`` sets it, and warns if another one was given
-            here.
+            The reconstruction decides how far apart an encoder puts latents; docs/scale.md tells which std fits. It is
+            part of the state: ``load_state_dict`` sets it, and warns if another one was given here.
         init_std: standard deviation of the initial coordinates. The default is std / 2: prototypes then lie .7 std
             sqrt(D) apart.
 

@@ -19,8 +19,8 @@ class LatentNoise(Record):
     """Adds noise to what the decoder gets in training: ``decoder(noise(z))`` behind the layer.
 
     In training mode it returns ``z + size |z| / sqrt(D) e``, e ~ N(0, I) from torch's random state. In eval mode it
-    returns z. The decoder learns the directions that latents leave empty and samples do not: README, "Noise for the
-    decoder".
+    returns z. The decoder learns the directions that latents leave empty and samples do not: docs/training.md,
+    "Noise for the decoder".
 
     Args:
         size: size of the noise relative to each latent's own, >= 0.

@@ -32,7 +32,7 @@ class Schedule:
 
     1. ``warmup_steps`` steps: reconstruction alone.
     2. ``mmd_steps`` steps: the MMD alone, with the weight ``mmd_weight``. Latents take their scale while prototypes
-       stay where they are. This phase improves the reconstruction: README, "How hard to pull".
+       stay where they are. This phase improves the reconstruction: docs/training.md, "The schedule".
     3. All other steps: both losses, with the layer's own weights.
 
     A weight that sets in grows linearly over ``ramp_steps`` steps.

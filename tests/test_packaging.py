@@ -75,7 +75,8 @@ def test_the_package_page_is_the_readme_without_links_into_the_source(dist: Path
 
 
 def test_make_has_the_commands_of_the_pages() -> None:
-    pages = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages = "".join(path.read_text() for path in paths)
     lines = (ROOT / "Makefile").read_text().splitlines()
     commands = [line.strip() for line in lines if line.startswith("\t") and not line.startswith("\t@")]
     assert len(commands) > 10

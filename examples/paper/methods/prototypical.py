@@ -77,8 +77,8 @@ class Balanced(Prototypical):
     """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
 
     Its ``warmup`` is an epoch of the MMD alone ("mmd"; ``prototype_warmup_steps`` may say another length), that of all
-    the others ("reconstruction"), or "none". Batches of fewer than 2 K latents get the queue that README advises for
-    them. There is no ``noise`` in the last epoch.
+    the others ("reconstruction"), or "none". Batches of fewer than 2 K latents get the queue that docs/training.md
+    advises for them. There is no ``noise`` in the last epoch.
     """
 
     trained_as = "balanced"
