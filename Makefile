@@ -1,5 +1,5 @@
 # The commands of README.md, CONTRIBUTING.md and docs/ under short names; tests/test_packaging.py holds them together.
-.PHONY: help install quickstart sample test paper-test lint kernels backends bench paper report floors benchmarks gpu
+.PHONY: help install quickstart sample test test-fast paper-test lint kernels backends bench paper report floors benchmarks gpu
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -13,8 +13,11 @@ quickstart:  ## a minute on a CPU core: the table of the digits, and quickstart.
 sample:  ## new images of two prototypes of the quickstart
 	python examples/sample.py 3 7
 
-test:  ## the library's tests, ten to twenty minutes
-	pytest
+test:  ## the library's tests, TOTAL
+	pytest --numprocesses=auto --dist=loadfile
+
+test-fast:  ## those to run while you work, MINUTES
+	pytest --numprocesses=auto --dist=loadfile -m "not slow"
 
 paper-test:  ## the comparison's tests
 	pip install -r examples/paper/requirements.txt

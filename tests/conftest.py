@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,40 @@ from proto_reg import PrototypicalRegularizer, Schedule
 from proto_reg.kernels import backends, build, closed_forms
 
 warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
+
+# The workers of pytest-xdist share the cores. With more threads than cores, threads wait for threads that do not run:
+# some tests take ten times as long.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+
+# The files that take longest, the longest first.
+LONGEST = (
+    "test_cuda_library.py",
+    "test_examples.py",
+    "test_guarantees.py",
+    "test_regularizer.py",
+    "test_cures.py",
+    "test_packaging.py",
+    "test_cuda_source.py",
+    "test_run.py",
+    "test_readme.py",
+    "test_sinkhorn.py",
+    "test_distributed.py",
+    "test_build.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers get the files that take longest first, so that all of them end at about the same time."""
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +82,25 @@ def untracked(layer: PrototypicalRegularizer) -> PrototypicalRegularizer:
 def built() -> Path | None:
     """The compiled CPU library, in the user's cache: what ``backend="auto"`` means in every test, where it builds."""
     return None if build.obstacle("cpu") else build.build("cpu")
+
+
+@pytest.fixture(scope="session")
+def kept(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A folder for what tests compile: its name, and a hash of all that decides what the compiler makes.
+
+    The folder is in pytest's cache, where the next run finds it. A folder of another hash goes.
+    """
+    cache = getattr(pytestconfig, "cache", None)
+
+    def folder(name: str, key: str) -> Path:
+        parent = Path(cache.mkdir(name)) if cache else tmp_path_factory.mktemp(name)
+        for other in parent.iterdir():
+            if other.name != key:
+                shutil.rmtree(other)
+        (parent / key).mkdir(exist_ok=True)
+        return parent / key
+
+    return folder
 
 
 @pytest.fixture
@@ -91,8 +145,7 @@ def naive_mmd(
         squared = (r[:, None] - r[None, :])[off].square().sum(-1)
         pairs = kernel_value(kernel, squared, dim, scales).sum()
         pairs = pairs / (n * (n - 1)) if unbiased else (pairs + n * closed_forms.diagonal(kernel)) / n**2
-        a, _ = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
-        _, slope = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
+        a, slope = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
         # The closed form a and its slope, tied together for autograd.
         a = a + slope * (r.square().sum(1) - r.detach().square().sum(1))
         total = total + n / len(z) * (pairs - 2 * a.mean() + closed_forms.self_term(kernel, dim, scales))

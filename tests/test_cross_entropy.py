@@ -110,6 +110,7 @@ def test_layouts_and_poisoned_memory() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_fullgraph() -> None:
     scores = cosines(33, 7).requires_grad_()
     loss = torch.compile(sinkhorn_cross_entropy, fullgraph=True)(scores)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import cosines
-from emulation.emulator import Limits, Result, compile_emulation, device, solve
+from emulation.emulator import Limits, Result, compile_emulation, device, emulation_key, solve
 from torch import Tensor
+
+pytestmark = pytest.mark.slow
 
 # The ways of computing, forced on any shape: where the planner starts, and how it may stream.
 WAYS = {
@@ -26,10 +30,15 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # 
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def built() -> None:
+    """These tests wait for no kernels of the CPU: another worker may compile them meanwhile."""
+
+
+@pytest.fixture(scope="session")
+def library(kept: Callable[[str, str], Path]) -> ctypes.CDLL:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("the emulation needs a C++ compiler")
-    return compile_emulation(tmp_path_factory.mktemp("emulation"))
+    return compile_emulation(kept("emulation", emulation_key()))
 
 
 def balanced(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import pickle
 import struct
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,35 @@ def run(script: str, *arguments: str | Path, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Run a script as its command line does, in this process, which has torch in it already."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def run(script: str, *arguments: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        importlib.import_module(script.removesuffix(".py")).main()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The quickstart as a newcomer runs it: the folder with its files, and what it prints."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    return folder, run("quickstart.py", cwd=folder)
+
+
 def rows_of(table: str) -> dict[str, list[str]]:
     return {line[:16].strip(): line[16:].split() for line in table.splitlines() if line.startswith(("auto", "with"))}
 
 
-def test_quickstart_reaches_what_it_promises_and_its_checkpoint_makes_images(tmp_path: Path) -> None:
-    table = run("quickstart.py", cwd=tmp_path)
+@pytest.mark.slow
+def test_quickstart_reaches_what_it_promises(quickstart: tuple[Path, str]) -> None:
+    folder, table = quickstart
     rows = rows_of(table)
     mse = {name: float(cells[0]) for name, cells in rows.items()}
     _, _, purity, _, control, radius, _ = (float(cell) for cell in rows["with prototypes"])
@@ -36,23 +61,49 @@ def test_quickstart_reaches_what_it_promises_and_its_checkpoint_makes_images(tmp
     assert purity > 0.8
     assert control > 0.85
     assert 0.7 < radius < 1.3
-    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
-    run("sample.py", "3", "7", "--num-samples", "4", cwd=tmp_path)
-    assert (tmp_path / "samples.png").exists()
+    assert (folder / "quickstart.png").stat().st_size > 10_000
 
 
-def test_quickstart_is_deterministic(tmp_path: Path) -> None:
-    checkpoints = []
-    for name in ("a", "b"):
-        run("quickstart.py", "--epochs", "2", "--seed", "5", "--out", tmp_path / name, cwd=tmp_path)
-        checkpoints.append(torch.load(tmp_path / name / "quickstart.pt", weights_only=True)["model"])
-    for key, value in checkpoints[0].items():
-        assert torch.equal(value, checkpoints[1][key]), key
+@pytest.mark.slow
+def test_the_checkpoint_of_the_quickstart_makes_images(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    run("sample.py", "3", "7", "--num-samples", "4", cwd=folder)
+    assert (folder / "samples.png").exists()
 
 
-def test_ablations_run(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.warm_up
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
+def test_quickstart_is_deterministic(here: Callable[..., None], tmp_path: Path) -> None:
+    """In two processes: a new one, and this one."""
+    arguments = ("--epochs", "2", "--seed", "5", "--out")
+    run("quickstart.py", *arguments, tmp_path / "a", cwd=tmp_path)
+    here("quickstart.py", *arguments, tmp_path / "b")
+    first, second = (torch.load(tmp_path / name / "quickstart.pt", weights_only=True)["model"] for name in "ab")
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.warm_up
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")  # one epoch is all warm-up
+def test_ablations_run(here: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    ablations = importlib.import_module("ablations")
+    judges: list[torch.nn.Module] = []
+
+    def judge(*arguments) -> torch.nn.Module:
+        """The judge of the first study: each study trains the same one."""
+        if not judges:
+            judges.append(train_judge(*arguments))
+        return judges[0]
+
+    train_judge = ablations.train_judge
+    monkeypatch.setattr(ablations, "train_judge", judge)
+    torch.set_num_threads(1)  # batches this small gain nothing from a second one
     for what, names in (("prototypes", 8), ("kl", 7), ("queue", 6), ("shares", 4)):
-        out = run("ablations.py", what, "--epochs", "1", "--seeds", "1", cwd=tmp_path)
+        here("ablations.py", what, "--epochs", "1", "--seeds", "1")
+        out = capsys.readouterr().out
         assert len(out.split("mean of 1 seeds")[1].strip().splitlines()) == names + 1
 
 

@@ -61,6 +61,7 @@ def assert_equal_state(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "masked"), [("balanced", False), ("weighted", True)])
 def test_compiles_as_one_graph_with_everything_on(mode: str, masked: bool) -> None:
     torch._dynamo.reset()
@@ -96,6 +97,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", OPEN)
 @pytest.mark.parametrize("options", EXPORTED)
 def test_torch_export(options: str, batch: str, backend: str) -> None:
@@ -121,6 +123,7 @@ def test_an_exported_loss_is_that_of_all_latents() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, everything()], ids=["plain", "everything"])
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_onnx(options: dict, tmp_path: Path, backend: str) -> None:

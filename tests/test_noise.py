@@ -104,6 +104,7 @@ def test_a_latent_that_is_nan_reaches_nothing() -> None:
     assert z.grad[torch.arange(BATCH) != 3].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
 @inductor.patch(fallback_random=True)  # the numbers that eager torch draws
 def test_it_compiles_as_one_graph(steps: int) -> None:

@@ -42,6 +42,7 @@ def modules() -> set[str]:
     return package | adapters | sources | {"proto_reg/py.typed"}
 
 
+@pytest.mark.slow
 def test_wheel(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -55,6 +56,7 @@ def test_wheel(dist: Path) -> None:
     assert "License-Expression: MIT" in text
 
 
+@pytest.mark.slow
 def test_the_package_page_is_the_readme_without_links_into_the_source(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -87,6 +89,7 @@ def test_the_citation_has_the_packages_version() -> None:
     assert f"\nversion: {proto_reg.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+@pytest.mark.slow
 def test_source_distribution(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -156,6 +159,7 @@ def wheel_of(tree: Path, out: Path, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_a_wheel_with_kernels_is_for_this_platform_and_any_python(tree: Path, tmp_path: Path) -> None:
     result = wheel_of(tree, tmp_path, PROTO_REG_BUILD="cpu")
     assert result.returncode == 0, result.stderr
@@ -180,6 +184,7 @@ def test_a_wheel_with_kernels_is_for_this_platform_and_any_python(tree: Path, tm
         assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
+@pytest.mark.slow
 def test_kernels_asked_for_where_torch_is_missing(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
     result = wheel_of(tree, tmp_path, PROTO_REG_BUILD="cpu", PYTHONPATH=str(tmp_path))
@@ -189,6 +194,7 @@ def test_kernels_asked_for_where_torch_is_missing(tree: Path, tmp_path: Path) ->
     assert "PROTO_REG_BUILD: expected cpu, cuda or all, got 'gpu'" in wrong.stdout + wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["wheel", "editable"])
 def test_installed_package(dist: Path, tmp_path: Path, form: str) -> None:
     """Installed into an environment of its own, that sees this one's torch; away from the repository."""

@@ -370,6 +370,7 @@ def test_a_failing_call_changes_nothing() -> None:
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["b d", "b d h w"])
 @pytest.mark.parametrize(
     "options",
@@ -468,6 +469,7 @@ def two_at_once(layer: PrototypicalRegularizer, call) -> list[torch.Tensor]:
     return [*found, *layer.state_dict().values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 @pytest.mark.parametrize(
     "options",

@@ -231,6 +231,7 @@ def test_no_gradient_flows_through_codes() -> None:
     assert not potentials.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_fullgraph(dtype: torch.dtype) -> None:
     scores = cosines(33, 7).to(dtype)

@@ -185,6 +185,7 @@ def test_tol_lets_nan_through_to_every_code(num_iters: int) -> None:
         assert sinkhorn(scores, 0.05, num_iters, tol=0.1).isnan().all()
 
 
+@pytest.mark.slow
 def test_fullgraph() -> None:
     scores = cosines(33, 7)
     compiled = torch.compile(lambda s: sinkhorn(s, prototype_mask=ALLOWED), fullgraph=True)

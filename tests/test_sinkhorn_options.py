@@ -178,6 +178,12 @@ def test_out_receives_the_codes(dtype: torch.dtype) -> None:
             sinkhorn(scores, out=wrong)
     with pytest.raises(ValueError, match="memory of its own"):
         sinkhorn(scores, out=scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_out_receives_the_codes_of_a_compiled_call(dtype: torch.dtype) -> None:
+    scores = cosines(64, 6).to(dtype)
     compiled = torch.compile(lambda s, o: sinkhorn(s, out=o), fullgraph=True)
     torch.testing.assert_close(compiled(scores, torch.empty_like(scores)), sinkhorn(scores))
 

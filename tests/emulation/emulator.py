@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import shutil
 import subprocess
@@ -121,15 +122,32 @@ class Result:
     plan: Plan = field(repr=False)
 
 
-def compile_emulation(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL:
-    """Builds the driver with g++ and loads it."""
+def emulation_command(sources: Path = SOURCES) -> list[str]:
+    """The command that builds the driver with g++, without its output."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("g++")
-    target = directory / "emulation.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror"]
-    command = [compiler, *flags, "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{sources}", str(HERE / "driver.cpp")]
-    subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
+    return [compiler, *flags, "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{sources}", str(HERE / "driver.cpp")]
+
+
+def emulation_key(sources: Path = SOURCES) -> str:
+    """A hash of all that decides what the compiler makes: the sources, the command, the compiler's version."""
+    command = emulation_command(sources)
+    version = subprocess.run([command[0], "--version"], check=True, capture_output=True).stdout
+    files = sorted(path for folder in (HERE, sources) for path in folder.iterdir() if path.is_file())
+    digest = hashlib.sha256("\0".join(command).encode() + version)
+    for path in files:
+        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def compile_emulation(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL:
+    """Builds the driver in ``directory``, unless it is there already, and loads it."""
+    target, half = directory / "emulation.so", directory / "half.so"
+    if not target.exists():
+        subprocess.run([*emulation_command(sources), "-o", str(half)], check=True, capture_output=True, text=True)
+        half.replace(target)
     return load(target, "cpu")
 
 
