@@ -31,17 +31,18 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 # The files that take longest, the longest first.
 LONGEST = (
     "test_cuda_library.py",
-    "test_examples.py",
-    "test_guarantees.py",
     "test_regularizer.py",
-    "test_cures.py",
-    "test_packaging.py",
-    "test_cuda_source.py",
-    "test_run.py",
-    "test_readme.py",
-    "test_sinkhorn.py",
+    "test_guarantees.py",
+    "test_examples.py",
     "test_distributed.py",
-    "test_build.py",
+    "test_packaging.py",
+    "test_run.py",
+    "test_replay.py",
+    "test_sinkhorn.py",
+    "test_cures.py",
+    "test_cuda_source.py",
+    "test_cpu_kernel.py",
+    "test_cross_entropy.py",
 )
 
 

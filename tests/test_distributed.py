@@ -471,6 +471,7 @@ def worker(rank: int, store: str, check: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [functions, layer, lifecycle, sharded], ids=lambda check: check.__name__)
 def test_two_processes(check: Callable[[], None], tmp_path: Path) -> None:
     mp.spawn(worker, (str(tmp_path / "store"), check), nprocs=2)

@@ -139,6 +139,7 @@ def test_trackers_get_the_metrics(tmp_path: Path) -> None:
     assert set(run.metrics[0]) >= {"prototypes/perplexity", "prototypes/r2_per_dim", "prototypes/prototype_loss"}
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "accelerate_loop.py")
     command = [sys.executable, "-W", "ignore", script, "--epochs", "15", "--mixed-precision", "bf16"]

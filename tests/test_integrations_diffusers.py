@@ -341,6 +341,7 @@ def test_a_missing_framework_says_which_extra(monkeypatch: pytest.MonkeyPatch) -
         import_module("proto_reg.integrations.diffusers")
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     out = run("diffusers_vae.py", "--epochs", "3", "--out", tmp_path, cwd=tmp_path)
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]

@@ -295,6 +295,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ddp_with_its_default_flags(tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(DDP.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
@@ -311,6 +312,7 @@ def test_ddp_with_its_default_flags(tmp_path: Path) -> None:
         assert metrics == theirs
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "lightning_callback.py"), "--epochs", "10"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -292,6 +292,7 @@ def test_a_missing_framework_says_which_extra(monkeypatch: pytest.MonkeyPatch) -
         import_module("proto_reg.integrations.pythae")
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     out = run("pythae_model.py", "--epochs", "2", "--out", tmp_path, cwd=tmp_path)
     for name in ("PrototypeSampler", "PrototypeSampler, prototype 3", "GaussianMixtureSampler", "NormalSampler"):

@@ -245,6 +245,7 @@ def test_a_missing_framework_says_which_extra(monkeypatch: pytest.MonkeyPatch) -
         import_module("proto_reg.integrations.scvi")
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     pytest.importorskip("scanpy", reason="the example's cells are scanpy's: pip install 'proto_reg[scvi]'")
     out = run("scvi_cells.py", "--epochs", "30", "--out", tmp_path / "cells", cwd=tmp_path)

@@ -147,6 +147,7 @@ def test_a_missing_framework_is_named_with_its_extra() -> None:
     assert "pip install 'proto_reg[transformers]'" in result.stderr
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "transformers_trainer.py")
     command = [sys.executable, "-W", "ignore", script, "--epochs", "15", "--out", str(tmp_path)]

@@ -162,6 +162,7 @@ def test_what_is_wrong_is_named() -> None:
         VectorPrototypes(8, 4)(torch.randn(4, 5, 8), mask=torch.ones(4, dtype=torch.bool))
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     out = run("vq_swap.py", "--epochs", "4", cwd=tmp_path)
     found = dict(re.findall(r"(\w+): test MSE (\d\.\d+)", out))

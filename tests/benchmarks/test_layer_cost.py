@@ -12,6 +12,7 @@ import torch
 from proto_reg import PrototypicalRegularizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_table_runs(processes: int) -> None:
     script = Path(__file__).with_name("layer_cost.py")
