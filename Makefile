@@ -13,10 +13,10 @@ quickstart:  ## a minute on a CPU core: the table of the digits, and quickstart.
 sample:  ## new images of two prototypes of the quickstart
 	python examples/sample.py 3 7
 
-test:  ## the library's tests, TOTAL
+test:  ## the library's tests, about ten minutes
 	pytest --numprocesses=auto --dist=loadfile
 
-test-fast:  ## those to run while you work, MINUTES
+test-fast:  ## those to run while you work, about three minutes
 	pytest --numprocesses=auto --dist=loadfile -m "not slow"
 
 paper-test:  ## the comparison's tests
