@@ -185,6 +185,7 @@ torch.save(results, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(tmp_path: Path) -> None:
     for a, b in across_instruction_sets(BY_ISA, tmp_path):
         close(a, b)

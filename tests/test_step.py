@@ -298,6 +298,7 @@ torch.save(results, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(tmp_path: Path) -> None:
     for a, b in across_instruction_sets(BY_ISA, tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * float(b.abs().max()) + 1e-6)
