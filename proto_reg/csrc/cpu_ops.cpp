@@ -147,10 +147,11 @@ void tally(Tensor counts, Tensor totals, const Tensor& x_, const Tensor& scores_
             scalar(prototype_loss), scalar(mmd_loss), integers(counts, prototypes.rows), state(totals, 4));
 }
 
-void follow(Tensor prototypes, Tensor sums, Tensor mass, Tensor seen, double rate) {
+void follow(Tensor prototypes, Tensor sums, Tensor weight_sums, Tensor last_prototypes, double rate) {
   STD_TORCH_CHECK(prototypes.dim() == 2, "expected (K, D) prototypes");
   const int64_t rows = prototypes.size(0), dim = prototypes.size(1);
-  follow_cpu(state(prototypes, rows * dim), state(sums, rows * dim), state(mass, rows), state(seen, rows * dim), rows,
+  follow_cpu(state(prototypes, rows * dim), state(sums, rows * dim), state(weight_sums, rows),
+             state(last_prototypes, rows * dim), rows,
              dim, static_cast<float>(rate));
 }
 
@@ -186,45 +187,49 @@ void aten_multiply(const Product& product) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The active shares of prototype loss and MMD: two numbers, or one for both.
-std::array<double, 2> shares_of(const OptionalTensor& active_) {
-  const OptionalTensor active = as_contiguous(active_);
-  if (!active) return {1.0, 1.0};
-  if (active->numel() == 1) return {scalar(*active), scalar(*active)};
-  STD_TORCH_CHECK(active->numel() == 2 && active->scalar_type() == ScalarType::Float, "active: expected float32 () or (2,)");
-  const float* shares = static_cast<const float*>(active->const_data_ptr());
-  return {shares[0], shares[1]};
+// The shares of prototype loss and MMD: two numbers, or one for both.
+std::array<double, 2> shares_of(const OptionalTensor& given) {
+  const OptionalTensor shares = as_contiguous(given);
+  if (!shares) return {1.0, 1.0};
+  if (shares->numel() == 1) return {scalar(*shares), scalar(*shares)};
+  const bool pair = shares->numel() == 2 && shares->scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(pair, "shares: expected float32 () or (2,)");
+  const float* values = static_cast<const float*>(shares->const_data_ptr());
+  return {values[0], values[1]};
 }
 
-Scores scores_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "cosine" || name == "dot" || name == "euclidean", "scores: expected cosine, dot or euclidean");
-  return name == "cosine" ? Scores::cosine : name == "dot" ? Scores::dot : Scores::euclidean;
+Similarity similarity_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "cosine" || name == "dot" || name == "euclidean", "similarity: expected cosine, dot or euclidean");
+  return name == "cosine" ? Similarity::cosine : name == "dot" ? Similarity::dot : Similarity::euclidean;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balanced_step(const Tensor& z_,
-    const OptionalTensor& mask_, Tensor prototypes_, const OptionalTensor& marginals_, const OptionalTensor& active,
-    const OptionalTensor& sharpness, std::string scores, double std, double epsilon, int64_t num_iters,
+    const OptionalTensor& mask_, Tensor prototypes_, const OptionalTensor& marginals_, const OptionalTensor& shares_,
+    const OptionalTensor& sharpness, std::string similarity, double std, double epsilon, int64_t num_iters,
     std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales, bool unbiased,
-    bool by_mass, double prototype_weight, double mmd_weight, OptionalTensor sums, OptionalTensor mass,
-    OptionalTensor seen, double follow_rate, OptionalTensor usage, OptionalTensor totals, OptionalTensor steps) {
+    bool by_mass, double prototype_weight, double mmd_weight, OptionalTensor sums, OptionalTensor weight_sums,
+    OptionalTensor last_prototypes, double follow_rate, OptionalTensor usage, OptionalTensor totals,
+    OptionalTensor steps) {
   const Matrix z(z_), prototypes(prototypes_);
   const Flags flags(mask_, z.rows);
   const OptionalTensor marginals = as_contiguous(marginals_);
   const int64_t rows = z.rows, dim = z.dim, groups = prototypes.rows;
   STD_TORCH_CHECK(rows > 0 && groups > 0 && dim > 0 && prototypes.dim == dim, "expected (N, D) latents, (K, D) prototypes");
-  STD_TORCH_CHECK(!seen || (sums && prototypes_.is_contiguous()), "expected contiguous prototypes and their sums");
-  const std::array<double, 2> shares = shares_of(active);
-  STD_TORCH_CHECK(!sums == !mass && !usage == !totals && !usage == !steps, "expected a state's tensors together");
+  STD_TORCH_CHECK(!last_prototypes || (sums && prototypes_.is_contiguous()),
+      "expected contiguous prototypes and their sums");
+  const std::array<double, 2> shares = shares_of(shares_);
+  STD_TORCH_CHECK(!sums == !weight_sums && !usage == !totals && !usage == !steps,
+      "expected a state's tensors together");
   Tensor direction = z.like(), step = prototypes.like(), codes = empty(z_, {rows, groups}, ScalarType::Float),
          found = empty(z_, {rows, groups}, ScalarType::Float), assignments = empty(z_, {rows}, ScalarType::Long),
          loss = empty(z_, {}, ScalarType::Float), prototype_loss = empty(z_, {}, ScalarType::Float),
          mmd_loss = empty(z_, {}, ScalarType::Float);
   const StepProblem problem{
       z.data(), flags.counted().flags, static_cast<float*>(prototypes.tensor.mutable_data_ptr()), state(marginals, groups),
-      rows, groups, dim, scores_of(scores), std, sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters,
+      rows, groups, dim, similarity_of(similarity), std, sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters,
       tol.value_or(-1.0), isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight,
-      follow_rate, {shares[0], shares[1]}, state(sums, groups * dim), state(mass, groups),
-      state(seen, groups * dim), integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction),
+      follow_rate, {shares[0], shares[1]}, state(sums, groups * dim), state(weight_sums, groups),
+      state(last_prototypes, groups * dim), integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction),
       data(step), data(loss), data(prototype_loss), data(mmd_loss), data(found), data(codes),
       integers(assignments, rows)};
   step_cpu(problem, aten_parallel_for, aten_multiply);

@@ -47,8 +47,8 @@ void balance_cpu(const float* a, const float* b, int64_t rows, int64_t dim, cons
 }
 
 void add_typical_cpu(const float* x, const int64_t* index, Counted counted, const float* prototypes, int64_t rows,
-                     int64_t dim, int64_t groups, double std, float* sums, int64_t stride, float* mass,
-                     int64_t stride_mass) {
+                     int64_t dim, int64_t groups, double std, float* sums, int64_t stride, float* weight_sums,
+                     int64_t weight_stride) {
   const float unit = static_cast<float>(std * std * dim);
   for (int64_t i = 0; i < rows; ++i, x += dim) {
     if (!counted.row(i) || index[i] < 0 || index[i] >= groups || !cpu_kernels().finite(x, dim)) continue;
@@ -56,7 +56,7 @@ void add_typical_cpu(const float* x, const int64_t* index, Counted counted, cons
     const float weight = 1 / (spread * spread);
     float* group = sums + index[i] * stride;
     cpu_kernels().combine(1, group, weight, x, dim, group);
-    mass[index[i] * stride_mass] += weight;
+    weight_sums[index[i] * weight_stride] += weight;
   }
 }
 
@@ -92,17 +92,18 @@ void attach_cpu(const float* gradient, const float* direction, int64_t rows, int
   for (int64_t i = 0; i < step_size; ++i) by_parameter[i] = length * step[i];
 }
 
-void follow_cpu(float* prototypes, float* sums, float* mass, float* seen, int64_t rows, int64_t dim, float rate) {
+void follow_cpu(float* prototypes, float* sums, float* weight_sums, float* last_prototypes, int64_t rows, int64_t dim,
+                float rate) {
   bool moved = rows == 1;  // the loss of a single one has no gradient, so no optimizer moves it
-  for (int64_t i = 0; i < rows * dim; ++i) moved |= prototypes[i] != seen[i];
+  for (int64_t i = 0; i < rows * dim; ++i) moved |= prototypes[i] != last_prototypes[i];
   if (!moved) return;
   for (int64_t k = 0; k < rows; ++k)
-    if (mass[k] >= std::numeric_limits<float>::min())  // smaller numbers have few digits, and no finite inverse
-      cpu_kernels().combine(rate / mass[k], sums + k * dim, 1 - rate, prototypes + k * dim, dim,
+    if (weight_sums[k] >= std::numeric_limits<float>::min())  // smaller numbers have few digits, and no finite inverse
+      cpu_kernels().combine(rate / weight_sums[k], sums + k * dim, 1 - rate, prototypes + k * dim, dim,
               prototypes + k * dim);
   std::memset(sums, 0, sizeof(float) * rows * dim);
-  std::memset(mass, 0, sizeof(float) * rows);
-  std::memcpy(seen, prototypes, sizeof(float) * rows * dim);
+  std::memset(weight_sums, 0, sizeof(float) * rows);
+  std::memcpy(last_prototypes, prototypes, sizeof(float) * rows * dim);
 }
 
 }  // namespace proto_reg

@@ -29,11 +29,11 @@ struct Counted {
 };
 
 // Adds each finite row of x (rows, dim), times a weight, to the row `index` of sums, and the weight to that entry of
-// mass. The weight depends on the row's distance from its prototype, in units of `std`. Rows of sums lie `stride`
-// apart, entries of mass `stride_mass`.
+// weight_sums. The weight depends on the row's distance from its prototype, in units of `std`. Rows of sums lie `stride`
+// apart, entries of weight_sums `weight_stride`.
 void add_typical_cpu(const float* x, const int64_t* index, Counted counted, const float* prototypes, int64_t rows,
-                     int64_t dim, int64_t groups, double std, float* sums, int64_t stride, float* mass,
-                     int64_t stride_mass);
+                     int64_t dim, int64_t groups, double std, float* sums, int64_t stride, float* weight_sums,
+                     int64_t weight_stride);
 
 // Counts for each prototype the finite rows of x (rows, dim) whose score (rows, prototypes) with it is highest. Adds to
 // totals: both losses, 1, and the squared distances of those rows from their prototypes, per dimension.
@@ -53,7 +53,8 @@ void product_cpu(const float* a, bool a_transposed, const float* b, int64_t rows
 void attach_cpu(const float* gradient, const float* direction, int64_t rows, int64_t dim, const float* step,
                 int64_t step_size, float* by_z, float* by_parameter);
 
-// Moves each prototype towards its sums / mass, and starts sums and mass at 0 again.
-void follow_cpu(float* prototypes, float* sums, float* mass, float* seen, int64_t rows, int64_t dim, float rate);
+// Moves each prototype towards its sums / weight_sums, and starts sums and weight_sums at 0 again.
+void follow_cpu(float* prototypes, float* sums, float* weight_sums, float* last_prototypes, int64_t rows, int64_t dim,
+                float rate);
 
 }  // namespace proto_reg

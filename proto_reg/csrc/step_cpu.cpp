@@ -25,11 +25,11 @@ struct BalancedStep {
   float *left = workspace[0], *by_tokens = workspace[1], *by_latents = workspace[2], *right = workspace[3],
         *by_scores = workspace[4], *of_left = workspace[5], *weights = workspace[6], *of_right = workspace[7],
         *potentials = workspace[8], *transposed = workspace[9];
-  const bool cosine = problem.kind == Scores::cosine;
+  const bool cosine = problem.kind == Similarity::cosine;
 
   void follow() const {
-    if (problem.seen)
-      follow_cpu(problem.prototypes, problem.sums, problem.mass, problem.seen, problem.groups, problem.dim,
+    if (problem.last_prototypes)
+      follow_cpu(problem.prototypes, problem.sums, problem.weight_sums, problem.last_prototypes, problem.groups, problem.dim,
                  static_cast<float>(problem.follow_rate));
   }
 
@@ -55,7 +55,7 @@ struct BalancedStep {
       for (int64_t d = 0; d < anchors; ++d) right[d] = unit * problem.prototypes[d];
     }
     product({left, false, right, true, problem.rows, problem.dim, problem.groups, problem.scores});
-    if (problem.kind != Scores::euclidean) return;
+    if (problem.kind != Similarity::euclidean) return;
     for (int64_t k = 0; k < problem.groups; ++k) {
       const float half = 0.5f * squares_cpu(right + k * problem.dim, problem.dim);
       for (int64_t i = 0; i < problem.rows; ++i) problem.scores[i * problem.groups + k] -= half;
@@ -91,7 +91,7 @@ struct BalancedStep {
       unit_rows_pull_back_cpu(by_tokens, left, of_left, problem.rows, problem.dim, by_tokens);
       unit_rows_pull_back_cpu(problem.step, right, of_right, problem.groups, problem.dim, problem.step);
     }
-    if (problem.kind != Scores::euclidean) return;
+    if (problem.kind != Similarity::euclidean) return;
     for (int64_t k = 0; k < problem.groups; ++k) {
       float total = 0;
       for (int64_t i = 0; i < problem.rows; ++i) total += by_scores[i * problem.groups + k];
@@ -107,16 +107,16 @@ struct BalancedStep {
 
   // Adds both gradients at their weights.
   void add_up() const {
-    const double sizes[] = {problem.active[0] * problem.prototype_weight, problem.active[1] * problem.mmd_weight};
+    const double sizes[] = {problem.shares[0] * problem.prototype_weight, problem.shares[1] * problem.mmd_weight};
     double loss = 0;
-    // A loss that is not active contributes nothing, not even its NaN.
-    if (problem.active[0] > 0) {
+    // A loss with share 0 contributes nothing, not even its NaN.
+    if (problem.shares[0] > 0) {
       loss += sizes[0] * *problem.prototype_loss;
     } else {
       std::memset(by_tokens, 0, sizeof(float) * latents);
       std::memset(problem.step, 0, sizeof(float) * anchors);
     }
-    if (problem.active[1] > 0) {
+    if (problem.shares[1] > 0) {
       loss += sizes[1] * *problem.mmd_loss;
     } else {
       std::memset(by_latents, 0, sizeof(float) * latents);
@@ -130,9 +130,9 @@ struct BalancedStep {
   void track() const {
     const Counted counted{problem.mask, 1};
     // NaN codes do not say to which prototype a latent belongs.
-    if (problem.sums && problem.active[0] > 0 && std::isfinite(*problem.prototype_loss))
+    if (problem.sums && problem.shares[0] > 0 && std::isfinite(*problem.prototype_loss))
       add_typical_cpu(problem.z, problem.assignments, counted, problem.prototypes, problem.rows, problem.dim,
-                      problem.groups, problem.std, problem.sums, problem.dim, problem.mass, 1);
+                      problem.groups, problem.std, problem.sums, problem.dim, problem.weight_sums, 1);
     if (problem.usage)
       tally_cpu(problem.z, problem.scores, problem.prototypes, counted, problem.rows, problem.dim, problem.groups,
                 *problem.prototype_loss, *problem.mmd_loss, problem.usage, problem.totals);

@@ -21,16 +21,16 @@ struct Product {
 };
 using Multiply = void (*)(const Product& product);
 
-enum class Scores : int32_t { cosine, dot, euclidean };
+enum class Similarity : int32_t { cosine, dot, euclidean };
 
 struct StepProblem {
   // In. Contiguous.
   const float* z;           // (rows, dim)
   const bool* mask;         // (rows,); false leaves a row out; null: no row
-  float* prototypes;        // (groups, dim); moved if `seen` is given
+  float* prototypes;        // (groups, dim); moved if `last_prototypes` is given
   const float* marginals;   // (groups,); null: uniform
   int64_t rows, groups, dim;
-  Scores kind;
+  Similarity kind;
   double std;        // standard deviation around each prototype
   double sharpness;  // scores are multiplied with it before temperature and epsilon
   double epsilon;
@@ -42,10 +42,10 @@ struct StepProblem {
   bool unbiased, by_mass;
   double prototype_weight, mmd_weight;
   double follow_rate;
-  double active[2];  // the share of each weight now; prototypes follow only if the first is not 0
+  double shares[2];  // the share of each weight now; prototypes follow only if the first is not 0
 
   // State that the step adds to; null: not kept.
-  float *sums, *mass, *seen;  // the follower's, (groups, dim), (groups,) and (groups, dim)
+  float *sums, *weight_sums, *last_prototypes;  // the follower's, (groups, dim), (groups,) and (groups, dim)
   int64_t *usage, *steps;     // the meter's, (groups,), and the layer's, ()
   float* totals;              // the meter's, (4,)
 
