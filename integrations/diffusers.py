@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypicalRegularizer, RegularizerOutput, SinkhornAssigner
+from proto_reg import (
+    AnchoredMMDLoss,
+    LatentQueue,
+    PrototypeHead,
+    PrototypicalRegularizer,
+    RegularizerOutput,
+    Schedule,
+    SinkhornAssigner,
+)
 
 try:
     import diffusers
@@ -32,6 +41,7 @@ except ImportError as error:
     ) from error
 
 CONFIG, WEIGHTS = "prototypes.json", "prototypes.safetensors"
+COMPONENTS = ("head", "assigner", "mmd", "queue")
 
 
 class PrototypicalAutoencoderOutput(NamedTuple):
@@ -102,7 +112,9 @@ class PrototypicalAutoencoder(nn.Module):
         self.vae: Any = vae
         if isinstance(vae, diffusers.VQModel):  # without a gradient: DDP would complain of it
             vae.quantize.requires_grad_(False)
-        self._components = [name for name in ("head", "assigner", "mmd") if options.pop(name, None) is not None]
+        self._components = [name for name in COMPONENTS if options.pop(name, None) is not None]
+        if options.get("schedule") is not None:
+            options["schedule"] = asdict(options["schedule"])
         sizes = {"latent_dim": channels, "map_size": None if map_size is None else list(map_size), "layout": layout}
         self._config = {"num_prototypes": num_prototypes, **sizes, **options}
 
@@ -222,12 +234,14 @@ class PrototypicalAutoencoder(nn.Module):
         head: PrototypeHead | None = None,
         assigner: SinkhornAssigner | None = None,
         mmd: AnchoredMMDLoss | None = None,
+        queue: LatentQueue | None = None,
         **options: Any,
     ) -> Self:
         """The autoencoder and its prototypes from a folder that :meth:`save_pretrained` wrote, in eval mode.
 
         Args:
-            head, assigner, mmd: components that were given to the constructor; their options are not in the folder.
+            head, assigner, mmd, queue: components that were given to the constructor. Build them in the same way: the
+                folder has their weights, and not their options.
             options: of the autoencoder's own ``from_pretrained``, such as ``torch_dtype``.
 
         Raises:
@@ -241,7 +255,9 @@ class PrototypicalAutoencoder(nn.Module):
                 "PrototypicalAutoencoder(vae, num_prototypes); its save_pretrained writes the file."
             )
         config = json.loads(path.read_text())
-        components: dict[str, Any] = {"head": head, "assigner": assigner, "mmd": mmd}
+        if config.get("schedule") is not None:
+            config["schedule"] = Schedule(**config["schedule"])
+        components: dict[str, Any] = {"head": head, "assigner": assigner, "mmd": mmd, "queue": queue}
         given = {name: component for name, component in components.items() if component is not None}
         if missing := set(config.pop("components")) - set(given):
             raise ValueError(

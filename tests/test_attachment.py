@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from proto_reg import Attachment, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, attach
+from proto_reg import Attachment, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, Schedule, attach
 
 DIM, K = 8, 4
 
@@ -74,9 +74,9 @@ def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_training_equals_that_of_the_layer_in_the_source(mode: str) -> None:
     torch.manual_seed(1)
-    by_hand = ByHand(mode=mode, warmup_steps=2)
+    by_hand = ByHand(mode=mode, schedule=Schedule(warmup_steps=2))
     torch.manual_seed(1)
-    model, attachment = attached(mode=mode, warmup_steps=2)
+    model, attachment = attached(mode=mode, schedule=Schedule(warmup_steps=2))
     if mode == "balanced":
         train(by_hand)
         train(model)

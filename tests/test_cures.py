@@ -207,7 +207,7 @@ def test_accumulation_is_no_missing_optimizer(digits: Tensor, every: int) -> Non
 
 def test_no_better_than_by_chance(digits: Tensor) -> None:
     words = "no better than by chance"
-    high = {"temperature": 3.0, "assigner": SinkhornAssigner(1.5)}
+    high = {"schedule": Schedule(temperature=3.0), "assigner": SinkhornAssigner(1.5)}
     text = says(warned(digits, build(**high), 410), words)
     assert "Lower the temperature, start from data (head.init_from) or use fewer prototypes" in text
     assert warned(digits, build(schedule=Schedule(temperature=0.3), assigner=SinkhornAssigner(0.15)), 410) == []
@@ -218,7 +218,7 @@ def test_surer_than_right(digits: Tensor, scores: str, temperature: float) -> No
     words = "surer of their prototypes than they are right"
 
     def layer(temperature: float) -> Callable[[], PrototypicalRegularizer]:
-        options = {"temperature": temperature, "assigner": SinkhornAssigner(temperature / 2)}
+        options = {"schedule": Schedule(temperature=temperature), "assigner": SinkhornAssigner(temperature / 2)}
         return lambda: PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, similarity=scores), **options)
 
     texts = warned(digits, layer(temperature), 410)

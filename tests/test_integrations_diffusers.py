@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from test_examples import run
 from torch import Tensor
 
-from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypeWarning, attach
+from proto_reg import AnchoredMMDLoss, PrototypeHead, PrototypeWarning, Schedule, attach
 from proto_reg.integrations.diffusers import PrototypicalAutoencoder
 
 
@@ -95,7 +95,7 @@ def test_saved_and_loaded_is_the_same_to_the_bit_and_training_goes_on(
     form: partial, digits: Tensor, tmp_path: Path
 ) -> None:
     batches = list(digits[:480].split(48))
-    model = form(tiny(), warmup_steps=2, mmd_weight=0.2)
+    model = form(tiny(), schedule=Schedule(warmup_steps=2), mmd_weight=0.2)
     optimizer = adam(model)
     train(model, optimizer, batches[:5])
     model.save_pretrained(tmp_path)
@@ -143,8 +143,8 @@ def test_components_of_ones_own_come_back_by_hand(tmp_path: Path) -> None:
 
 
 def test_an_option_that_json_cannot_hold_leaves_no_half_a_model(tmp_path: Path) -> None:
-    model = positions(tiny(), seed=3)
-    model._config["seed"] = object()
+    model = positions(tiny(), std=0.5)
+    model._config["std"] = object()
     with pytest.raises(TypeError, match="JSON"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from proto_reg import PrototypeWarning, PrototypicalRegularizer, attach
+from proto_reg import PrototypeWarning, PrototypicalRegularizer, Schedule, attach
 from proto_reg.integrations.lightning import PrototypeCallback, PrototypicalModuleMixin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path: Path, algorithm: str
         return AE() if algorithm == "callback" else Paper(schedule=algorithm, warmup_epochs=3)
 
     def ours() -> PrototypeCallback:
-        return callback(warmup_steps=5) if algorithm == "callback" else PrototypeCallback()
+        return callback(schedule=Schedule(warmup_steps=5)) if algorithm == "callback" else PrototypeCallback()
 
     class Reseed(L.Callback):  # the paper's sampled target draws numbers, and Lightning keeps no random state
         def on_train_batch_start(self, run: L.Trainer, *others: Any) -> None:
@@ -251,11 +251,15 @@ def test_pictures_change_nothing_in_the_training(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_as_long_as_the_training_is_warned_of(tmp_path: Path) -> None:
-    run = trainer(tmp_path, callback(warmup_steps=20), max_epochs=2)
+    run = trainer(tmp_path, callback(schedule=Schedule(warmup_steps=20)), max_epochs=2)
     with pytest.warns(PrototypeWarning, match="warmup_steps = 20 covers all 20 steps of the training"):
         run.fit(AE(), loader())
     endless = trainer(
-        tmp_path, callback(warmup_steps=20), max_epochs=-1, limit_train_batches=2, max_time={"seconds": 0}
+        tmp_path,
+        callback(schedule=Schedule(warmup_steps=20)),
+        max_epochs=-1,
+        limit_train_batches=2,
+        max_time={"seconds": 0},
     )
     endless.fit(AE(), loader())
 

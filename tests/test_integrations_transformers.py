@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from proto_reg import PrototypeWarning, PrototypicalRegularizer, attach
+from proto_reg import PrototypeWarning, PrototypicalRegularizer, Schedule, attach
 from proto_reg.integrations.transformers import PrototypeTrainerCallback
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_resume_from_checkpoint_ends_with_the_same_numbers(tmp_path: Path, save_
     for resume in (None, str(tmp_path / f"checkpoint-{save_steps}")):
         torch.manual_seed(3)
         runs.append(trainer(tmp_path, AE(), **options))
-        add(runs[-1], warmup_steps=5)
+        add(runs[-1], schedule=Schedule(warmup_steps=5))
         runs[-1].train(resume_from_checkpoint=resume)
     whole, resumed = runs
     second = resumed.model.state_dict()
@@ -118,7 +118,7 @@ def test_a_layer_of_the_model_itself(tmp_path: Path) -> None:
 
 def test_a_warm_up_as_long_as_the_training_is_warned_of(tmp_path: Path) -> None:
     run = trainer(tmp_path, AE(), num_train_epochs=1)
-    add(run, warmup_steps=BATCHES)
+    add(run, schedule=Schedule(warmup_steps=BATCHES))
     with pytest.warns(PrototypeWarning, match="warmup_steps = 10 covers all 10 steps of the training"):
         run.train()
 
