@@ -12,6 +12,9 @@ from ._checks import check_positive_int
 from ._distributed import Group, Ranks
 from .functional.mmd import DEFAULT_SCALES, MMDOptions, evaluate_mmd
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class AnchoredMMDLoss(nn.Module):
     """Squared MMD between the latents of each prototype and the normal distribution N(v_k, std^2 I) around it.
@@ -71,14 +74,17 @@ class AnchoredMMDLoss(nn.Module):
 
         ``assignments`` are (B,) int64 or (B, K) weights. ``mask`` (B,) bool is True for the latents that count.
         """
-        return evaluate_mmd(z, anchors, assignments, self.options, std, mask, None, self.ranks.active(self.training))[0]
+        return evaluate_mmd(z, anchors, assignments, self.options, std, mask, None, self._group())[0]
 
-    @torch.no_grad()
     def value_and_gradient(
         self, z: Tensor, anchors: Tensor, assignments: Tensor, mask: Tensor | None = None, std: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """The loss () and its gradient by ``z`` (B, D), both without a graph."""
-        return evaluate_mmd(z, anchors, assignments, self.options, std, mask, None, self.ranks.active(self.training))
+        with torch.no_grad():
+            return evaluate_mmd(z, anchors, assignments, self.options, std, mask, None, self._group())
+
+    def _group(self) -> ProcessGroup | None:
+        return self.ranks.active(self.training)
 
     def extra_repr(self) -> str:
         options = (f"{name}={value!r}" for name, value in self.options._asdict().items() if value is not None)

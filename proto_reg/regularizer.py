@@ -210,7 +210,8 @@ class PrototypicalRegularizer(nn.Module):
             tokens = torch.where(mask[:, None], tokens, 0.0)
         if group is None:
             return BatchShard.undivided(tokens, mask)
-        return self.gatherer.shard(tokens.detach(), mask, group, self._gather_limit() if gather else 0)
+        shard = self.gatherer.shard(tokens.detach(), mask, group, self._gather_limit() if gather else 0)
+        return shard._replace(tokens=tokens)
 
     def _pull(self, batch: BatchShard, factors: StepFactors, counting: bool) -> Pull:
         """Prototypes follow; both losses pull; the step is recorded."""

@@ -304,8 +304,11 @@ def an_uneven_end() -> None:
 
 def an_empty_rank() -> None:
     """Rows of the other rank alone: its gradients are those of one process, over the number of ranks."""
-    for options in ({}, {"layout": "b d h w", "mmd": AnchoredMMDLoss(max_tokens=20)}):
-        layer, alone = (PrototypicalRegularizer(DIM, K, group=group, **options) for group in ("default", None))
+    for options in ({}, {"layout": "b d h w"}):
+        layer, alone = (
+            PrototypicalRegularizer(DIM, K, group=group, **options, **(few(group) if options else {}))
+            for group in ("default", None)
+        )
         z = spread(1, *((8, DIM, 2, 3) if options else (48, DIM))).requires_grad_()
         dist.broadcast(layer.head.prototypes.data, 0)
         alone.head.load_state_dict(layer.head.state_dict())
