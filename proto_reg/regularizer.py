@@ -301,7 +301,8 @@ class PrototypicalRegularizer(nn.Module):
 
     def _look(self, batch: BatchShard, output: RegularizerOutput) -> None:
         """The watch looks at a training step."""
-        head, past, begin = self.head, 0 if self.queue is None else self.queue.size, self.schedule.begin
+        head, queue, begin = self.head, self.queue, self.schedule.begin
+        past = 0 if queue is None else queue.size
         if not self.watch.due(batch.total + past, head.num_prototypes, begin) or not batch.tokens.shape[0]:
             return
         # Prototypes that FSDP2 gathered do not tell whether an optimizer has touched the shards.

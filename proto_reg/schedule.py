@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -68,18 +69,19 @@ class Schedule:
                 f"{self.temperature_steps} with temperature={self.temperature!r}. Pass both temperature=(start, end) "
                 "and temperature_steps."
             )
+        self.begin, self.end, self.final_temperature  # noqa: B018  (computed once, before any graph is traced)
 
-    @property
+    @cached_property
     def begin(self) -> int:
         """The step at which the prototype loss sets in."""
         return self.warmup_steps + self.mmd_steps
 
-    @property
+    @cached_property
     def end(self) -> int:
         """The step from which both weights have their full size."""
         return self.begin + self.ramp_steps
 
-    @property
+    @cached_property
     def final_temperature(self) -> float:
         """The temperature after ``temperature_steps`` steps."""
         return _pair(self.temperature)[1]
