@@ -1,4 +1,4 @@
-"""Shared by the tests: seeds, and the slow but plain formulas that the library is judged by."""
+"""The tests share this file: seeds, and slow but plain formulas that the library is compared with."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from proto_reg.kernels import backends, build, closed_forms
 
 warnings.simplefilter("ignore", proto_reg.PrototypeWarning)
 
-# The workers of pytest-xdist share the cores. With more threads than cores, threads wait for threads that do not run:
-# some tests take ten times as long.
+# The workers of pytest-xdist share the cores. With more threads than cores, threads wait for threads that do not run.
+# Some tests then take ten times as long.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     threads = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
-# The files that take longest, the longest first.
+# The slowest test files. The slowest one comes first.
 LONGEST = (
     "test_cuda_library.py",
     "test_regularizer.py",
@@ -47,11 +47,11 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+    config.option.loadscopereorder = False  # else pytest-xdist begins with the files that have most tests
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Workers get the files that take longest first, so that all of them end at about the same time."""
+    """Give the slowest files to the workers first, so that all workers end at about the same time."""
     if hasattr(config, "workerinput"):
         places = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path.name, len(places)))
@@ -62,7 +62,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-# In tests the prototypes are at work from the first step. Tests of the schedule that users get say so by a marker.
+# In tests the prototypes act from the first step. The marker warm_up gives a test the schedule that users get.
 DEFAULTS = Schedule.__init__.__defaults__
 Schedule.__init__.__defaults__ = tuple(0 if value == Schedule.mmd_steps else value for value in DEFAULTS)
 
@@ -74,22 +74,23 @@ def default_schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 def untracked(layer: PrototypicalRegularizer) -> PrototypicalRegularizer:
-    """The layer, which counts nothing from now on."""
+    """Return the layer. It counts nothing from now on."""
     layer.tracking = False
     return layer
 
 
 @pytest.fixture(scope="session", autouse=True)
 def built() -> Path | None:
-    """The compiled CPU library, in the user's cache: what ``backend="auto"`` means in every test, where it builds."""
+    """The compiled CPU library in the user's cache. If it builds here, ``backend="auto"`` uses it in every test."""
     return None if build.obstacle("cpu") else build.build("cpu")
 
 
 @pytest.fixture(scope="session")
 def kept(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """A folder for what tests compile: its name, and a hash of all that decides what the compiler makes.
+    """A function that returns a folder for compiled files, from a name and a hash.
 
-    The folder is in pytest's cache, where the next run finds it. A folder of another hash goes.
+    The hash covers everything that decides the compiler's output. The folder is in pytest's cache, where the next run
+    finds it. The function deletes a folder of another hash.
     """
     cache = getattr(pytestconfig, "cache", None)
 
@@ -106,7 +107,7 @@ def kept(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def cpu_library(built: Path | None) -> Iterator[Path]:
-    """The compiled CPU library, for tests that make no sense without it, whatever PROTO_REG_BACKEND says outside."""
+    """The compiled CPU library, for tests that need it. PROTO_REG_BACKEND is unset during these tests."""
     if built is None:
         pytest.skip(build.obstacle("cpu"))
     if "PROTO_REG_BACKEND" not in os.environ:
@@ -121,7 +122,7 @@ def cpu_library(built: Path | None) -> Iterator[Path]:
 
 @pytest.fixture(params=["torch", "cpu"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What computes float32 and half precision on the CPU during a test that asks for no backend itself."""
+    """The backend for float32 and half precision on the CPU in a test that does not choose a backend itself."""
     if request.param == "cpu":
         request.getfixturevalue("cpu_library")
     else:
@@ -135,7 +136,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def naive_mmd(
     z: Tensor, v: Tensor, assignments: Tensor, kernel: str, scales: tuple[float, ...], unbiased: bool
 ) -> Tensor:
-    """Cluster by cluster, pair by pair, in plain differentiable torch."""
+    """The MMD, cluster by cluster and pair by pair, in plain differentiable torch."""
     total = z.new_zeros(())
     for k in range(len(v)):
         r = z[assignments == k] - v[k]
@@ -147,14 +148,14 @@ def naive_mmd(
         pairs = kernel_value(kernel, squared, dim, scales).sum()
         pairs = pairs / (n * (n - 1)) if unbiased else (pairs + n * closed_forms.diagonal(kernel)) / n**2
         a, slope = closed_forms.attraction(kernel, r.detach().square().sum(1), dim, scales)
-        # The closed form a and its slope, tied together for autograd.
+        # This ties the closed form a and its slope together for autograd.
         a = a + slope * (r.square().sum(1) - r.detach().square().sum(1))
         total = total + n / len(z) * (pairs - 2 * a.mean() + closed_forms.self_term(kernel, dim, scales))
     return total
 
 
 def kernel_value(kernel: str, squared: Tensor, dim: int, scales: tuple[float, ...]) -> Tensor:
-    """The kernels as the documentation writes them."""
+    """The kernels, by the formulas in the documentation."""
     if kernel == "gaussian":
         return torch.stack([(-squared / (2 * dim * s)).exp() for s in scales]).mean(0)
     if kernel == "imq":
@@ -163,7 +164,7 @@ def kernel_value(kernel: str, squared: Tensor, dim: int, scales: tuple[float, ..
 
 
 def log_sinkhorn(scores: Tensor, epsilon: float, num_iters: int, marginals: Tensor | None = None) -> Tensor:
-    """The iterate by its definition, in float64 and in the log domain."""
+    """The Sinkhorn iterate by its definition, in float64 and in the log domain."""
     scores = scores.double()
     rows, columns = scores.shape
     r = torch.full((columns,), 1 / columns, dtype=torch.float64) if marginals is None else marginals.double()
@@ -193,9 +194,12 @@ def cosines(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def across_instruction_sets(code: str, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of what ``code`` saves to ``sys.argv[1]``, a list of tensors: by baseline code, and by any other."""
+    """Run ``code`` with each instruction set. Yield pairs of tensors: one by baseline code, one by another set.
+
+    ``code`` saves a list of tensors to ``sys.argv[1]``.
+    """
     found = []
-    for isa in ("baseline", "avx2", "avx512"):  # a machine that lacks one takes the next below
+    for isa in ("baseline", "avx2", "avx512"):  # a machine without one of these takes the next lower one
         target = folder / f"{isa}.pt"
         environment = dict(os.environ, PROTO_REG_CPU_ISA=isa)
         subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(target)], check=True, env=environment)

@@ -1,4 +1,4 @@
-"""Layers with each option that changes what a training step does."""
+"""Layers with each option that changes a training step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypeHead, PrototypicalR
 
 DIM, K = 8, 5
 SHARES = [0.1, 0.3, 0.2, 0.15, 0.25]
-# Options, made anew for each layer: components belong to one.
+# Each function makes new options, because a component belongs to one layer.
 OPTIONS: dict[str, Callable[[], dict]] = {
     "plain": dict,
     "schedules": lambda: {"schedule": Schedule(warmup_steps=2, mmd_steps=3, ramp_steps=3)},
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Callable[[], dict]] = {
 
 
 def layer_with(options: str, **others: object) -> PrototypicalRegularizer:
-    """The layer of that name in ``OPTIONS``, with ``others`` beside."""
+    """A layer with the options of this name in ``OPTIONS``, and with ``others``."""
     layer = PrototypicalRegularizer(DIM, K, **(OPTIONS[options]() | others))
     layer.tracking = options != "without tracking"
     return layer

@@ -1,4 +1,4 @@
-"""Adaptive marginals: EM for the weights of the mixture, in training alone, exactly resumed, never collapsing."""
+"""Adaptive marginals: EM finds the weights of the mixture, in training only. It resumes exactly and never collapses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adaptive(**options) -> SinkhornAssigner:
 
 
 def clusters(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Latents (count, D) of K kinds in unequal shares, and the kinds' centres."""
+    """Latents (count, D) of K kinds with unequal shares, and the centres of the kinds."""
     generator = torch.Generator().manual_seed(seed)
     centres = 4 * torch.eye(K, DIM)
     kinds = torch.multinomial(SHARES, count, replacement=True, generator=generator)
@@ -42,7 +42,10 @@ def step(layer: PrototypicalRegularizer, z: Tensor, **options) -> None:
 
 
 def test_they_go_where_em_goes() -> None:
-    """Of fixed scores: to the weights that EM in float64, drawn to uniform ones in each step, converges to."""
+    """With fixed scores, the marginals converge to the weights of EM in float64.
+
+    Each step of this EM draws the weights towards uniform ones.
+    """
     scores = torch.randn(500, K) + torch.tensor([1.0, 0.5, 0, 0, -0.5, -1])
     assigner = adaptive(smoothing=0.2)
     for _ in range(3000):
@@ -82,7 +85,7 @@ def test_compiled_and_plain_steps_agree(backend: str) -> None:
     torch.manual_seed(0)
     layer = layer_of(schedule=Schedule(temperature=(0.3, 0.1), temperature_steps=20, ramp_steps=3))
     twin = copy.deepcopy(layer)
-    twin.mmd.backend = "torch"  # takes the whole step past the fused operator
+    twin.mmd.backend = "torch"  # so no step uses the fused operator
     for seed in range(10):
         z, _ = clusters(32, seed)
         step(layer, z)

@@ -1,4 +1,4 @@
-"""The house: arrows run one way, imports are light, the public names are these."""
+"""The structure of the package: imports go one way, they are light, and the public names are fixed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import proto_reg
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "proto_reg"
-# Each room may import from the rooms that stand before it.
+# A room is a module or a folder of the package. Each room may import only from the rooms before it.
 ROOMS = [
     "_torch",
     "_checks",
@@ -57,7 +57,7 @@ def room(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms that ``path`` imports; imports inside the package are relative."""
+    """The rooms that ``path`` imports. Imports inside the package must be relative."""
     tree = ast.parse(path.read_text())
     depth = len(path.relative_to(PACKAGE).parts)
     found = set()
@@ -67,12 +67,12 @@ def imported_rooms(path: Path) -> set[str]:
         if not isinstance(node, ast.ImportFrom):
             continue
         assert not (node.module or "").startswith("proto_reg"), path
-        if node.level == depth:  # from the package's root
+        if node.level == depth:  # relative to the package's root
             found |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
     return found
 
 
-# Programs stand outside: ``python -m`` may start whatever there is.
+# Programs are outside of this order: ``python -m`` may import every room.
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__main__.py")
 
 
@@ -127,7 +127,7 @@ def test_everything_public_is_documented() -> None:
 
 
 def test_import_is_light() -> None:
-    """Beside what torch imports itself: our own modules, einops and the standard library."""
+    """The import adds only our own modules, einops and the standard library to torch's imports."""
     code = """
 import sys, torch
 before = set(sys.modules)
@@ -139,14 +139,14 @@ print(*sorted(set(sys.modules) - before))
     assert found <= {"proto_reg", "einops", "typing_extensions"}
 
 
-# What torch makes out of nothing; the second by whole numbers, whose dtype is no matter of taste.
+# Functions of torch that make new tensors. Those in COUNTING make whole numbers and need no dtype.
 FACTORIES = {"ones", "zeros", "full", "empty", "empty_strided", "tensor", "as_tensor", "asarray", "scalar_tensor"}
 FACTORIES |= {"rand", "randn", "normal", "eye", "linspace", "logspace", "hann_window", "from_numpy"}
 COUNTING = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
 
 
 def test_every_tensor_is_told_its_device_and_dtype() -> None:
-    """But what a module registers: there the defaults rule, as in torch's own modules."""
+    """The exception is what a module registers. It follows the defaults, as in torch's own modules."""
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
         tree = ast.parse(path.read_text())
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
@@ -207,7 +207,7 @@ def test_ops_are_registered_once_and_have_no_surprises() -> None:
 
 
 def test_the_page_on_kernels_names_what_exists() -> None:
-    """Files, functions, types and excerpts of docs/reading-a-kernel.md, in the sources as they are."""
+    """The files, functions, types and excerpts of docs/reading-a-kernel.md exist in the sources."""
     page = (ROOT / "docs" / "reading-a-kernel.md").read_text()
     prose, *excerpts = re.split(r"^```(?:cpp)?\n", page, flags=re.MULTILINE)
     prose, excerpts = "".join([prose, *excerpts[1::2]]), excerpts[::2]
@@ -221,7 +221,7 @@ def test_the_page_on_kernels_names_what_exists() -> None:
     names = {name for name in named - files if re.fullmatch(r"\w{2,}", name)}
     assert len(files) > 15 and len(names) > 40
     assert {name for name in names if not re.search(rf"\b{name}\b", everything)} == set()
-    # Whatever the page places in a file stands there.
+    # If the page says that a file holds a name, the file holds it.
     placed = re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.\w+)`", prose)
     assert len(placed) > 5
     for name, file in placed:
@@ -231,7 +231,7 @@ def test_the_page_on_kernels_names_what_exists() -> None:
 
 
 def test_headers_for_an_instruction_set_stay_apart() -> None:
-    """No standard header, and one unnamed namespace: the linker merges no functions of two machines."""
+    """They have no standard header and one unnamed namespace, so the linker merges no functions of two machines."""
     pending, seen = ["cpu_kernel_table.h"], {"cpu_plain.h"}
     while pending:
         name = pending.pop()

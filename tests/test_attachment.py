@@ -1,4 +1,4 @@
-"""attach(): the layer in a model that knows nothing of it."""
+"""attach() puts the layer into a model that does not know about it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIM, K = 8, 4
 
 
 class Model(nn.Module):
-    """A user's: nothing of ours in it."""
+    """A user's model, without anything of this library."""
 
     def __init__(self, width: int = DIM) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 class ByHand(Model):
-    """The same, the layer written into its source."""
+    """The same model, with the layer in its source."""
 
     def __init__(self, **options) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def train(model: nn.Module, loss_of=lambda: 0.0, steps: int = 6) -> None:
 
 
 def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
-    # Attached, the layer lives in the encoder; by hand, beside it.
+    # attach() puts the layer into the encoder. By hand, it is beside the encoder.
     first, second = ({k.replace("encoder.2.prot", "prot"): v for k, v in m.state_dict().items()} for m in (a, b))
     assert set(first) == set(second)
     for key, value in first.items():
@@ -101,7 +101,7 @@ def test_detach_restores_the_model() -> None:
     assert not model.encoder[2]._forward_hooks
     assert not hasattr(model, "prior") and not hasattr(model.encoder[2], "prior")
     assert torch.equal(model(x), before)
-    attachment.detach()  # nothing left to take back
+    attachment.detach()  # there is nothing left to remove
     attach(model, model.encoder[2], DIM, K, name="prior")
 
 
@@ -205,7 +205,7 @@ def test_outputs_of_other_forms(form: str) -> None:
     assert output is not model.heads.given
     assert torch.equal(read(output), model.heads.mu(x))
     torch.testing.assert_close(attachment.output.scores, attachment.layer.head(model.heads.mu(x)).detach())
-    # The latent in the output is the regularised one: the prototypes are in its graph.
+    # The output holds the regularised latent: the prototypes are in its graph.
     read(output).square().sum().backward()
     assert attachment.layer.head.prototypes.grad.abs().sum() > 0
 
@@ -245,7 +245,7 @@ def test_called_twice_in_a_forward_pass_is_two_steps() -> None:
     assert len(attachment.output.assignments) == 7
     loss.backward()
     torch.utils.checkpoint.checkpoint(model, torch.rand(32, 12), use_reentrant=False).sum().backward()
-    assert attachment.layer.steps == 3  # the second run, in the backward pass, does not count
+    assert attachment.layer.steps == 3  # the backward pass runs it again, and that does not count
 
 
 def test_layer_comes_to_the_models_mode_and_device() -> None:
@@ -329,7 +329,7 @@ def test_errors_of_the_first_forward_pass() -> None:
 
 
 class Walking(nn.Module):
-    """Calls whatever children it has."""
+    """Calls all of its children, in their order."""
 
     def __init__(self, *children: nn.Module) -> None:
         super().__init__()
@@ -428,7 +428,7 @@ def test_two_layers_of_one_name_are_told_apart_or_refused() -> None:
 
 
 class Wrapper(nn.Module):
-    """As PEFT's for modules_to_save: the original, frozen, and a copy that is trained and called."""
+    """PEFT's wrapper for modules_to_save is like this: the original is frozen, and a copy is trained and called."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -462,7 +462,7 @@ def test_peft(tmp_path: Path) -> None:
     train(adapted)
     assert attachment.layer.steps == 6
     assert not torch.equal(attachment.layer.head.prototypes, before)
-    # The layer sees the latent with what the adapter adds to it.
+    # The layer sees the latent after the adapter has added to it.
     z = adapted.eval().encoder(torch.rand(9, 12))
     torch.testing.assert_close(attachment.output.scores, attachment.layer.head(z))
     adapted.save_pretrained(tmp_path)
@@ -497,7 +497,7 @@ def test_latents_without_a_gradient_are_told_within_a_few_steps(mode: str) -> No
         warnings.simplefilter("error")
         for _ in range(10):
             step()
-    if mode == "weighted":  # the layer's own loss is a gradient
+    if mode == "weighted":  # the layer's own loss gives a gradient
         return
     with pytest.warns(PrototypeWarning, match="No gradient has come back to the latents in 10 training passes"):
         step()
@@ -508,7 +508,7 @@ def test_latents_without_a_gradient_are_told_within_a_few_steps(mode: str) -> No
 
 
 class Hub(Model, PyTorchModelHubMixin):
-    """Builds itself from its arguments, as on the hub."""
+    """A model that is built from its arguments alone, as the hub does it."""
 
     def __init__(self, num_prototypes: int | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which backend computes a call, and what is said when a chosen one cannot."""
+"""Which backend computes a call, and which error comes when a chosen backend cannot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORES = torch.zeros(3, 2)
 
 @pytest.fixture(autouse=True)
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, nothing in the package, an environment that says nothing, and no memory of earlier choices."""
+    """An empty cache, no library in the package, no environment variables, and no memory of earlier choices."""
     monkeypatch.setenv("PROTO_REG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "PREBUILT", tmp_path / "lib")
     for name in ("PROTO_REG_BACKEND", "PROTO_REG_BUILD"):
@@ -37,7 +37,7 @@ def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 
 @pytest.fixture
 def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A CPU library that seems to be there and to load; the list of every load."""
+    """A CPU library that seems to exist and to load. The fixture is the list of all loads."""
     done: list[Path] = []
     monkeypatch.setattr(build, "candidates", lambda backend, *_: [(tmp_path / f"{backend}.so", None)])
 
@@ -266,7 +266,7 @@ def test_a_tensor_on_the_cpu_asks_no_gpu(loads: list[Path], monkeypatch: pytest.
     assert backends.choose("auto", SCORES) == "cpu"
     with pytest.raises(ValueError, match="the scores are on cpu"):
         backends.choose("cuda", SCORES)
-    assert [path.name for path in loads] == ["cpu.so"]  # what cannot serve is not loaded either
+    assert [path.name for path in loads] == ["cpu.so"]  # a backend that cannot compute is not loaded
 
 
 def test_report(capsys: pytest.CaptureFixture[str], nothing_built: Path) -> None:
@@ -294,7 +294,7 @@ def test_command_line_builds(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 def test_the_library_itself(cpu_library: Path, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
-    # A cache of its own: the user's may hold what another environment built.
+    # The test has its own cache. The user's cache may hold the library of another environment.
     cpu_library = Path(shutil.copy(cpu_library, tmp_path))
     monkeypatch.setenv("PROTO_REG_CACHE", str(tmp_path))
     assert backends.choose("auto", SCORES) == "cpu"

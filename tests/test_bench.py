@@ -1,4 +1,4 @@
-"""``python -m proto_reg bench``: it judges by a right reference, and refuses what is wrong."""
+"""``python -m proto_reg bench`` compares with a correct reference and refuses wrong results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 
 
 def test_reference_is_the_closed_form_after_one_iteration() -> None:
-    # S / eps = log [[1, 3], [1, 1]]: columns to 1/2 each give [[1/4, 3/8], [1/4, 1/8]], rows to 1 the codes below.
+    # S / eps = log [[1, 3], [1, 1]]. With columns that sum to 1/2 this is [[1/4, 3/8], [1/4, 1/8]].
+    # With rows that sum to 1 these are the codes below.
     scores = _bench.EPSILON * torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64).log()
     expected = torch.tensor([[2 / 5, 3 / 5], [2 / 3, 1 / 3]], dtype=torch.float64)
     torch.testing.assert_close(_bench.reference(scores, num_iters=1), expected)

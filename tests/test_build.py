@@ -1,4 +1,4 @@
-"""The builder, with a real compiler and sources small enough to compile in a moment."""
+"""The builder, with a real compiler. The sources are small and compile in a moment."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def csrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the trial in another process, which takes longer than the small sources take to compile."""
+    """Leave out the trial in another process. It takes longer than the compilation of the small sources."""
     monkeypatch.setattr(build, "_try_to_load", lambda library: None)
 
 
 def compiler(path: Path, *, sleep: float = 0.0) -> Path:
-    """A compiler that writes its process id to ``path``.log whenever it compiles, and takes its time."""
+    """A compiler that writes its process id to ``path``.log when it compiles, and then waits ``sleep`` seconds."""
     real = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))))
     path.write_text(
         textwrap.dedent(f"""\
@@ -80,7 +80,7 @@ def wait_for(path: Path) -> list[int]:
 
 
 def running(group: int) -> list[str]:
-    """States of the processes of a group, those left out that are dead and only waited for."""
+    """The states of the processes of a group, without dead ones that their parent has not waited for."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -164,7 +164,7 @@ def test_a_cache_that_cannot_be_written_is_named(csrc: Path, tmp_path: Path, mon
     assert build.find("cpu") is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system itself is in the way")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not let the test do this")
 def test_what_is_missing_is_named_with_its_cure(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as without:
         without.setattr(shutil, "which", lambda *_: None)
@@ -203,7 +203,7 @@ def test_a_symbol_that_exists_nowhere_shows_when_linked(csrc: Path, untried: Non
 
 @needs_compiler
 def test_a_library_that_ends_the_process_is_not_kept(csrc: Path, tmp_path: Path) -> None:
-    """As a registration does that throws while the library is loaded."""
+    """A registration does this if it throws while the library is loaded."""
     (csrc / "cpu_ops.cpp").write_text(
         '#include <stdexcept>\nstruct Init { Init() { throw std::runtime_error("refused"); } } init;\n'
     )
@@ -260,13 +260,13 @@ def test_another_clone_environment_and_place_of_the_compiler_reuse_the_library(
     assert build.build("cpu") == first
     assert first.stat().st_mtime_ns == modified
     monkeypatch.setenv("PROTO_REG_CACHE", str(tmp_path / "other cache"))
-    assert build.build("cpu").name == first.name  # the compiled content has no path either
+    assert build.build("cpu").name == first.name  # the compiled content holds no path either
 
 
 @needs_compiler
 def test_sources_flags_and_compiler_are_the_key(csrc: Path, untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build.build("cpu")
-    (csrc / "note_cuda.h").write_text("")  # another backend's
+    (csrc / "note_cuda.h").write_text("")  # of another backend
     (csrc / "note.txt").write_text("")  # not shipped
     assert build.build("cpu") == first
     monkeypatch.setattr(build, "FLAGS", ("-std=c++17", "-O1"))
@@ -292,7 +292,7 @@ def test_one_library_serves_every_torch_from_the_lowest_on(csrc: Path, untried: 
 
 
 def test_the_library_asks_torch_for_its_stable_abi_alone(cpu_library: Path) -> None:
-    """The functions of torch's C shims are all that it takes from torch: no name of C++ in it is torch's."""
+    """It takes only the functions of torch's C shims from torch. It uses no C++ name of torch."""
     if shutil.which("nm") is None:
         pytest.skip("nm, of binutils")
     command = ["nm", "--dynamic", "--undefined-only", "--demangle", str(cpu_library)]
@@ -367,7 +367,7 @@ def test_cuda_compiles_without_a_gpu(csrc: Path, untried: None, monkeypatch: pyt
 
 
 def test_no_source_includes_another_backends() -> None:
-    """A change to the CUDA sources does not make the CPU library stale: files are told apart by their names."""
+    """A change to the CUDA sources does not make the CPU library stale. The builder tells files apart by name."""
     files = [path for path in build.CSRC.iterdir() if path.suffix in build.SUFFIXES]
     assert files
     for path in files:

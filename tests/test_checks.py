@@ -1,4 +1,4 @@
-"""What is refused, wherever it enters, by an error of our own."""
+"""Bad input raises an error of our own at every entrance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOAT8 = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dty
 
 
 def entrances() -> dict[str, tuple[str, Callable[[Tensor], object]]]:
-    """Where latents or scores (6, 4) enter: the name of the argument there, and the call."""
+    """All calls that take latents or scores (6, 4): the name of the argument, and the call."""
     layer, head = proto_reg.PrototypicalRegularizer(4, 3), proto_reg.PrototypeHead(4, 3)
     assigner, hard = proto_reg.SinkhornAssigner(), torch.zeros(6, dtype=torch.int64)
     rows, anchors = torch.randn(6, 4), torch.randn(3, 4)

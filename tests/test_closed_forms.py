@@ -1,4 +1,4 @@
-"""The kernels' expectations against float64 Monte Carlo and special functions."""
+"""The expectations of the kernels, against Monte Carlo in float64 and special functions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_energy_is_the_hypergeometric_function(dim: int, ratio: float) -> None:
 
 @pytest.mark.parametrize("dim", (1, *DIMS))
 def test_imq_is_the_exponential_integral(dim: int) -> None:
-    """b = (C/4) e^{C/4} E_{D/2}(C/4) = int e^{-x} (1 + 4x/C)^{-D/2} dx; mpmath's own expint is off at D = 256."""
+    """b = (C/4) e^{C/4} E_{D/2}(C/4) = int e^{-x} (1 + 4x/C)^{-D/2} dx; mpmath's own expint is wrong at D = 256."""
     for scale in DEFAULT_SCALES:
         quarter = 2 * dim * scale / 4
         with mpmath.workdps(30):
@@ -80,6 +80,6 @@ def test_null_variance_of_the_averaged_gaussian_kernel(dim: int, n: int) -> None
     )
     expected = closed_forms.gaussian_null_variance(torch.tensor(float(n)), dim, DEFAULT_SCALES).item()
     kurtosis = ((values - values.mean()) / values.std()).pow(4).mean().item()
-    error = math.sqrt((kurtosis - 1) / trials)  # relative standard error of a sample variance
+    error = math.sqrt((kurtosis - 1) / trials)  # the relative standard error of a sample variance
     assert abs(values.var().item() / expected - 1) < 5 * error
     assert abs(values.mean().item()) < 4.5 * math.sqrt(expected / trials)

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel itself: every instruction set, any number of threads, memory, odd shapes."""
+"""The compiled CPU kernel itself, with every instruction set, any number of threads, and odd shapes and memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_any_shape_against_float64(rows, columns, scale, num_iters, seed, weight
     assert abs(loss - expected) <= 1e-6 * max(1.0, abs(float(expected)), scale)
 
 
-# Written past the caches, each row aligned in its own way.
+# The kernel writes this shape past the caches, and its rows have different alignments.
 LARGE = (4001, 1051)
 
 
@@ -80,7 +80,7 @@ def test_a_large_output_that_no_float_is_aligned_in() -> None:
     assert torch.allclose(sinkhorn(scores, backend="cpu", out=out), sinkhorn(scores, backend="torch"), atol=1e-6)
 
 
-@pytest.mark.parametrize("num_iters", [1, 3, 9])  # up to 8 the exponentials are computed in every pass
+@pytest.mark.parametrize("num_iters", [1, 3, 9])  # up to 8, every pass computes the exponentials
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_large_matrix_in_half_precision_is_as_in_float32(dtype: torch.dtype, num_iters: int) -> None:
     scores = cosines(4001, 2111).to(dtype)
@@ -90,7 +90,7 @@ def test_a_large_matrix_in_half_precision_is_as_in_float32(dtype: torch.dtype, n
     assert narrow[0] == pytest.approx(wide[0].item(), abs=1e-6)
     for ours, theirs in zip(narrow[1:], wide[1:], strict=True):
         assert ours.dtype == dtype
-        rounding = torch.finfo(dtype).eps * theirs.abs() + 2**-24  # which float16's subnormals are apart
+        rounding = torch.finfo(dtype).eps * theirs.abs() + 2**-24  # the step of float16's subnormals
         assert ((ours.float() - theirs).abs() <= rounding + 1e-6 * theirs.abs().max()).all()
 
 
@@ -168,7 +168,7 @@ def test_outputs_and_nothing_else_are_written() -> None:
 
 
 def test_nothing_is_left_from_the_call_before() -> None:
-    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    torch.use_deterministic_algorithms(True)  # so empty() returns tensors of NaN
     try:
         for rows, columns in ((256, 30), (9, 3), (700, 70), (250, 50), (256, 30)):
             for scale in (1, 50):

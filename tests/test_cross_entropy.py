@@ -1,4 +1,4 @@
-"""The fused operator: scores to loss and gradient in one pass, by every backend."""
+"""The fused operator: every backend computes loss and gradient from the scores in one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [(256, 30), (1, 1), (3, 70), (37, 13), (300, 5), (700, 61)]
 
 
 def expected(scores: torch.Tensor, temperature: float = 0.1, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient in float64, by autograd, codes by plain torch."""
+    """Loss and gradient in float64, by autograd. Plain torch computes the codes."""
     wide = scores.detach().double().requires_grad_()
     codes = sinkhorn(wide, **options)
     loss = prototype_cross_entropy(wide, codes, temperature, mask=options.get("mask"))
@@ -36,7 +36,7 @@ def test_loss_and_gradient_against_float64(shape: tuple[int, int], scale: float)
     (3 * loss).backward()
     loss64, gradient64 = expected(scores)
     torch.testing.assert_close(loss.double(), loss64, rtol=1e-6, atol=1e-6)
-    # Entries of (p - q) / tau, before the division by B, lie within 1 / tau = 10.
+    # Before the division by B, the entries of (p - q) / tau are between -10 and 10, because 1 / tau = 10.
     error = (scores.grad.double() / 3 - gradient64).abs().max() * len(scores) / 10
     assert error < 1e-6, error
     assert torch.equal(codes, sinkhorn(scores))
@@ -102,7 +102,7 @@ def test_weights_and_marginals() -> None:
 def test_layouts_and_poisoned_memory() -> None:
     scores = cosines(34, 10)
     straight = sinkhorn_cross_entropy(scores[::2, 1::3].contiguous())
-    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    torch.use_deterministic_algorithms(True)  # so empty() returns tensors of NaN
     try:
         torch.testing.assert_close(sinkhorn_cross_entropy(scores[::2, 1::3]), straight)
         torch.testing.assert_close(sinkhorn_cross_entropy(scores.T.contiguous().T), sinkhorn_cross_entropy(scores))
@@ -165,7 +165,7 @@ for dtype in DTYPES:
 
 
 def test_opcheck(backend: str, request: pytest.FixtureRequest) -> None:
-    """In a process of its own: what is loaded there is what the test says, and nothing else."""
+    """The test runs in its own process. That process loads what the test says, and nothing else."""
     dtypes = "(torch.float32, torch.bfloat16)" if backend == "cpu" else "(torch.float64, torch.float32, torch.bfloat16)"
     code = OPCHECK.replace("DTYPES", dtypes).replace("BACKEND", repr(backend))
     environment = dict(os.environ, PROTO_REG_BACKEND="auto" if backend == "cpu" else "torch")

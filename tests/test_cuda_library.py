@@ -1,4 +1,4 @@
-"""The CUDA library without a GPU: what the compiler says of its kernels, how it loads and registers."""
+"""The CUDA library without a GPU: the compiler's report on its kernels, and how it loads and registers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proto_reg.kernels import build
 
 pytestmark = pytest.mark.slow
 
-# Registers that the planner's blocks leave each thread, 65,536 in all: by the names of kernels.
+# The registers that the planner's blocks leave for each thread, by kernel. A block has 65,536 in all.
 REGISTERS = {
     "sinkhorn_registers": 128,
     "sinkhorn_resident": 96,
@@ -43,14 +43,14 @@ print("loaded")
 
 @pytest.fixture(scope="session")
 def built() -> None:
-    """These tests wait for no kernels of the CPU: another worker may compile them meanwhile."""
+    """These tests do not wait for the CPU kernels. Another worker may compile them at the same time."""
 
 
 @pytest.fixture(scope="session")
 def compiled(kept: Callable[[str, str], Path]) -> tuple[Path, str]:
-    """The CUDA library, built by the builder's own command for all its architectures, and what ptxas says of it.
+    """The CUDA library and ptxas's report on it. The builder's own command builds it for all its architectures.
 
-    Without PTX, for which nvcc compiles the newest architecture once more, and of which ptxas says nothing.
+    The library has no PTX. For PTX, nvcc compiles the newest architecture once more, and ptxas does not report on it.
     """
     if reason := build.obstacle("cuda"):
         pytest.skip(reason)
@@ -63,7 +63,7 @@ def compiled(kept: Callable[[str, str], Path]) -> tuple[Path, str]:
     if not report.exists():
         run = subprocess.run([*command, "-Xptxas=-v", "-o", str(target)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
-        report.write_text(run.stderr)  # last: a report is that of a whole library
+        report.write_text(run.stderr)  # comes last, so a report exists only with a complete library
     return target, report.read_text()
 
 

@@ -1,4 +1,4 @@
-"""The CUDA source without a GPU: every regime emulated, against float64."""
+"""The CUDA source without a GPU: an emulation runs every regime, and the tests compare it with float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.slow
 
-# The ways of computing, forced on any shape: where the planner starts, and how it may stream.
+# The ways to compute. A test forces them on any shape: the planner's first regime, and how it may stream.
 WAYS = {
     "registers": {"allow": 0},
     "block": {"allow": 1},
@@ -26,12 +26,12 @@ WAYS = {
     "fused": {"allow": 4, "fuse": 1},
     "sweeps": {"allow": 4, "fuse": 0},
 }
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half an ulp of a code near 1, and a bit
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # a bit over half an ulp of a code near 1
 
 
 @pytest.fixture(scope="session")
 def built() -> None:
-    """These tests wait for no kernels of the CPU: another worker may compile them meanwhile."""
+    """These tests do not wait for the CPU kernels. Another worker may compile them at the same time."""
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def balanced(
     marginals: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and potentials by the definition, in float64 and in the log domain."""
+    """Codes and potentials by their definition, in float64 and in the log domain."""
     x = scores.double() / epsilon
     rows, columns = x.shape
     target = torch.full((columns,), 1 / columns, dtype=torch.float64) if marginals is None else marginals.double()
@@ -117,7 +117,7 @@ def test_a_single_prototype(library, way: str) -> None:
 
 
 def adversarial_scores() -> dict[str, Tensor]:
-    """Unnormalised, shifted, with outlying rows and columns, degenerate."""
+    """Scores that are not normalised, that are shifted, that have outlying rows and columns, or that are degenerate."""
     cases = {
         "dots up to 300": (100 * torch.randn(64, 14)).clamp(-300, 300),
         "float16 dots": (100 * torch.randn(64, 14)).clamp(-300, 300).half(),
@@ -166,7 +166,7 @@ def test_the_largest_finite_scores(library, way: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("way", WAYS)
 def test_many_iterations_over_a_wide_range(library, way: str) -> None:
-    """Scaling vectors beyond 2^40: the resident kernels compute their exponentials anew."""
+    """The scaling vectors go beyond 2^40. The resident kernels then compute their exponentials anew."""
     scores = (20 * torch.randn(24, 7)).clamp(-60, 60)
     options = {"epsilon": 0.5, "num_iters": 60}
     check(solve(library, scores, **options, **WAYS[way]), scores, 1e-4, **options)
@@ -188,7 +188,7 @@ def test_marginals(library, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights(library, way: str, bad: float) -> None:
-    """0 leaves a row out, whatever it holds; 2 counts it twice."""
+    """A weight of 0 leaves a row out, with any content. A weight of 2 counts the row twice."""
     scores = cosines(41, 9)
     weights = torch.rand(41) * 2
     weights[::5], weights[1] = 0, 1e-3
@@ -204,7 +204,7 @@ def test_weights(library, way: str, bad: float) -> None:
     others = solve(library, spoilt, weights=weights, temperature=0.1, **WAYS[way])
     kept = torch.ones(41, dtype=torch.bool)
     kept[[5, 10]] = False
-    # Of a narrow range no more is known with a NaN in it: another pass computes it.
+    # With a NaN, the kernel does not know that the range is narrow. It then computes with another pass.
     exact = 0 if way != "narrow" else 1e-6
     torch.testing.assert_close(others.codes[kept], result.codes[kept], rtol=0, atol=exact)
     torch.testing.assert_close(others.loss, result.loss, rtol=0, atol=exact)
@@ -262,7 +262,7 @@ def test_tol(library, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_column_that_gets_nothing_saves_no_row(library, way: str) -> None:
-    """Isolated: row 3 has but one finite score, in a column of marginal 0."""
+    """With isolate=True: row 3 has only one finite score, and its column has the marginal 0."""
     scores, marginals = cosines(33, 6), torch.tensor([0.0, 0.2, 0.2, 0.2, 0.2, 0.2])
     scores[3, 1:] = -math.inf
     others = torch.arange(33) != 3
@@ -273,7 +273,7 @@ def test_a_column_that_gets_nothing_saves_no_row(library, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_tol_where_a_column_has_no_mass(library, way: str) -> None:
-    """The others share out what it leaves: they settle, in as many iterations as without it."""
+    """The other columns share its mass. They settle in as many iterations as without this column."""
     scores = cosines(64, 9)
     without = solve(library, scores, num_iters=200, tol=1e-2, **WAYS[way])
     more = torch.cat([scores, torch.full((64, 1), -math.inf)], 1)
@@ -320,7 +320,7 @@ def test_more_rows_than_one_round_of_blocks_takes(library, way: str) -> None:
 
 
 def test_rows_shared_by_a_cluster(library) -> None:
-    """Long rows on a device with little shared memory: the fused pass splits them, with and without vectors."""
+    """Rows are long and the device has little shared memory. The fused pass splits them, with or without vectors."""
     limits = device(shared=10)
     for columns in (1200, 1203):
         scores = cosines(11, columns)
@@ -336,7 +336,7 @@ def test_rows_shared_by_a_cluster(library) -> None:
 
 
 def test_the_launcher_takes_what_the_device_grants(library) -> None:
-    """Without clusters and cooperative launches it streams, and nothing waits for another block."""
+    """Without clusters and cooperative launches it streams, and no block waits for another one."""
     scores = cosines(300, 100)
     names = []
     for clusters, cooperative, shared in ((True, True, 48), (False, True, 48), (False, False, 48), (True, True, 1024)):
@@ -348,7 +348,10 @@ def test_the_launcher_takes_what_the_device_grants(library) -> None:
 
 
 def test_registers_of_one_block_of_a_cluster_and_of_a_grid(library) -> None:
-    """The smallest of them that leaves each thread few rows; on a device without clusters, one block or none."""
+    """The launcher takes the smallest of them that leaves few rows for each thread.
+
+    On a device without clusters it takes one block or none.
+    """
     found = {}
     for rows in (20, 60, 200, 700):
         scores = cosines(rows, 5)
@@ -377,7 +380,7 @@ def test_rows_over_a_cluster_of_a_narrow_range(library) -> None:
 
 
 def test_code_for_an_older_architecture_asks_for_no_cluster(library) -> None:
-    """PTX of 8.0 on a device of 9.0: its kernels hold no code for clusters."""
+    """PTX of 8.0 runs on a device of 9.0. Its kernels have no code for clusters."""
     scores = cosines(300, 100)
     for version, expected in ((90, "cluster"), (80, "grid")):
         library.pretend_ptx(version)

@@ -1,4 +1,4 @@
-"""Every warning is tried: a small training that it comes of, its cure applied as it says, and it is gone."""
+"""Each test causes a warning in a small training and applies the cure that it names. The warning is then gone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def warned(
     every: int = 1,
     before: Callable[[PrototypicalRegularizer, Tensor], object] = lambda layer, z: None,
 ) -> list[str]:
-    """The warnings of building a layer and training an autoencoder of digits with it for ``steps`` passes."""
+    """Build a layer and train an autoencoder of digits with it for ``steps`` passes. Return the warnings."""
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
@@ -77,7 +77,7 @@ def build(**options) -> Callable[[], PrototypicalRegularizer]:
 
 
 def says(texts: list[str], words: str) -> str:
-    """The one warning with these words."""
+    """The only warning with these words."""
     (text,) = [text for text in texts if words in text]
     return text
 
@@ -159,7 +159,7 @@ def test_latents_without_a_gradient(digits: Tensor) -> None:
 
 @pytest.mark.parametrize("cure", [None, "skip", "isolate"])
 def test_what_is_not_finite(digits: Tensor, cure: str | None) -> None:
-    """One latent of every tenth batch is lost."""
+    """One latent of every tenth batch is NaN."""
     policy = "isolate" if cure == "isolate" else "propagate"
     layer = PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(nan_policy=policy))
     model = nn.ModuleList([nn.Linear(64, DIM), layer, nn.Linear(DIM, 64)])
@@ -240,7 +240,7 @@ def test_latents_far_from_prototypes(digits: Tensor) -> None:
     text = says(warned(digits, build(), 410, encode=far), words)
     assert "AnchoredMMDLoss('energy')" in text
     assert warned(digits, build(std=number(text, "std=")), 810, encode=far) == []
-    # Another kernel pulls, if slowly, and is not told that it does not.
+    # Another kernel pulls slowly. The warning that a kernel does not pull is wrong for it, and does not come.
     for kernel in ("energy", "imq"):
         texts = warned(digits, build(mmd=AnchoredMMDLoss(kernel)), 410, encode=far)
         assert silent(texts, words)
