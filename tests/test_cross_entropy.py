@@ -164,6 +164,7 @@ for dtype in DTYPES:
 """
 
 
+@pytest.mark.slow
 def test_opcheck(backend: str, request: pytest.FixtureRequest) -> None:
     """The test runs in its own process. That process loads what the test says, and nothing else."""
     dtypes = "(torch.float32, torch.bfloat16)" if backend == "cpu" else "(torch.float64, torch.float32, torch.bfloat16)"

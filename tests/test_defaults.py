@@ -1,4 +1,4 @@
-"""Torch's defaults are the user's: the layer computes on the device, and in the dtype, of what it is given."""
+"""Torch's defaults belong to the user. The layer computes on the device and in the dtype of its input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH, STEPS = 32, 12
 
 @contextmanager
 def default(kind: str) -> Iterator[None]:
-    """Another default dtype or device while it lasts."""
+    """Set another default dtype or device inside the ``with`` block."""
     if kind == "meta":
         torch.set_default_device("meta")
     else:
@@ -32,7 +32,7 @@ def default(kind: str) -> Iterator[None]:
 
 
 class Made(TorchDispatchMode):
-    """Devices and dtypes of all that any operator returns."""
+    """Records the devices and dtypes of all tensors that operators return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Made(TorchDispatchMode):
 
 
 def walk(layer: PrototypicalRegularizer, steps: int) -> list[Tensor]:
-    """A training with everything that a user calls on the way; all that comes of it."""
+    """Train, and call everything that a user calls on the way. Return all results."""
     generator = torch.Generator().manual_seed(1)
     data = [torch.randn(BATCH, DIM, generator=generator, dtype=torch.float32, device="cpu") for _ in range(steps)]
     mask = torch.arange(BATCH, device="cpu") > 3
@@ -79,7 +79,7 @@ def walk(layer: PrototypicalRegularizer, steps: int) -> list[Tensor]:
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "maps"])
 @pytest.mark.parametrize("kind", ["float64", "meta"])
 def test_a_training_under_other_defaults_is_the_same(kind: str, options: str, mode: str) -> None:
-    # In the second, past the 50 steps of the default start.
+    # With the plain options, the training goes past the 50 steps of the default start.
     steps = 60 if options == "plain" else STEPS
     trainings = []
     for other in (False, True):

@@ -1,4 +1,4 @@
-"""Two gloo processes: together they compute what one computes of the whole, and their parameters stay equal."""
+"""Two gloo processes together compute the same as one process with the whole batch. Their parameters stay equal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from proto_reg.functional import anchored_mmd, latent_metrics, prototype_cross_e
 from proto_reg.functional.prototypes import prototype_cross_entropy_and_gradient
 
 DIM, K = 8, 5
-SPLITS = [(16, 16), (32, 7), (0, 20)]  # rows of the two ranks
+SPLITS = [(16, 16), (32, 7), (0, 20)]  # rows on the two ranks
 
 
 def own(x: Tensor, split: tuple[int, int]) -> Tensor:
@@ -45,7 +45,7 @@ def spread(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def averaged(gradient: Tensor, split: tuple[int, int]) -> Tensor:
-    """Gradients (n, ...) by each rank's rows, as those of the whole by DDP's rule: over the number of ranks."""
+    """Gradients (n, ...) by the rows of all ranks. As under DDP, they are divided by the number of ranks."""
     whole = gradient.new_zeros(sum(split), *gradient.shape[1:])
     own(whole, split).copy_(gradient / 2)
     dist.all_reduce(whole)
@@ -92,8 +92,8 @@ def bad_rows_of_the_global_batch() -> None:
     isolated = sinkhorn(own(scores, split), nan_policy="isolate", group="default")
     whole = own(sinkhorn(scores, nan_policy="isolate"), split)
     torch.testing.assert_close(isolated, whole, atol=2e-6, rtol=0, equal_nan=True)
-    assert sinkhorn(own(scores, split), group="default").isnan().all()  # propagate: every code of every rank
-    with pytest.raises(ValueError, match="1 rows that hold one"):  # the same on the rank that has none
+    assert sinkhorn(own(scores, split), group="default").isnan().all()  # propagate: all codes on all ranks are NaN
+    with pytest.raises(ValueError, match="1 rows that hold one"):  # the other rank raises, too
         sinkhorn(own(scores, split), nan_policy="raise", group="default")
     with pytest.raises(ValueError, match="group: expected None with differentiable=True"):
         sinkhorn(own(scores, split), differentiable=True, group="default")
@@ -162,7 +162,7 @@ def metrics_and_initialisation() -> None:
     z, labels = spread(0, 39, DIM), torch.arange(39) % 3
     whole, parts = PrototypeHead(DIM, K), PrototypeHead(DIM, K)
     if dist.get_rank():
-        torch.rand(7)  # the random streams of the ranks differ; the first rank's counts
+        torch.rand(7)  # the ranks have different random streams; the first one is used
     parts.init_from(own(z, split), torch.Generator().manual_seed(dist.get_rank()))
     whole.init_from(z, torch.Generator().manual_seed(0), group=None)
     assert torch.equal(whole.prototypes, parts.prototypes)
@@ -174,7 +174,7 @@ def metrics_and_initialisation() -> None:
 
 
 def a_chosen_group() -> None:
-    """Modules work together in training, alone in eval; copies share a ProcessGroup, pickles fall back."""
+    """Modules work together in training and alone in eval. Copies share a ProcessGroup, pickles use the default."""
     scores = spread(dist.get_rank(), 8, K)
     together, alone = sinkhorn(scores, group=dist.group.WORLD), sinkhorn(scores)
     assert not torch.allclose(together, alone, atol=1e-3)
@@ -234,7 +234,7 @@ def train(model: nn.Module, batches: list[Tensor], masks: list[Tensor | None], w
 
 
 def one_against_two(weighted: bool = False, masked: bool = False, **options) -> None:
-    """A few optimizer steps on batches of 32 + 32, by two processes under DDP and by this one alone."""
+    """Take a few optimizer steps on batches of 32 + 32: with two processes under DDP, and with this one alone."""
     options |= {"mode": "weighted"} if weighted else {}
     batches = list(spread(5, 5, 64, 12).abs())
     masks = [spread(i, 64) > -1 if masked else None for i in range(5)]
@@ -265,7 +265,7 @@ def adaptive(group: str | None) -> SinkhornAssigner:
 
 
 def stay_equal(model: nn.Module) -> None:
-    """Every entry of the state is equal on both ranks, to the bit."""
+    """Check that every entry of the state is equal on both ranks, bit for bit."""
     for name, value in model.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         both = [torch.empty_like(value) for _ in range(2)]
@@ -276,7 +276,7 @@ def stay_equal(model: nn.Module) -> None:
 def layer() -> None:
     exchanges()
     compiled()
-    for limit in (regularizer.GATHERED, 0):  # small batches computed by each process, and sums exchanged
+    for limit in (regularizer.GATHERED, 0):  # each process computes small batches as a whole, or they exchange sums
         regularizer.GATHERED = limit
         one_against_two()
         one_against_two(masked=True, components=few)
@@ -284,7 +284,7 @@ def layer() -> None:
             one_against_two(weighted, components=lambda group: {"assigner": adaptive(group)})
         an_uneven_end()
         an_empty_rank()
-    # A bucket for each parameter: DDP's all-reduces before and after the layer's own in the backward pass.
+    # With a bucket for each parameter, DDP has all-reduces before and after the layer's own in the backward pass.
     one_against_two(ddp={"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True})
     one_against_two(weighted=True, components=few)
     one_against_two(components=lambda group: {"mmd": AnchoredMMDLoss(features=30, max_tokens=24, group=group)})
@@ -293,7 +293,7 @@ def layer() -> None:
 
 
 def an_uneven_end() -> None:
-    """A last batch of 32 + 7, or of 32 + 0, hangs nobody."""
+    """No process hangs at a last batch of 32 + 7 or of 32 + 0."""
     for last in ((32, 7), (32, 0)):
         model = built(mmd=AnchoredMMDLoss(max_tokens=24))
         x = spread(dist.get_rank(), 3, 32, 12)
@@ -303,7 +303,7 @@ def an_uneven_end() -> None:
 
 
 def an_empty_rank() -> None:
-    """Rows of the other rank alone: its gradients are those of one process, over the number of ranks."""
+    """One rank has no rows. The other rank's latents get the same gradients as in one process."""
     for options in ({}, {"layout": "b d h w"}):
         layer, alone = (
             PrototypicalRegularizer(DIM, K, group=group, **options, **(few(group) if options else {}))
@@ -339,9 +339,9 @@ class Exchanges(TorchDispatchMode):
 
 
 def exchanges() -> None:
-    """Rows with their counts, and the norm: two a step, three where a share is larger than any before it.
+    """A step exchanges the rows with their counts, and then the norm. A share larger than all before it adds a third.
 
-    Every rank counts the whole batch: to the bit as one process does. A copy starts anew, on all ranks alike.
+    Every rank counts the whole batch, bit for bit as one process does. A copy starts anew on all ranks.
     """
     layer, alone = (PrototypicalRegularizer(DIM, K, group=group) for group in ("default", None))
     dist.broadcast(layer.head.prototypes.data, 0)
@@ -350,7 +350,7 @@ def exchanges() -> None:
     expected = [3, 2, 2, 2, 3, 2, 2]
     for i, (split, number) in enumerate(zip(shares, expected, strict=True)):
         z = spread(i, sum(split), DIM)
-        masked = i in (2, 4)  # the second rank alone leaves rows out in the end
+        masked = i in (2, 4)  # only the second rank leaves rows out
         mask = torch.cat([torch.ones(split[0], dtype=torch.bool), spread(9, split[1]) > 0]) if masked else None
         part = own(mask, split) if masked and dist.get_rank() else None
         with Exchanges() as seen:
@@ -369,7 +369,7 @@ def exchanges() -> None:
 
 
 def compiled() -> None:
-    """Collectives are traced in both passes; only where rows are counted the graph breaks."""
+    """Both passes trace the collectives. The graph breaks only at the count of rows."""
     z, anchors, assignments = spread(dist.get_rank(), 16, DIM), spread(9, K, DIM), torch.arange(16) % K
     for function in (
         lambda z: SinkhornAssigner().cross_entropy_and_gradient(z, 0.1),
@@ -391,7 +391,10 @@ def compiled() -> None:
 
 
 def sharded() -> None:
-    """The layer in a model under FSDP2, on a shard of its own or its parent's: as under DDP, and equal on all ranks."""
+    """Under FSDP2 the layer computes the same as under DDP, and it is equal on all ranks.
+
+    It is in a shard of its own or in its parent's shard.
+    """
     mesh = init_device_mesh("cpu", (2,))
     x = [own(spread(5, 64, 12).abs(), (32, 32))] * 4
     for options, apart in (({}, False), ({"mode": "weighted"}, True), ({"follow_rate": 0.0}, False)):
@@ -426,7 +429,7 @@ def algorithm_1() -> None:
 
 
 def lifecycle() -> None:
-    """Usage, queue and revival are those of all ranks; past latents are balanced once, not once for each rank."""
+    """Usage, queue and revival use the latents of all ranks. Past latents are balanced once, not once for each rank."""
     layer = PrototypicalRegularizer(DIM, K, queue=LatentQueue(40, DIM))
     dist.broadcast(layer.head.prototypes.data, 0)
     layer.head.prototypes.data.abs_()[3] *= -1
@@ -448,7 +451,7 @@ def lifecycle() -> None:
     order = torch.cat(batches)
     assert torch.equal(layer.queue.latents.roll(-int(layer.queue.position), 0), order[-40:])
     torch.testing.assert_close(layer.metrics(), alone.metrics(), atol=1e-5, rtol=1e-5)
-    # Only rank 1 has too few: neither goes on alone.
+    # Only rank 1 has too few latents. No rank goes on alone.
     with pytest.raises(ValueError, match="finite latents, one for each prototype"):
         layer.revive(torch.full((9, DIM), torch.nan if dist.get_rank() else 1.0))
     assert layer.revive(spread(dist.get_rank(), 9, DIM)).tolist() == [3]
@@ -457,7 +460,7 @@ def lifecycle() -> None:
 
 
 def switched_off() -> None:
-    """Weights of 0 leave the prototypes without a gradient; DistributedDataParallel waits for none."""
+    """With weights of 0 the prototypes get no gradient. DistributedDataParallel does not wait for one."""
     model = built(prototype_weight=0.0, mmd_weight=0.0)
     train(DistributedDataParallel(model), list(data(dist.get_rank())), [None] * 5, False)
     stay_equal(model)
@@ -468,8 +471,8 @@ def worker(rank: int, store: str, check: Callable[[], None]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         check()
-        gc.collect()  # what holds the group in cycles must not outlive it
-        dist.barrier()  # no rank takes the group down while another still talks
+        gc.collect()  # reference cycles that hold the group must not outlive it
+        dist.barrier()  # no rank destroys the group while another one still sends
     finally:
         dist.destroy_process_group()
 

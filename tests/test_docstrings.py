@@ -1,4 +1,4 @@
-"""Docstrings of what is public link to what is public."""
+"""Public docstrings link only to public names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINK = re.compile(r":(?:func|class|meth|attr|mod|data):`~?([^`]+)`")
 
 
 def documented(name: str, thing: object) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of ``thing`` and of its members, those of our base classes among them."""
+    """Pairs (dotted name, docstring) of ``thing`` and its members. Members of our base classes are included."""
     yield name, inspect.getdoc(thing) or ""
     bases = inspect.getmro(thing) if inspect.isclass(thing) else ()
     for base in bases:
@@ -34,7 +34,7 @@ def of_module(prefix: str, module: ModuleType, names: list[str]) -> dict[str, st
 
 
 def of_source(path: Path) -> dict[str, str]:
-    """The same of an integration, whose framework may not be installed."""
+    """The same for an integration's source file. Its framework may not be installed."""
     prefix = f"proto_reg.integrations.{path.stem}"
     tree = ast.parse(path.read_text())
     found = {prefix: ast.get_docstring(tree) or ""}
@@ -58,7 +58,7 @@ for source in sorted(INTEGRATIONS.glob("*.py")):
 
 
 def is_public(link: str, where: str) -> bool:
-    """Whether ``link``, in the docstring of ``where``, names something public: in full, or from a scope around it."""
+    """Whether ``link`` in the docstring of ``where`` is a public name: in full, or inside a scope around ``where``."""
     scopes = [where.rsplit(".", depth)[0] for depth in range(where.count(".") + 1)]
     names = [link] if link.startswith("proto_reg.") else [f"{scope}.{link}" for scope in scopes]
     return any(name in PUBLIC for name in names)

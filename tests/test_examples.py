@@ -1,4 +1,4 @@
-"""The examples, in a short form, on real digits; and the readers of the files people have."""
+"""The examples in a short form, on real digits, and the readers of common image files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(script: str, *arguments: str | Path, cwd: Path) -> str:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Run a script as its command line does, in this process, which has torch in it already."""
+    """Run a script in this process as its command line does. This process has imported torch already."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -42,7 +42,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[.
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The quickstart as a newcomer runs it: the folder with its files, and what it prints."""
+    """The quickstart, as a new user runs it: the folder with its files, and its output."""
     folder = tmp_path_factory.mktemp("quickstart")
     return folder, run("quickstart.py", cwd=folder)
 
@@ -75,7 +75,7 @@ def test_the_checkpoint_of_the_quickstart_makes_images(quickstart: tuple[Path, s
 @pytest.mark.warm_up
 @pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_quickstart_is_deterministic(here: Callable[..., None], tmp_path: Path) -> None:
-    """In two processes: a new one, and this one."""
+    """One run is in a new process, and the other one is in this process."""
     arguments = ("--epochs", "2", "--seed", "5", "--out")
     run("quickstart.py", *arguments, tmp_path / "a", cwd=tmp_path)
     here("quickstart.py", *arguments, tmp_path / "b")
@@ -87,20 +87,20 @@ def test_quickstart_is_deterministic(here: Callable[..., None], tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.warm_up
-@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")  # one epoch is all warm-up
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")  # the warm-up takes the whole epoch
 def test_ablations_run(here: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     ablations = importlib.import_module("ablations")
     judges: list[torch.nn.Module] = []
 
     def judge(*arguments) -> torch.nn.Module:
-        """The judge of the first study: each study trains the same one."""
+        """The judge of the first study. Every study trains the same judge."""
         if not judges:
             judges.append(train_judge(*arguments))
         return judges[0]
 
     train_judge = ablations.train_judge
     monkeypatch.setattr(ablations, "train_judge", judge)
-    torch.set_num_threads(1)  # batches this small gain nothing from a second one
+    torch.set_num_threads(1)  # a second thread does not speed up such small batches
     for what, names in (("prototypes", 8), ("kl", 7), ("queue", 4), ("shares", 4)):
         here("ablations.py", what, "--epochs", "1", "--seeds", "1")
         out = capsys.readouterr().out

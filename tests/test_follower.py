@@ -1,4 +1,4 @@
-"""The operator that moves prototypes; its effect in training is tested with the layer."""
+"""The operator that moves prototypes. The tests of the layer show its effect in training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_prototypes_follow_whatever_optimizer_moves_them(optimizer: type, fused:
     follower.move(v)
     follower.observe(torch.full((3, 2), 8.0), torch.arange(3), v.detach(), torch.tensor(True))
     v.grad = torch.ones(3, 2)
-    steps.step()  # to -1, from where the mean of 8 is 9 away
+    steps.step()  # to -1; the mean of 8 is now 9 away
     follower.move(v)
     assert torch.allclose(v, torch.full((3, 2), 3.5))
 
@@ -70,7 +70,7 @@ def test_a_single_prototype_waits_for_no_optimizer(operator: str, count: int) ->
 
 
 def test_a_prototype_goes_to_one_of_two_kinds_and_not_between_them() -> None:
-    """Two thirds of its latents around -4, one third around 4: their mean, near -1.3, would be like neither."""
+    """Two thirds of its latents are around -4, one third around 4. Their mean, near -1.3, is like neither kind."""
     torch.manual_seed(0)
     z = torch.cat([torch.randn(200, 2) - 4, torch.randn(100, 2) + 4])
     v = torch.nn.Parameter(z.mean(0, keepdim=True))

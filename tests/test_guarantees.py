@@ -1,4 +1,4 @@
-"""What the layer promises to the tools around it: compilers, exporters, checkpoints, averages, precisions."""
+"""The layer's promises to other tools: compilers, exporters, checkpoints, averages and precisions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIXELS, DIM, K, BATCH = 12, 8, 5, 32
 
 
 def everything() -> dict:
-    """Options with state and schedules, made anew for each layer."""
+    """Options with state and schedules. Each layer needs new ones."""
     schedule = Schedule(warmup_steps=1, mmd_steps=1, ramp_steps=2, temperature=(0.3, 0.1), temperature_steps=4)
     return {"queue": LatentQueue(50, DIM), "schedule": schedule}
 
@@ -35,7 +35,7 @@ class Autoencoder(nn.Module):
 
 
 class Assigning(nn.Module):
-    """An encoder with its assignment."""
+    """An encoder with the layer, which assigns latents to prototypes."""
 
     def __init__(self, **options) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ EXPORTED = {
 @pytest.mark.parametrize("batch", OPEN)
 @pytest.mark.parametrize("options", EXPORTED)
 def test_torch_export(options: str, batch: str, backend: str) -> None:
-    """With any number of latents: ``max_tokens`` is no bound."""
+    """The exported program takes any number of latents. ``max_tokens`` is no bound."""
     model = Assigning(**EXPORTED[options]).eval()
     if options == "maps":
         model.encoder = nn.Conv1d(PIXELS, DIM, 1)
@@ -125,7 +125,7 @@ def test_an_exported_loss_is_that_of_all_latents() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, everything()], ids=["plain", "everything"])
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the exporter itself
 def test_onnx(options: dict, tmp_path: Path, backend: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = Assigning(**options).eval()
@@ -317,7 +317,7 @@ def test_weights_of_zero_change_no_bit_of_clipping_and_accumulation() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_autocast_and_gradient_scaler(mode: str, dtype: torch.dtype, scaled: bool) -> None:
-    """Gradients of the mixed-precision step are those of float32, up to the encoder's own rounding."""
+    """The gradients of a mixed-precision step equal those in float32, except for the encoder's own rounding."""
     gradients = []
     x = torch.rand(BATCH, PIXELS)
     for mixed in (False, True):
@@ -384,7 +384,7 @@ def test_a_model_made_without_memory_begins_as_any_other() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prototypes_arrive_at_their_latents_in_half_precision_too(dtype: torch.dtype) -> None:
-    """A step of .02 of the way is below bfloat16's resolution there; it adds up in the follower's own state."""
+    """A step of 2 % of the way is below bfloat16's resolution. The steps add up in the follower's own state."""
     centres = 3 * torch.eye(DIM)[:3]
     layer = PrototypicalRegularizer(DIM, 3)
     layer.head.prototypes.data.copy_(0.8 * centres)

@@ -145,7 +145,7 @@ def parametrized(kind: str, **options) -> PrototypicalRegularizer:
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 @pytest.mark.parametrize("kind", ["weight_norm", "own", "prune"])
 def test_prototypes_that_are_computed_are_not_written_to_in_silence(kind: str, mode: str) -> None:
-    """A write would go to a temporary."""
+    """A write would only change a temporary tensor."""
     layer, z = parametrized(kind, mode=mode), torch.randn(32, 8, requires_grad=True)
     before = copy.deepcopy(layer.state_dict())
     for act in (
@@ -191,7 +191,10 @@ def test_frozen_prototypes_may_be_computed() -> None:
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_functional_call_with_computed_prototypes(mode: str) -> None:
-    """With a leaf it moves that, as torch writes to the buffers that it is given; what is computed would be lost."""
+    """If the given tensor is a leaf, the layer moves it, as torch writes to given buffers.
+
+    A move of a computed tensor would be lost, so the layer raises an error.
+    """
     layer, z = PrototypicalRegularizer(8, 4, mode=mode, follow_rate=0.5), torch.randn(32, 8, requires_grad=True)
     given = layer.head.prototypes.detach().clone().requires_grad_()
     for _ in range(3):
@@ -205,7 +208,7 @@ def test_functional_call_with_computed_prototypes(mode: str) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.02])
 def test_a_head_whose_parameters_were_taken_away(rate: float) -> None:
-    """As FSDP1 does, which puts a view of its flat parameter in their place."""
+    """FSDP1 does this. It puts a view of its flat parameter in their place."""
     layer, z = PrototypicalRegularizer(8, 4, follow_rate=rate), torch.randn(32, 8, requires_grad=True)
     flat = nn.Parameter(layer.head.prototypes.detach().flatten())
     del layer.head.prototypes

@@ -35,10 +35,10 @@ class AE(nn.Module):
 
 
 class Run:
-    """A user's loop; the two lines that are ours are ``attach`` and ``log_metrics``."""
+    """A user's loop. Only two lines come from this library: ``attach`` and ``log_metrics``."""
 
     def __init__(self, folder: Path, mixed_precision: str = "no", **options) -> None:
-        AcceleratorState._reset_state(True)  # another precision in the same process
+        AcceleratorState._reset_state(True)  # allows another precision in the same process
         set_seed(0)
         self.accelerator = Accelerator(
             cpu=True,
@@ -81,12 +81,12 @@ def test_accumulation_and_precision(tmp_path: Path, mixed_precision: str) -> Non
     assert run.losses[-1] < 0.7 * run.losses[0]
     assert run.layer().steps == 4 * BATCHES
     assert {t.dtype for t in run.layer().state_dict().values()} <= {torch.float32, torch.int64}
-    # Half as many optimizer steps as batches: in these the prototypes moved.
+    # There are half as many optimizer steps as batches. The prototypes moved in these steps.
     (state,) = (run.optimizer.state[p] for p in run.layer().parameters())
     assert state["step"] == 4 * BATCHES / 2
     assert 1 < run.metrics[-1]["prototypes/perplexity"] <= K
     assert run.metrics[0] != run.metrics[1]
-    assert run.layer().metrics()["perplexity"] != run.metrics[-1]["prototypes/perplexity"]  # counting began anew
+    assert run.layer().metrics()["perplexity"] != run.metrics[-1]["prototypes/perplexity"]  # the counts began anew
 
 
 def test_state_saved_within_an_epoch_resumes_exactly(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_state_saved_within_an_epoch_resumes_exactly(tmp_path: Path) -> None:
 
 
 class Rows(GeneralTracker):
-    """A tracker of accelerate's own kind that keeps what it gets."""
+    """A tracker with accelerate's interface. It keeps all values that it gets."""
 
     name, requires_logging_directory = "rows", False
 

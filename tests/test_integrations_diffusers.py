@@ -1,4 +1,4 @@
-"""Prototypes in diffusers' autoencoders: train, save, load, sample; the plain autoencoder's folder stays its own."""
+"""Prototypes in diffusers' autoencoders: train, save, load and sample. The autoencoder's own folder stays plain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def digits() -> Tensor:
 
 
 def tiny() -> AutoencoderKL:
-    """Maps of 4 x 4 x 4 from pictures of 8 x 8."""
+    """An autoencoder with maps of 4 x 4 x 4 from pictures of 8 x 8."""
     torch.manual_seed(1)
     return AutoencoderKL(
         in_channels=1,
@@ -83,7 +83,7 @@ def test_shapes_of_what_the_layer_computed(digits: Tensor) -> None:
 def test_without_weights_gradients_are_the_plain_autoencoders(digits: Tensor) -> None:
     plain, x = tiny(), digits[:16]
     F.mse_loss(plain(x, sample_posterior=False).sample, x).backward()
-    for form, tolerance in ((positions, 0.0), (whole_maps, 1e-6)):  # whole maps are contiguous, and convolve otherwise
+    for form, tolerance in ((positions, 0.0), (whole_maps, 1e-6)):  # contiguous whole maps use another convolution
         model = form(tiny(), prototype_weight=0.0, mmd_weight=0.0)
         F.mse_loss(model(x).sample, x).backward()
         for a, b in zip(plain.parameters(), model.vae.parameters(), strict=True):
@@ -218,6 +218,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_one_step(digits: Te
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph(digits: Tensor) -> None:
     x, compiled, eager = digits[:16], positions(tiny()), positions(tiny())
     eager.load_state_dict(compiled.state_dict())
@@ -266,7 +267,7 @@ def test_what_is_wrong_is_named(call, error: type[Exception], message: str) -> N
 
 
 def without_posterior(kind: str) -> torch.nn.Module:
-    """Autoencoders that return latents, of 4 channels and half the size, instead of a distribution."""
+    """Autoencoders that return latents instead of a distribution. The latents have 4 channels and half the size."""
     torch.manual_seed(1)
     if kind == "tiny":
         sizes = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8))
@@ -296,7 +297,7 @@ def test_autoencoders_without_a_posterior(kind: str, digits: Tensor, tmp_path: P
     assert losses[-1] < 0.8 * losses[0]
     assert model.regularizer.steps == len(losses)
     assert not torch.equal(model.regularizer.head.prototypes, before)
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # as DDP wants it
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # as DDP requires
     model.save_pretrained(tmp_path)
     loaded = PrototypicalAutoencoder.from_pretrained(tmp_path)
     x = digits[960:970]
@@ -314,7 +315,7 @@ def test_attached_the_layer_is_told_of_what_will_not_come_back_or_learn(digits: 
         attach(vae, "encoder", 4, 6, layout="b d h w")
 
     def step() -> None:
-        F.mse_loss(vae(digits[:32]).sample, digits[:32]).backward()  # rounds its latents to bytes
+        F.mse_loss(vae(digits[:32]).sample, digits[:32]).backward()  # this rounds the latents to bytes
 
     for _ in range(10):
         step()

@@ -1,4 +1,4 @@
-"""Prototypes under Lightning: the user's module, loop and flags as they are."""
+"""Prototypes under Lightning. The user's module, loop and flags do not change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = [
 
 
 class AE(L.LightningModule):
-    """A user's module, with dropout-free batch norm in its decoder; nothing of ours in it."""
+    """A user's module, without anything of this library. Its decoder has batch norm and no dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
 
 
 def tensors(state: Any, name: str = "") -> dict[str, Tensor]:
-    """Every tensor in nested dictionaries, optimizers' state included."""
+    """All tensors in nested dictionaries, with the optimizers' state."""
     if isinstance(state, Tensor):
         return {name: state}
     return (
@@ -115,13 +115,13 @@ def test_fit_with_clipping_and_accumulation(tmp_path: Path) -> None:
     known = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
     assert id(module.prototypes.head.prototypes) in known
     assert 1 < run.callback_metrics["prototypes/perplexity"] <= K
-    # Logged by epoch: counting began anew after each.
+    # The values are logged by epoch. The counts began anew after each epoch.
     rows = (Path(run.logger.log_dir) / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + EPOCHS
     assert "prototypes/perplexity" in rows[0]
 
 
-@pytest.mark.filterwarnings("ignore:warmup_epochs = 3 covers all 2")  # of the half that is interrupted
+@pytest.mark.filterwarnings("ignore:warmup_epochs = 3 covers all 2")  # the interrupted half warns
 @pytest.mark.parametrize("saved_at", ["epoch", "step"])
 @pytest.mark.parametrize("algorithm", ["callback", "paper", "balanced"])
 def test_a_resumed_run_ends_with_the_same_numbers(tmp_path: Path, algorithm: str, saved_at: str) -> None:
@@ -132,12 +132,12 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path: Path, algorithm: str
     def ours() -> PrototypeCallback:
         return callback(schedule=Schedule(warmup_steps=5)) if algorithm == "callback" else PrototypeCallback()
 
-    class Reseed(L.Callback):  # the paper's sampled target draws numbers, and Lightning keeps no random state
+    class Reseed(L.Callback):  # the paper's target draws random numbers, and Lightning does not keep the random state
         def on_train_batch_start(self, run: L.Trainer, *others: Any) -> None:
             torch.manual_seed(run.global_step)
 
     def fit(module: L.LightningModule, folder: str, max_epochs: int, ckpt_path: Path | None = None) -> L.Trainer:
-        when = {"every_n_train_steps": 20} if saved_at == "step" else {}  # the last of an epoch, before its end
+        when = {"every_n_train_steps": 20} if saved_at == "step" else {}  # the last step of an epoch, before its end
         saving = ModelCheckpoint(tmp_path / folder, save_last=True, **when)
         run = trainer(tmp_path, ours(), Reseed(), saving, max_epochs=max_epochs, enable_checkpointing=True)
         run.fit(module, loader(), ckpt_path=ckpt_path)
@@ -152,7 +152,7 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path: Path, algorithm: str
     for key, value in uninterrupted.callback_metrics.items():
         assert torch.equal(value, again.callback_metrics[key]) or value.isnan(), key
     if algorithm == "paper":
-        assert resumed.prototypical.regularizer.steps == 10  # three epochs of warm-up, one of regularisation
+        assert resumed.prototypical.regularizer.steps == 10  # three epochs of warm-up and one of regularisation
         assert len(resumed.state_dict()["prototypical._extra_state"]["optimizers"]) == 3
 
 
@@ -189,7 +189,7 @@ def test_algorithm_1_counts_a_batch_once_and_takes_every_flag(tmp_path: Path, sc
     assert module.prototypical.regularizer.steps == (EPOCHS - 1) * 10
     assert not torch.equal(module.prototypical.regularizer.head.prototypes, start)
     assert {"train/reconstruction", "train/prototype", "train/mmd"} <= set(run.callback_metrics)
-    assert module.prototypical.regularizer.metrics()["perplexity"] >= 1  # the isolated steps are counted too
+    assert module.prototypical.regularizer.metrics()["perplexity"] >= 1  # the isolated steps count, too
 
 
 def test_the_layer_goes_where_the_users_optimizer_finds_it(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_the_layer_goes_where_the_users_optimizer_finds_it(tmp_path: Path) -> No
 
 
 class FolderOfFigures(Logger):
-    """A logger that keeps what it is shown, with TensorBoard's ``experiment.add_figure``."""
+    """A logger that keeps all figures. It has TensorBoard's ``experiment.add_figure``."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ def test_ddp_with_its_default_flags(tmp_path: Path) -> None:
         (first, metrics), (second, theirs) = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
         assert list(first) == list(second)
         for key, value in first.items():
-            if "running" not in key and "num_batches" not in key:  # batch norm's own, each process has seen its half
+            if "running" not in key and "num_batches" not in key:  # batch norm: each process has seen only its half
                 assert torch.equal(value, second[key]), key
         assert metrics == theirs
 

@@ -1,4 +1,4 @@
-"""The model in pythae's form under pythae's own trainer, files and samplers."""
+"""The model in pythae's form, with pythae's own trainer, files and samplers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def training(folder: Path, **options) -> BaseTrainerConfig:
 
 @pytest.fixture(scope="module")
 def trained(digits: Tensor, tmp_path_factory: pytest.TempPathFactory) -> tuple[PrototypicalAE, BaseTrainer]:
-    """Two epochs of pythae's pipeline, and the trainer that it made."""
+    """A model after two epochs of pythae's pipeline, and the pipeline's trainer."""
     torch.manual_seed(0)
     model = small()
     pipeline = TrainingPipeline(model=model, training_config=training(tmp_path_factory.mktemp("out")))
@@ -59,7 +59,7 @@ def trained(digits: Tensor, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_two_epochs_are_two_epochs_of_steps_and_the_loss_falls(digits: Tensor, trained) -> None:
     model, trainer = trained
-    assert model.regularizer.steps == 2 * len(trainer.train_loader)  # neither the sanity check nor eval counts
+    assert model.regularizer.steps == 2 * len(trainer.train_loader)  # the sanity check and eval do not count
     test = {"data": digits[1536:]}
     with torch.no_grad():
         assert model.eval()(test).loss < 0.5 * small().eval()(test).loss
@@ -78,7 +78,7 @@ def test_the_best_model_is_a_copy_of_its_own(trained) -> None:
     best = trainer._best_model
     assert best is not model
     assert best.regularizer.head.prototypes.data_ptr() != model.regularizer.head.prototypes.data_ptr()
-    assert best.regularizer.steps == model.regularizer.steps  # the second epoch was the better one
+    assert best.regularizer.steps == model.regularizer.steps  # the second epoch was better
 
 
 def test_reloaded_reconstructs_the_same_bits(digits: Tensor, trained) -> None:
@@ -121,7 +121,7 @@ class Encoder(BaseEncoder):
 
 
 class VariationalEncoder(Encoder):
-    """With a log variance, as the variational models want it."""
+    """An encoder that also returns a log variance, as the variational models require."""
 
     def forward(self, x: Tensor) -> ModelOutput:
         z = self.net(x)
@@ -210,7 +210,7 @@ def test_automodel_knows_it_and_its_own(digits: Tensor, tmp_path: Path) -> None:
 
 
 class Both(BaseAE):
-    """A model whose trainer builds one optimizer of the encoder and one of the decoder."""
+    """A model whose trainer builds one optimizer for the encoder and one for the decoder."""
 
     def __init__(self, config: AEConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Prototypes in scvi-tools' scVI: train, save, load, query, profiles."""
+"""Prototypes in scVI of scvi-tools: train, save, load, map new cells, and compute profiles."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_fit_teaches_the_layer_and_the_model() -> None:
     model = PrototypicalSCVI(adata, num_prototypes=K, n_latent=5)
     before = model.prototypes.head.prototypes.detach().clone()
     model.train(10, batch_size=64, **QUIET)
-    assert model.prototypes.steps == 10 * 3  # 180 cells; neither validation nor inference counts
+    assert model.prototypes.steps == 10 * 3  # 180 cells; validation and inference do not count
     assert not torch.equal(model.prototypes.head.prototypes, before)
     losses = model.history["reconstruction_loss_train"].to_numpy().ravel()
     assert losses[-1] < losses[0]
@@ -92,7 +92,7 @@ def test_the_kl_term_is_off_by_one_argument() -> None:
     adata = cells()
     for weight in (0.0, 1.0, 0.25):
         model = PrototypicalSCVI(adata, num_prototypes=K, kl_weight=weight)
-        for plan in (1.0, 0.5):  # the plan's own weight, in its warm-up
+        for plan in (1.0, 0.5):  # the training plan's own weight, during its warm-up
             found = loss(model, kl_weight=plan)
             kl, error = found.kl_local["kl_divergence_z"], found.reconstruction_loss["reconstruction_loss"]
             torch.testing.assert_close(found.loss, error.mean() + weight * plan * kl.mean())
@@ -157,7 +157,10 @@ def test_logistic_normal_latents() -> None:
 
 
 def profiles(model: SCVI, z: torch.Tensor, size: float = 1e4) -> torch.Tensor:
-    """Genes x prototypes, cell by cell: decoded with the batch and covariates of every cell, and averaged."""
+    """Profiles (genes x prototypes), computed cell by cell.
+
+    Each prototype is decoded with the batch and covariates of every cell. The profile is the mean over the cells.
+    """
     (tensors,) = model._make_data_loader(model.adata, batch_size=500)
     columns = []
     with torch.no_grad():

@@ -22,7 +22,7 @@ DIM, K, EPOCHS, BATCHES = 16, 10, 4, 10
 
 
 class AE(nn.Module):
-    """A user's: returns its loss, as the Trainer wants it."""
+    """A user's model. It returns its loss, as the Trainer requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_training_with_accumulation(tmp_path: Path, bf16: bool) -> None:
             heard.append(dict(logs))
 
     run = trainer(tmp_path, model, gradient_accumulation_steps=2, bf16=bf16)
-    run.add_callback(Reporter())  # before ours, as the Trainer puts TensorBoard, W&B and the like
+    run.add_callback(Reporter())  # before our callback, where the Trainer also adds TensorBoard and W&B
     add(run)
     result = run.train()
     assert result.global_step == EPOCHS * BATCHES / 2
@@ -77,14 +77,14 @@ def test_training_with_accumulation(tmp_path: Path, bf16: bool) -> None:
     assert {t.dtype for t in model.prototypes.state_dict().values()} <= {torch.float32, torch.int64}
     (state,) = (run.optimizer.state[p] for p in model.prototypes.parameters())
     assert state["step"] == result.global_step
-    # The Trainer's default optimizer is a fused one: prototypes follow their latents all the same.
+    # The Trainer's default optimizer is a fused one. Prototypes follow their latents with it, too.
     assert "fused" in run.args.optim
     assert model.prototypes.follower.weight_sums.sum() <= 2 * 64
 
 
 @pytest.mark.parametrize("save_steps", [10, 7])
 def test_resume_from_checkpoint_ends_with_the_same_numbers(tmp_path: Path, save_steps: int) -> None:
-    """At the end of an epoch and within one; five optimizer steps an epoch."""
+    """The checkpoint is at the end of an epoch or inside one. An epoch has five optimizer steps."""
     options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": save_steps}
     runs = []
     for resume in (None, str(tmp_path / f"checkpoint-{save_steps}")):
@@ -98,7 +98,8 @@ def test_resume_from_checkpoint_ends_with_the_same_numbers(tmp_path: Path, save_
         assert torch.equal(value, second[key]), key
     both = [[row for row in run.state.log_history if "prototypes/perplexity" in row] for run in runs]
     assert [row["epoch"] for row in both[0]] == [1, 2, 3, 4]
-    # At the end of an epoch the Trainer saves first and logs then: that epoch's row is in the first run's history only.
+    # At the end of an epoch the Trainer saves first and logs afterwards.
+    # So only the first run's history has the row of that epoch.
     assert both[1] == [row for row in both[0] if row["epoch"] != save_steps / 5]
 
 

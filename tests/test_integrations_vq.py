@@ -1,4 +1,4 @@
-"""VectorPrototypes where vector-quantize-pytorch's VectorQuantize was: the same shapes in and out."""
+"""VectorPrototypes in the place of vector-quantize-pytorch's VectorQuantize, with the same input and output shapes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_padding_is_what_it_is_in_vector_quantize(by: str, training: bool) -> No
 
 @pytest.mark.parametrize("options", [{"channel_last": False}, {"accept_image_fmap": True}], ids=str)
 def test_padding_where_the_latent_axis_is_not_the_last(options: dict) -> None:
-    """VectorQuantize takes a mask for neither."""
+    """VectorQuantize takes no mask in these two cases."""
     vq, x = VectorPrototypes(8, 4, **options), torch.randn(2, 8, 3, 5)
     x = x if "accept_image_fmap" in options else x.flatten(2)
     mask = torch.rand(x[:, 0].shape) > 0.3

@@ -1,4 +1,4 @@
-"""The layer's row by row steps: compiled operators and plain functions against float64 and each other."""
+"""The layer's steps on single rows: compiled operators and plain functions, against float64 and each other."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_typical_sums_leave_out_what_is_not_finite_or_not_counted(dim: int) -> N
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_tally_adds_up_what_is_finite_and_counted(dim: int) -> None:
-    x, scores, v = torch.randn(50, dim), torch.randn(50, 7).round(), torch.randn(7, dim)  # ties: the first of them
+    x, scores, v = torch.randn(50, dim), torch.randn(50, 7).round(), torch.randn(7, dim)  # the first equal score wins
     x[3, -1], x[8, 0], x[9, dim // 2] = math.nan, math.inf, -math.inf
     losses = torch.tensor(0.5), torch.tensor(-0.25)
     for mask in (None, torch.rand(50) < 0.7):
@@ -88,7 +88,7 @@ def test_tally_adds_up_what_is_finite_and_counted(dim: int) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_follow(dim: int) -> None:
     v, sums, counts = torch.randn(5, dim), torch.randn(5, dim), torch.tensor([0.0, 3.0, 1.0, 0.0, 7.0])
-    for seen in (v + 1, v.clone()):  # moved, and not
+    for seen in (v + 1, v.clone()):  # the prototypes have moved, or not
         state = [x.clone() for x in (v, sums, counts, seen)]
         expected = [x.double() for x in state]
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_follow(dim: int) -> None:
 
 @pytest.mark.parametrize("form", [follow, follow_reference])
 def test_latents_too_far_to_weigh_anything_move_nothing(form: Callable[..., None]) -> None:
-    """Where a weight of 1e-42 is all there is, its inverse is infinite."""
+    """If the whole weight is 1e-42, its inverse is infinite."""
     v = torch.randn(2, 8)
     state = [v.clone(), torch.full((2, 8), 1e-30), torch.tensor([1e-42, 0.5]), v + 1]
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_latents_too_far_to_weigh_anything_move_nothing(form: Callable[..., None
 
 def test_they_are_taken_where_they_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 5)
-    assert not layer_ops.compiled(x)  # a graph is wanted
+    assert not layer_ops.compiled(x)  # autograd needs a graph
     with torch.no_grad():
         assert layer_ops.compiled(x)
         assert not layer_ops.compiled(x.double())

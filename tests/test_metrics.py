@@ -1,4 +1,4 @@
-"""Diagnostics on latents whose answers are known."""
+"""The diagnostics on latents with known answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_distribution_aimed_at() -> None:
 
 def test_what_goes_wrong_shows() -> None:
     v = torch.tensor([[10.0, 0, 0], [10.5, 0, 0], [0, 30.0, 0], [0, 0, 40.0]])
-    z = torch.tensor([[0.0, 30, 0]]).repeat(50, 1)  # collapsed onto prototype 2
+    z = torch.tensor([[0.0, 30, 0]]).repeat(50, 1)  # all latents are on prototype 2
     metrics = latent_metrics(z, head_at(v))
     assert metrics["perplexity"] == pytest.approx(1)
     assert metrics["dead"] == 3

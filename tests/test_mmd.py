@@ -1,4 +1,4 @@
-"""The anchored MMD: its statistics, invariances, limits and gradients."""
+"""The anchored MMD: statistics, invariances, limits and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_case(rows: int, groups: int, dim: int, **kwargs) -> tuple[torch.Tenso
     z = torch.randn(rows, dim, dtype=torch.float64, **kwargs)
     v = torch.randn(groups, dim, dtype=torch.float64)
     assignments = torch.randint(groups, (rows,))
-    assignments[: rows // 2] = 0  # one cluster much larger than the rest
+    assignments[: rows // 2] = 0  # one cluster is much larger than the others
     return z, v, assignments
 
 
@@ -135,7 +135,7 @@ def test_invariances(kernel: str, weights: bool, rows: int, groups: int, dim: in
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_an_offset_of_1000_in_float32(kernel: str, weights: bool) -> None:
     z, v, assignments = random_case(256, 5, 64)
-    # Coordinates that float32 holds exactly after the shift: any error is the computation's.
+    # float32 holds these coordinates exactly after the shift, so any error comes from the computation.
     z, v = (z * 512).round() / 512, (v * 512).round() / 512
     members = torch.nn.functional.one_hot(assignments, 5).float() if weights else assignments
     expected = anchored_mmd(z, v, assignments, kernel=kernel)
@@ -231,7 +231,7 @@ def test_opcheck(samples: bool) -> None:
 def test_non_contiguous_and_poisoned_memory() -> None:
     z, v, assignments = random_case(40, 4, 6)
     expected = anchored_mmd(z, v, assignments)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # empty() is filled with NaN from here on
+    torch.use_deterministic_algorithms(True, warn_only=True)  # empty() returns tensors of NaN from here on
     try:
         assert anchored_mmd(z.T.contiguous().T, v.T.contiguous().T, assignments) == expected
     finally:
@@ -251,7 +251,7 @@ def test_features_estimate_the_exact_statistic(statistic: str, reduction: str) -
     values = torch.stack(losses).detach()
     error = values.std() / 20**0.5
     assert abs(values.mean() - exact) < 4 * error  # unbiased
-    assert error < 0.01 * exact  # and near, at 80,000 frequencies
+    assert error < 0.01 * exact  # and close, with 80,000 frequencies
     gradient = sum(torch.autograd.grad(loss, z)[0] for loss in losses) / 20
     assert (gradient - expected).norm() < 0.02 * expected.norm()
 
@@ -259,7 +259,7 @@ def test_features_estimate_the_exact_statistic(statistic: str, reduction: str) -
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_features_follow_their_formula_and_its_gradient(statistic: str) -> None:
     z, v, assignments = random_case(50, 4, 3, requires_grad=True)
-    assignments[1] = 3  # the third may hold one latent, which counts for nothing
+    assignments[1] = 3  # the third cluster may hold one latent, which does not count
     w, share = frequencies(z, 20, (0.5, 2.0, 1.0), 7)
     assert share.sum() == pytest.approx(1) and w.shape == (20, 3)
     expected = torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The compiled anchored MMD: every instruction set, any number of threads, memory, odd shapes, what it refuses."""
+"""The compiled anchored MMD: every instruction set, any number of threads, odd shapes and memory, and bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("cpu_library")
 
 
 def case(rows: int, groups: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents around anchors, a third of them at one; about one in ten belongs to none."""
+    """Latents around anchors. A third of the latents are at one anchor, and about one in ten belongs to no anchor."""
     v = 0.5 * torch.randn(groups, dim)
     assignments = torch.randint(groups, (rows,))
     assignments[: rows // 3] = 0
@@ -36,7 +36,7 @@ def value_and_gradient(
 
 
 def errors(z: Tensor, v: Tensor, assignments: Tensor, backend: str, **options) -> tuple[float, float]:
-    """Of the loss, and of the gradient relative to its largest entry, against float64."""
+    """The errors of the loss and of the gradient against float64. The second is relative to the largest entry."""
     expected, by_z = value_and_gradient(z.double(), v.double(), assignments, **options)
     loss, gradient = value_and_gradient(z, v, assignments, backend=backend, **options)
     assert loss.dtype == gradient.dtype == torch.float32
@@ -66,7 +66,7 @@ def test_any_shape_against_float64(rows, groups, dim, scales, statistic, reducti
     plain_loss, plain_gradient = errors(z, v, assignments, "torch", **options)
     clusters = groups if reduction == "sum" else 1
     assert loss <= max(2e-7 * clusters, 2 * plain_loss)
-    # Attraction and repulsion nearly cancel where a cluster is close to normal: their roundings remain.
+    # If a cluster is close to normal, attraction and repulsion nearly cancel. Only their rounding errors remain.
     assert gradient <= max(1e-5, 2 * plain_gradient)
 
 
@@ -119,7 +119,7 @@ def test_coinciding_latents_have_a_finite_gradient() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dim", [3, 64])
 def test_nan_stays_in_its_cluster(dim: int, bad: float) -> None:
-    z, v, assignments = case(300, 4, dim)  # more than plain torch does in one matrix
+    z, v, assignments = case(300, 4, dim)  # too many for one matrix in plain torch
     z[150, 1], assignments[150] = bad, 2
     results = [value_and_gradient(z, v, assignments, backend=name) for name in ("cpu", "torch")]
     for loss, gradient in results:
@@ -150,11 +150,11 @@ def test_the_same_bits_for_any_number_of_threads_and_memory(rows: int, groups: i
     z, v, assignments = case(rows, groups, dim)
     before = torch.get_num_threads()
     results = []
-    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    torch.use_deterministic_algorithms(True)  # so empty() returns tensors of NaN
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            value_and_gradient(9 * z, v, assignments, backend="cpu")  # leaves other numbers behind
+            value_and_gradient(9 * z, v, assignments, backend="cpu")  # leaves other numbers in memory
             results.append(value_and_gradient(z, v, assignments, backend="cpu"))
     finally:
         torch.set_num_threads(before)

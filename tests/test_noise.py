@@ -1,4 +1,4 @@
-"""The noise that the decoder gets in training."""
+"""The noise on the decoder's latents in training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_it_is_relative_to_each_latent(axis: int) -> None:
     added = with_noise(z, 0.2, dim=axis) - z
     ratio = torch.linalg.vector_norm(added, dim=axis) / torch.linalg.vector_norm(z, dim=axis)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.2), rtol=0.1, atol=0)
-    # Of the 2,000 coordinates none is preferred.
+    # The noise prefers none of the 2,000 coordinates.
     assert torch.nn.functional.normalize(added, dim=axis).abs().max() < 0.2
 
 
@@ -33,7 +33,7 @@ def test_gradients_go_through_the_length_too() -> None:
 
     z = torch.randn(5, DIM, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(seeded, z)
-    # What depends on the ratio of noise to latent alone, as a decoder that normalises does, pulls no latent outwards.
+    # A decoder that normalises depends only on the ratio of noise to latent. Its loss pulls no latent outwards.
     (by_z,) = torch.autograd.grad(torch.nn.functional.normalize(seeded(z)).square().mul(torch.arange(DIM)).sum(), z)
     torch.testing.assert_close((by_z * z).sum(1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
 
@@ -106,7 +106,7 @@ def test_a_latent_that_is_nan_reaches_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
-@inductor.patch(fallback_random=True)  # the numbers that eager torch draws
+@inductor.patch(fallback_random=True)  # draws the same numbers as eager torch
 def test_it_compiles_as_one_graph(steps: int) -> None:
     torch._dynamo.reset()
     eager = LatentNoise(0.3, steps)

@@ -1,4 +1,4 @@
-"""What a user gets: wheel, source distribution, editable install."""
+"""The package that a user gets: the wheel, the source distribution and the editable install."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution, and the wheel built from nothing but it."""
+    """A source distribution, and the wheel that is built from it alone."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("proto_reg", "integrations"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "lib", "integrations"))
@@ -126,7 +126,7 @@ def test_floors_are_the_lower_bounds_of_the_extras_and_the_comparison() -> None:
             bounds[requirement.name] = next(s.version for s in requirement.specifier if s.operator == ">=")
     lines = (ROOT / "tests" / "floors.txt").read_text().splitlines()[1:]
     floors = dict(line.split("==") for line in lines)
-    assert floors.pop("einops") == "0.8.1"  # what the extra vq asks for; the library itself holds at 0.8.0
+    assert floors.pop("einops") == "0.8.1"  # the extra vq needs this; the library itself needs 0.8.0
     assert floors.pop("peft") in next(line for line in extras["test"] if line.startswith("peft"))
     assert floors == bounds
 
@@ -135,13 +135,13 @@ def test_all_has_every_stack_but_scvi() -> None:
     extras = optional_dependencies()
     (line,) = extras["all"]
     (every,) = re.findall(r"^proto_reg\[(.*)\]$", line)
-    # The extra examples has metrics and plots in it.
+    # The extra "examples" contains metrics and plots.
     assert set(every.split(",")) | {"metrics", "plots"} == set(extras) - {"all", "bench", "scvi", "test"}
 
 
 @pytest.fixture(scope="module")
 def tree(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution, unpacked, with kernels that compile in a moment."""
+    """The unpacked source distribution, with kernels that compile in a moment."""
     if reason := build.obstacle("cpu"):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("tree")
@@ -177,7 +177,7 @@ def test_a_wheel_with_kernels_is_for_this_platform_and_any_python(tree: Path, tm
     assert library.parent == package.parent / "kernels" / "lib"
     assert [path.name for path in library.parent.iterdir()] == [library.name]
 
-    # The same tree without the variable: setuptools keeps its build folder, the wheel is pure all the same.
+    # The same tree without the variable. setuptools keeps its build folder, but the wheel is still pure.
     assert wheel_of(tree, tmp_path / "pure", PROTO_REG_BUILD="").returncode == 0
     (pure,) = (tmp_path / "pure").glob("*-py3-none-any.whl")
     with zipfile.ZipFile(pure) as archive:
@@ -197,13 +197,13 @@ def test_kernels_asked_for_where_torch_is_missing(tree: Path, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["wheel", "editable"])
 def test_installed_package(dist: Path, tmp_path: Path, form: str) -> None:
-    """Installed into an environment of its own, that sees this one's torch; away from the repository."""
+    """The package is in a new environment that sees this one's torch. The test runs outside of the repository."""
     environment = tmp_path / "env"
     venv.create(environment)
     python = environment / "bin" / "python"
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([python, "-c", query], check=True, capture_output=True, text=True).stdout.strip())
-    # .pth files of the outer environment, such as an editable proto_reg, are not followed from here.
+    # Python does not follow the .pth files of the outer environment, such as that of an editable proto_reg.
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     if form == "wheel":
         (target,) = map(str, dist.glob("*.whl"))
@@ -238,7 +238,7 @@ def test_installed_package(dist: Path, tmp_path: Path, form: str) -> None:
     assert home in package.parents
     assert adapters.parent.name == "integrations"
     assert home in adapters.parents
-    if form == "editable":  # a plain path, which type checkers follow, and below it everything as it is imported
+    if form == "editable":  # a plain path, as type checkers need, and the modules below it under their own names
         lines = [line for path in site.glob("*proto_reg*.pth") for line in path.read_text().splitlines()]
         assert [Path(line).resolve() for line in lines] == [home]
         assert (home / "proto_reg" / "integrations" / "lightning.py").is_file()

@@ -1,4 +1,4 @@
-"""Pictures: what is in them, not how they look."""
+"""The content of the pictures, not their look."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Past latents: what the queue holds, and what it changes for the assignment and the MMD."""
+"""Past latents: the content of the queue, and its effect on the assignment and the MMD."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_it_holds_the_last_latents_whatever_the_batches() -> None:
         usable = counted & z.isfinite().all(1)
         past = (past + z[usable].tolist())[-size:]
         assert int(queue.filled) == int(queue.in_use.sum()) == len(past)
-        # From the oldest on: it stands where the next one goes once all slots are taken.
+        # Start with the oldest latent. In a full queue, the next latent goes to its slot.
         oldest = int(queue.position) if len(past) == size else 0
         held = queue.latents[: len(past)].roll(-oldest, 0)
         assert torch.equal(held, torch.tensor(past).reshape(-1, 2))

@@ -1,6 +1,6 @@
-"""Every Python block of README.md and of docs/ runs, and prints what its page says it prints.
+"""Every Python block of README.md and of docs/ runs, and prints the text that its page shows.
 
-The blocks of a page run in order, in a namespace of their own. Links between the pages lead somewhere.
+The blocks of a page run in order, in a namespace of their own. Every link between the pages has a target.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_the_readme_is_one_page() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Batches this small gain nothing from a second thread, and lose much on a busy machine."""
+    """A second thread does not speed up such small batches. On a busy machine it makes them much slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +67,7 @@ def applied(diff: str) -> str:
 
 
 def shape_of(text: str) -> str:
-    """The text with every measured number blanked: digits differ between processors, words and layout do not."""
+    """The text without its measured numbers. Digits differ between processors. Words and layout do not."""
     return re.sub(r"\s+", " ", re.sub(r"\d+\.\d+", "#", text)).strip()
 
 
@@ -90,6 +90,6 @@ def test_the_index_names_every_page() -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of ``page`` as GitHub makes them."""
+    """The anchors that GitHub makes for ``page``."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""The layer: what it adds to a gradient, and everything it must survive."""
+"""The layer: its effect on a gradient, and all the inputs and uses that it must survive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ DIM, K, BATCH = 16, 5, 48
 
 
 def expected_gradients(layer: PrototypicalRegularizer, z: torch.Tensor, g: torch.Tensor, mask=None):
-    """g + lambda_p |g|/|g_p| g_p + lambda_r |g|/|g_r| g_r, and the prototypes' share, from separate autograd passes."""
+    """g + lambda_p |g|/|g_p| g_p + lambda_r |g|/|g_r| g_r, and the gradient at the prototypes.
+
+    Separate autograd passes compute the two parts.
+    """
     leaf = z.detach().clone().requires_grad_()
     g_p, by_prototypes = torch.autograd.grad(layer.losses(leaf, mask).prototype_loss, [leaf, layer.head.prototypes])
     (g_r,) = torch.autograd.grad(layer.losses(leaf, mask).mmd_loss, leaf)
@@ -31,7 +34,7 @@ def expected_gradients(layer: PrototypicalRegularizer, z: torch.Tensor, g: torch
 
 
 def run(layer: PrototypicalRegularizer, z: torch.Tensor, weight: torch.Tensor, scale: float = 1.0, mask=None):
-    """Gradients at z and at the prototypes of the loss scale * <weight, z>, whose gradient is known: scale * weight."""
+    """The gradient at z and the info, for the loss scale * <weight, z>, whose gradient is scale * weight."""
     leaf = z.clone().requires_grad_()
     out, info = layer(leaf, mask)
     assert torch.equal(out, z)
@@ -75,7 +78,7 @@ def test_loss_scaling_passes_through(scale: float) -> None:
 
 
 def test_half_precision_under_a_gradient_scaler() -> None:
-    """Gradients of float16 latents whose norm exceeds float16 still arrive scaled, and finite."""
+    """The norm of the gradients is too large for float16. The gradients still arrive scaled and finite."""
     layer = PrototypicalRegularizer(DIM, K)
     z, g = torch.randn(2, BATCH, DIM)
     z, g = z.half(), 5000 * g.half()
@@ -122,7 +125,7 @@ def test_accumulation_adds_up_and_a_fresh_forward_can_go_back_again() -> None:
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_two_backward_passes_through_one_forward_are_scaled_by_their_own_norms(mode: str) -> None:
-    """In balanced mode, as documented; weighted, they are those of the sum."""
+    """This holds in balanced mode, as documented. In weighted mode the gradients are those of the sum."""
     layer = PrototypicalRegularizer(DIM, K, mode=mode, follow_rate=0.0).double()
     z, a, b = torch.randn(3, BATCH, DIM, dtype=torch.float64)
 
@@ -252,7 +255,7 @@ def test_prototypes_follow_their_latents_once_an_optimizer_moved_them() -> None:
     z = torch.randn(BATCH, DIM, requires_grad=True)
     start = v.detach().clone()
     assignments = []
-    for _ in range(2):  # accumulation: both batches count, neither moves anything
+    for _ in range(2):  # accumulation: both batches count, and no batch moves a prototype
         out, info = layer(z)
         out.sum().backward()
         assignments.append(info.assignments)
@@ -275,7 +278,7 @@ def test_prototypes_follow_their_latents_once_an_optimizer_moved_them() -> None:
 )
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_what_holds_prototypes_still_holds_them_still(prototypes: int, options: dict, decay: float) -> None:
-    """Nothing but the optimizer itself moves them: by its gradient, or by weight decay alone where there is none."""
+    """Only the optimizer moves them. It uses its gradient, or only weight decay if there is no gradient."""
     layer = PrototypicalRegularizer(DIM, prototypes, **options)
     v = layer.head.prototypes
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=decay)
@@ -349,7 +352,7 @@ def test_a_failing_call_changes_nothing() -> None:
     layer = PrototypicalRegularizer(DIM, K, assigner=SinkhornAssigner(nan_policy="raise"))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     layer(torch.randn(BATCH, DIM, requires_grad=True))[0].sum().backward()
-    optimizer.step()  # from here on the next forward would move the prototypes
+    optimizer.step()  # after this, the next forward would move the prototypes
     before = copy.deepcopy(layer.state_dict())
     for bad in (
         torch.full((BATCH, DIM), torch.nan),
@@ -456,7 +459,7 @@ def test_exact_resume() -> None:
 
 
 def two_at_once(layer: PrototypicalRegularizer, call) -> list[torch.Tensor]:
-    """Gradients and state of a training with two forwards before each backward pass."""
+    """The gradients and the state of a training with two forwards before each backward pass."""
     generator, found = torch.Generator().manual_seed(1), []
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     for _ in range(4):
@@ -481,7 +484,10 @@ def two_at_once(layer: PrototypicalRegularizer, call) -> list[torch.Tensor]:
     ids=str,
 )
 def test_two_forwards_before_one_backward(options: dict, mode: str) -> None:
-    """As it is and compiled, where the second forward writes to the prototypes that the first's graph would hold."""
+    """The layer runs plain and compiled.
+
+    If it is compiled, the second forward writes to prototypes that the first graph would hold.
+    """
     torch._dynamo.reset()
     layer = PrototypicalRegularizer(DIM, K, mode=mode, **options)
     inside = copy.deepcopy(layer)
@@ -490,6 +496,7 @@ def test_two_forwards_before_one_backward(options: dict, mode: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 def test_a_compiled_epoch_with_a_smaller_last_batch(mode: str) -> None:
     torch._dynamo.reset()
@@ -554,7 +561,7 @@ def test_decoders_may_begin_in_place() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("which", ["parameter", "view", "encoded"])
 def test_what_comes_back_may_be_written_to_and_a_parameter_is_not(which: str, compiled: bool) -> None:
-    """Latents that are parameters themselves, as an auto-decoder has them, or rows of one."""
+    """The latents are a parameter, as in an auto-decoder, or they are rows of one."""
     torch._dynamo.reset()
     layer = PrototypicalRegularizer(DIM, K)
     call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
@@ -676,7 +683,7 @@ def test_components_can_be_replaced() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.02])
 def test_a_single_prototype_pulls_at_no_latent(rate: float) -> None:
-    """Its codes are 1 but for rounding, which scaled to the size of the gradient would be a pull."""
+    """Its codes are 1, except for rounding. The layer must not scale this rounding to the size of the gradient."""
     layer = PrototypicalRegularizer(DIM, 1, mmd_weight=0.0, follow_rate=rate)
     z, gradient = torch.randn(64, DIM, requires_grad=True), torch.randn(64, DIM)
     layer(z)[0].backward(gradient)
@@ -685,7 +692,7 @@ def test_a_single_prototype_pulls_at_no_latent(rate: float) -> None:
 
 
 def test_a_latent_that_is_not_finite_is_nobodys() -> None:
-    """All codes of its batch are NaN: no prototype may be drawn to latents that it does not own."""
+    """All codes of its batch are NaN. No prototype may move to latents that do not belong to it."""
     layer = PrototypicalRegularizer(DIM, K)
     z = torch.randn(BATCH, DIM)
     z[3, 2] = torch.inf

@@ -1,4 +1,4 @@
-"""A forward that torch.utils.checkpoint runs again in the backward pass counts once, and computes the same."""
+"""torch.utils.checkpoint runs a forward again in the backward pass. It counts once and computes the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Model(nn.Module):
         self.regularizer = layer_with(options, mode=mode, follow_rate=0.3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The loss of ``x`` (B, PIXELS); what the layer found is a part of it, whatever the mode."""
+        """The loss of ``x`` (B, PIXELS). In every mode, the layer's codes are a part of it."""
         z = self.encoder(x)
         if self.regularizer.layout.pattern == "b d n":
             z, info = self.regularizer(z.reshape(4, -1, DIM).transpose(1, 2))
@@ -45,7 +45,7 @@ def two(mode: str = "balanced", options: str = "queue and subsample") -> list[Mo
 
 
 def trained(model: Model, losses: Callable[[Model, Tensor], list[Tensor]], steps: int = 8) -> list[Tensor]:
-    """Every gradient of a training, a backward pass for each of the ``losses``, and the state that it ends with."""
+    """All gradients of a training, and its last state. There is one backward pass for each of the ``losses``."""
     generator = torch.Generator().manual_seed(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = []
@@ -84,7 +84,7 @@ def test_a_checkpoint_changes_nothing(mode: str, options: str) -> None:
 @modes
 @pytest.mark.parametrize("order", ["first", "last", "sum", "twice"])
 def test_several_forwards_before_a_backward(order: str, mode: str, options: str) -> None:
-    """Each runs again with the state, and the draws, of its own first time."""
+    """Each forward runs again with the state and the random draws of its own first run."""
 
     def losses(run: Callable[[Model, Tensor], Tensor]) -> Callable[[Model, Tensor], list[Tensor]]:
         def of(model: Model, x: Tensor) -> list[Tensor]:
@@ -123,7 +123,7 @@ def test_a_checkpoint_in_a_checkpoint(mode: str) -> None:
 
 @modes
 def test_both_losses_in_a_checkpoint(mode: str) -> None:
-    """As Algorithm 1 takes them."""
+    """Algorithm 1 computes them in this way."""
 
     def loss(model: Model, x: Tensor) -> Tensor:
         return model.regularizer.losses(model.encoder(x), count=True).loss + model.decoder(model.encoder(x)).mean()
@@ -136,7 +136,7 @@ def test_both_losses_in_a_checkpoint(mode: str) -> None:
 
 
 def test_other_hooks_and_a_retained_graph() -> None:
-    """Whoever else handles what autograd saves runs nothing again; a graph that is kept may run again twice."""
+    """Other hooks on saved tensors run nothing again. A graph that is kept may run again twice."""
     plain, held = two()
     expected = trained(plain, lambda model, x: [model(x)])
     with torch.autograd.graph.save_on_cpu():
@@ -154,7 +154,7 @@ def test_other_hooks_and_a_retained_graph() -> None:
 
 @modes
 def test_the_reentrant_form_counts_the_run_that_has_a_graph(mode: str) -> None:
-    """Its first run is under no_grad, where the layer only looks on."""
+    """Its first run is under no_grad. The layer does not count there."""
     model, x = Model(mode=mode), torch.rand(BATCH, PIXELS, requires_grad=True)
     for _ in range(3):
         checkpoint(model, x, use_reentrant=True).backward()
@@ -180,7 +180,7 @@ def test_what_a_checkpoint_found_goes_with_it_and_is_in_no_copy() -> None:
 @pytest.mark.parametrize("options", ["plain", "queue", "max_tokens", "schedules"])
 @pytest.mark.parametrize("compiled", ["inside", "around"])
 def test_a_compiled_layer_in_a_checkpoint_is_right_or_raises(compiled: str, options: str, mode: str) -> None:
-    """A compiled graph that runs again reads state that has changed since: it says so where that state counts."""
+    """A compiled graph that runs again reads state that has changed. It raises an error if this state matters."""
     torch._dynamo.reset()
     plain, held = two(mode, options)
     expected = trained(plain, lambda model, x: [model(x)], steps=3)

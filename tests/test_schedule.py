@@ -1,4 +1,4 @@
-"""Weights and temperature over the steps of a training."""
+"""The weights and the temperature over the steps of a training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     z, g = torch.randn(2, BATCH, DIM)
     for step in range(6):
-        # Of each weight: warm-up, then half of it for a step. The MMD's sets in after one step, the other after three.
+        # Each weight is 0 in its warm-up, then half for one step, then full.
+        # The MMD's weight begins after one step, the other weight after three steps.
         of_prototypes, of_mmd = (min(max(step - begin + 1, 0) / 2, 1) for begin in (3, 1))
         assert layer.metrics()["active"] == of_prototypes
         before = layer.head.prototypes.detach().clone()
@@ -106,7 +107,7 @@ def test_checkpointing_at_the_step_at_which_schedules_end(mode: str, schedule: d
         out, info = layer(z)
         return out.square().sum() + info.loss
 
-    for _ in range(6):  # each runs twice, and counts twice
+    for _ in range(6):  # each forward runs twice and counts twice
         leaf = torch.randn(BATCH, DIM, requires_grad=True)
         checkpoint(forward, leaf, use_reentrant=False).backward()
         assert leaf.grad.isfinite().all()
@@ -159,7 +160,7 @@ def test_temperature_and_epsilon_anneal_together(mode: str) -> None:
             layer.zero_grad()
             assert torch.equal(info.scores, layer.head(z))
         for ours, theirs in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # the factor of the scores is float32
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # the scores have a float32 factor
 
 
 @pytest.mark.parametrize(
@@ -205,11 +206,11 @@ def test_a_schedule_that_stands_still_is_warned_of() -> None:
     assert spoken(lambda: untracked(cured)(z)) == []
     begun = PrototypicalRegularizer(DIM, K)
     begun(z)
-    assert spoken(lambda: untracked(begun)(z)) == []  # a pass between counted ones
+    assert spoken(lambda: untracked(begun)(z)) == []  # a pass that does not count, between passes that do
 
 
 def test_a_gpu_is_not_waited_for_to_know_that_a_warm_up_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the step is known from the last look that has arrived, here those after 73 and 123."""
+    """On a GPU the layer knows the step from the last copy that has arrived. Here these copies are at 73 and 123."""
     layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=3, mmd_steps=20), prototype_weight=0.0)
     z = torch.randn(BATCH, DIM, requires_grad=True)
     known = []

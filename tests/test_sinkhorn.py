@@ -1,4 +1,4 @@
-"""The Sinkhorn operator: the iterate, its robustness, its options."""
+"""The Sinkhorn operator: the iterate, robustness and options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def test_is_swavs_iterate_in_float64(shape: tuple[int, int], num_iters: int) -> 
 
 
 def adversarial_scores() -> dict[str, torch.Tensor]:
-    """The robustness columns: unnormalised, shifted, with outlying rows and columns, in half precision, degenerate."""
+    """The hard scores of the robustness table.
+
+    They are not normalised, are shifted, have outlying rows and columns, are in half precision, or are degenerate.
+    """
     cases = {
         "dots up to 300": (100 * torch.randn(256, 30)).clamp(-300, 300),
         "cosine + 10": cosines(256, 30) + 10,
@@ -123,7 +126,7 @@ FOREVER = 10**9
 
 
 def tolerances() -> dict[str, tuple[torch.Tensor, dict]]:
-    """Problems that each go another way through the kernels."""
+    """Problems for the kernels. Each one takes another path through them."""
     shares = torch.rand(60).softmax(0)
     groups = torch.stack([cosines(64, 8) for _ in range(3)])
     return {

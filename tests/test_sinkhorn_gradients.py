@@ -1,4 +1,4 @@
-"""Gradients through the iterations: those of the problem without what is left out, 0 there, and never NaN."""
+"""Gradients through the iterations equal those of the problem without left-out entries. There they are 0, never NaN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARES = torch.tensor([0.3, 0.0, 0.2, 0.1, 0.0, 0.4])
 ONES = torch.ones(ROWS, dtype=torch.bool), torch.ones(COLUMNS, dtype=torch.bool)
 FAR = {"tol": 1e-5}
 
-# What is kept, the options that say so, and what stands in the scores that are left out.
+# For each case: the kept rows and columns, the options for this, and the value of the scores that are left out.
 LEFT_OUT = {
     "nothing": (*ONES, {}, 0.0),
     "tol": (*ONES, FAR, 0.0),
@@ -45,14 +45,14 @@ LEFT_OUT = {
 
 
 def problem(case: str, scores: Tensor) -> tuple[Tensor, dict, Tensor]:
-    """Scores with what is left out overwritten, options, and which entries (ROWS, COLUMNS) are kept."""
+    """Scores with a value at the left-out entries, the options, and a mask (ROWS, COLUMNS) of the kept entries."""
     rows, columns, options, value = LEFT_OUT[case]
     kept = rows[:, None] & columns
     return scores if value == 0 else torch.where(kept, scores, value), options, kept
 
 
 def expected(case: str, scores: Tensor, by_codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and gradient, in float64 by the plain formula, of the problem without what is left out; 0 there."""
+    """Codes and gradient of the problem without left-out entries, by the plain formula in float64. There they are 0."""
     rows, columns, options, _ = LEFT_OUT[case]
     reduced = scores.double()[rows][:, columns].requires_grad_()
     marginals = options["marginals"][columns] if "marginals" in options else None
@@ -73,7 +73,7 @@ def test_gradient_is_that_of_the_problem_without_what_is_left_out(case: str, dty
     given, options, kept = problem(case, scores)
     leaf = given.clone().requires_grad_()
     codes = sinkhorn(leaf, EPSILON, 2000 if "tol" in options else ITERS, differentiable=True, **options)
-    # Rows that do not count get codes, on which nothing depends here.
+    # Rows that do not count get codes, too. The loss must not use them here.
     counted = LEFT_OUT[case][0][:, None]
     torch.where(counted, codes * by_codes, 0.0).sum().backward()
     close = 1e-3 if "tol" in options else 2e-5 if dtype == torch.float32 else 1e-11
@@ -98,7 +98,7 @@ def test_gradients_of_groups_with_masks_of_their_own() -> None:
 
 
 def test_gradient_beside_single_scores_of_minus_infinity() -> None:
-    """The limit of scores far below: at -1000 epsilon their codes are 0 in float64, too."""
+    """It is the limit of very low scores. At -1000 epsilon their codes are 0 in float64, too."""
     scores, by_codes = cosines(ROWS, COLUMNS, torch.float64), torch.randn(ROWS, COLUMNS, dtype=torch.float64)
     impossible = torch.rand(ROWS, COLUMNS) > 0.7
     gradients = []

@@ -19,7 +19,7 @@ ANYTHING = (NAN, INF, -INF, 3e38, -3e38)
 
 
 def spoilt(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Anything in the columns that are not ``allowed``, another thing in each row."""
+    """The scores with any values in the columns that are not ``allowed``. The values differ between the rows."""
     rubbish = torch.tensor(ANYTHING).repeat(len(scores))[: len(scores), None]
     return torch.where(allowed, scores.double(), rubbish.double()).to(scores.dtype)
 
@@ -85,10 +85,10 @@ def test_a_row_without_an_allowed_prototype_is_isolated_alone() -> None:
     with pytest.raises(ValueError, match=r"got 1 rows that hold one \(first: row 0\)"):
         sinkhorn(scores, prototype_mask=allowed, nan_policy="raise")
     assert sinkhorn(scores, prototype_mask=allowed).isnan().all()
-    sinkhorn(scores[:, [1, 0]], prototype_mask=allowed, nan_policy="raise")  # -inf where nobody looks
+    sinkhorn(scores[:, [1, 0]], prototype_mask=allowed, nan_policy="raise")  # the -inf is in a column that is left out
 
 
-# Each keeps prototypes 0, 2, 3, 5 and 6, at these shares.
+# Each option keeps prototypes 0, 2, 3, 5 and 6, with these shares.
 SHARES = torch.where(ALLOWED, 0.2, 0.0)
 WAYS = {
     "prototype_mask": {"prototype_mask": ALLOWED},

@@ -1,4 +1,4 @@
-"""The options of the Sinkhorn operator, by every backend."""
+"""The options of the Sinkhorn operator, with every backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Two results, each within 1e-6 of the truth."""
+    """Check two results. Each may be 1e-6 away from the exact one."""
     torch.testing.assert_close(a, b, rtol=0, atol=2e-6, equal_nan=True)
 
 
@@ -217,7 +217,7 @@ def test_marginals_and_tol_against_float64(rows: int, scale: float) -> None:
     for num_iters in (1, 3, 40):
         codes = sinkhorn(scores, 0.05, num_iters, marginals=marginals)
         error = (codes.double() - log_sinkhorn(scores, 0.05, num_iters, marginals)).abs().max()
-        assert error < (2e-6 if scale == 1 else 3e-6), error  # logits of 600, potentials of 47
+        assert error < (2e-6 if scale == 1 else 3e-6), error  # the logits go to 600, the potentials to 47
     loose, tight = (sinkhorn(scores, 0.05, 200, tol=tol, marginals=marginals) for tol in (0.3, 0.01))
     met = marginals > 0
     for codes, tol in ((loose, 0.3), (tight, 0.01)):

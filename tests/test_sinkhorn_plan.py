@@ -1,4 +1,4 @@
-"""The planner of the CUDA kernels: which regime a shape gets, and that its numbers fit the device."""
+"""The planner of the CUDA kernels: the regime for a shape, and numbers that fit the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICES = {"H100": H100, "A100": A100, "RTX 5090": RTX5090}
 SHAPES = [(256, 10), (256, 30), (256, 50), (1024, 100), (4096, 300), (2048, 3000), (8192, 3000), (1024, 65536)]
 SHAPES += [(1, 1), (1, 65536), (3, 65536), (65536, 1), (1_000_000, 30), (100_000, 1003), (7, 40_000), (129, 4097)]
 REGIMES = ("registers", "block", "cluster", "grid", "streamed")
-# Rows and columns of a thread that a kernel is compiled for.
+# The rows and columns for each thread. A kernel is compiled for each of these pairs.
 KERNELS = {(r, c) for r in (1, 2, 4) for c in range(2, 13, 2) if r * c <= 20}
 SHIM = """
 #include "sinkhorn_cuda_plan.h"
@@ -147,7 +147,7 @@ def check_streamed(plan: Plan, shape: tuple[int, int], limits: Limits) -> None:
 
 
 def test_small_problems_take_the_blocks_that_leave_each_thread_few_rows(planner: Planner) -> None:
-    """As measured on an H200: (blocks, blocks of a cluster) beside rows of each thread."""
+    """The numbers of blocks, of blocks in a cluster and of rows for each thread, as measured on an H200."""
     for shape, expected in (
         ((256, 10), (1, 1, 1)),
         ((256, 30), (4, 4, 1)),

@@ -1,4 +1,4 @@
-"""The standard deviation aimed at is a choice of units: in those, a training is the same."""
+"""The target standard deviation is a choice of units. A training is the same in these units."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypeHead, PrototypeWarn
 from proto_reg.functional import anchored_mmd, latent_metrics, prototype_scores
 
 DIM, K, BATCH = 12, 5, 64
-UNIT = 0.25  # a power of 2 rounds nothing
+UNIT = 0.25  # a power of 2 causes no rounding
 
 
 def two_layers(scores: str = "cosine", **options) -> tuple[PrototypicalRegularizer, PrototypicalRegularizer]:
-    """One that aims at N(v, I), and one at N(v, UNIT^2 I) around prototypes at UNIT times those points."""
+    """One layer has the target N(v, I). The other has N(v, UNIT^2 I), and its prototypes are at UNIT times v."""
     one = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, similarity=scores), **copy.deepcopy(options))
     other = PrototypicalRegularizer(
         DIM, K, head=PrototypeHead(DIM, K, similarity=scores, std=UNIT), **copy.deepcopy(options)
@@ -28,7 +28,7 @@ def two_layers(scores: str = "cosine", **options) -> tuple[PrototypicalRegulariz
 
 
 def train(layer: PrototypicalRegularizer, latents: Tensor, unit: float) -> list[Tensor]:
-    """Everything that three steps give, in units of ``unit``; gradients of a loss of the latents in those."""
+    """All results of three steps, in units of ``unit``. The loss uses the latents in these units."""
     seen: list[Tensor] = []
     optimizer = torch.optim.SGD(layer.parameters(), lr=unit**2)
     for batch in latents.split(BATCH):
@@ -120,7 +120,7 @@ def test_a_checkpoint_knows_its_std(std: float) -> None:
     trained = PrototypicalRegularizer(DIM, K, std=std)
     fresh = PrototypicalRegularizer(DIM, K)
     fresh.load_state_dict(trained.state_dict())
-    assert fresh.head.std == pytest.approx(std, rel=3e-8)  # nothing that float32 could tell
+    assert fresh.head.std == pytest.approx(std, rel=3e-8)  # float32 cannot tell the difference
     for convert in (torch.nn.Module.double, torch.nn.Module.bfloat16):
         same = convert(PrototypicalRegularizer(DIM, K, std=std))
         same.load_state_dict(trained.state_dict())
@@ -137,7 +137,7 @@ def test_a_half_precision_checkpoint_keeps_the_digits_of_std(dtype: torch.dtype,
     saved = {name: value.to(dtype) if value.is_floating_point() else value for name, value in saved.items()}
     fresh, same = PrototypicalRegularizer(DIM, K), PrototypicalRegularizer(DIM, K, std=std)
     fresh.load_state_dict(saved)
-    same.load_state_dict(saved)  # no warning: it is the same to half precision
+    same.load_state_dict(saved)  # no warning: in half precision both are equal
     assert fresh.head.std == same.head.std == std
 
 

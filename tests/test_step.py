@@ -1,4 +1,4 @@
-"""The balanced step as one operator: against its reference in float64, in a training, and where it is taken."""
+"""The balanced step as one operator: against its reference in float64, in a training, and when the layer uses it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loaded(cpu_library: object) -> None:
 
 
 def case(count: int, groups: int, dim: int, similarity: str = "cosine", **changes) -> dict:
-    """Every argument of the operator: latents around some prototypes, and state that has seen others."""
+    """All arguments of the operator: latents around some prototypes, and state from earlier latents."""
     v = 0.5 * torch.randn(groups, dim)
     scale = 1.0 if similarity == "cosine" else float(dim)
     return {
@@ -70,7 +70,7 @@ def copies(arguments: dict, dtype: torch.dtype) -> dict:
 
 
 def compare(arguments: dict, tolerance: float = 2e-5) -> None:
-    """Results and state of the operator beside those of the reference in float64, relative to their largest entry."""
+    """Compare results and state with the reference in float64. Errors are relative to the largest entry."""
     ours, theirs = copies(arguments, torch.float32), copies(arguments, torch.float64)
     with torch.no_grad():
         found = operators.balanced_step(*ours.values())
@@ -83,7 +83,8 @@ def compare(arguments: dict, tolerance: float = 2e-5) -> None:
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * largest + 1e-6, equal_nan=True)
 
 
-# Always the same ones: a direction is a gradient over its length, and where that happens to vanish all is rounding.
+# The examples are always the same. A direction is a gradient divided by its length. If a random example has a length
+# near 0, its direction is only rounding.
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     count=st.integers(16, 120),
@@ -97,7 +98,7 @@ def test_any_shape_against_float64(count, groups, dim, similarity, masked, seed)
     torch.manual_seed(seed)
     mask = torch.rand(count) < 0.8 if masked else None
     arguments = case(count, groups, dim, similarity, mask=mask)
-    # Nearly equal codes would be put to other prototypes by float32 than by float64.
+    # If two codes are nearly equal, float32 may choose another prototype than float64.
     with torch.no_grad():
         codes = balanced_step_reference(*copies(arguments, torch.float64).values())[-2]
     first = codes.topk(2, 1).values
@@ -152,7 +153,7 @@ def test_prototypes_that_were_not_moved_do_not_follow() -> None:
 
 @pytest.mark.parametrize(("groups", "dim"), [(1, DIM), (1, 1), (K, 1)])
 def test_where_the_prototype_loss_has_no_gradient(groups: int, dim: int) -> None:
-    """One prototype, or a line on which cosines are signs: what remains is rounding, and it stays finite."""
+    """There is one prototype, or cosines on a line are only signs. Only rounding remains, and it stays finite."""
     found = operators.balanced_step(*case(BATCH, groups, dim).values())
     assert all(result.isfinite().all() for result in found)
     if groups == 1:
@@ -198,7 +199,7 @@ def test_attach(shape: tuple[int, ...]) -> None:
 
 
 class Names(TorchDispatchMode):
-    """The library's operators that were called."""
+    """Records the names of the called operators of the library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +253,7 @@ def test_where_it_is_not_taken() -> None:
     ):
         assert not taken(PrototypicalRegularizer(DIM, K, **options), z), options
     assert not taken(PrototypicalRegularizer(DIM, K).double(), z.double())
-    assert not taken(PrototypicalRegularizer(DIM, K).double().float(), z)  # whose state stayed float64
+    assert not taken(PrototypicalRegularizer(DIM, K).double().float(), z)  # its state stays float64
 
 
 @pytest.mark.parametrize("masked", [False, True])

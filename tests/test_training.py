@@ -66,7 +66,7 @@ def test_algorithm_1_step_by_step() -> None:
     by_hand = copy.deepcopy((encoder, decoder, layer))
     x = torch.rand(32, PIXELS)
 
-    torch.manual_seed(3)  # the preset samples its target
+    torch.manual_seed(3)  # the preset draws samples of its target
     losses = training.step(x)
 
     torch.manual_seed(3)
@@ -275,7 +275,7 @@ def test_steps_are_counted_like_the_layers_own() -> None:
     data = batches(3)
     for x in data:
         training.step(x)
-    assert not layer.meter.counts.any()  # warm-up
+    assert not layer.meter.counts.any()  # this was the warm-up
     training.end_epoch()
     losses = training.fit(data, epochs=2)
     seen = layer.metrics()

@@ -1,4 +1,4 @@
-"""What a type checker says of a user's program."""
+"""A type checker's report on a user's program."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ assert_type(PrototypeCallback("encoder", latent_dim=32, num_prototypes=30), Prot
 
 
 def pyright(program: str, folder: Path) -> list[str]:
-    """What pyright reports of ``program``, away from the repository: the rule and the message of each error."""
+    """Run pyright on ``program`` outside of the repository. Return the rule and the message of each error."""
     path = folder / "program.py"
     path.write_text(program)
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", str(path)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert run.returncode in (0, 1), run.stdout + run.stderr  # 1: it found errors
+    assert run.returncode in (0, 1), run.stdout + run.stderr  # 1 means that it found errors
     report = json.loads(run.stdout)
     assert report["summary"]["filesAnalyzed"] == 1
     return [f"{found.get('rule')}: {found['message']}" for found in report["generalDiagnostics"]]
@@ -89,7 +89,7 @@ print(info.losses, proto_reg.PrototypeHead(4, 3)("latents"))
 
 
 def modules() -> list[ast.ClassDef]:
-    """Every class of the package and the integrations with a ``forward`` of its own that is called through torch."""
+    """Every class of the package and the integrations that has its own ``forward`` and that torch calls."""
     paths = [*(ROOT / "proto_reg").glob("*.py"), *(ROOT / "integrations").glob("*.py")]
     nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
     return [

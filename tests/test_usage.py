@@ -1,4 +1,4 @@
-"""What a layer saw in an epoch, and prototypes brought back to life."""
+"""The usage that a layer counts in an epoch, and the revival of dead prototypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIM, K, BATCH = 6, 5, 40
 
 
 def lived(prototypes: torch.Tensor, steps: int = 3, optimizer=torch.optim.Adam, **options):
-    """A layer at ``prototypes`` after some steps on latents around its first three, and its optimizer."""
+    """A layer with these ``prototypes`` and its optimizer, after some steps on latents around the first three."""
     layer = PrototypicalRegularizer(DIM, len(prototypes), head=PrototypeHead(DIM, len(prototypes)), **options)
     layer.head.prototypes.data.copy_(prototypes)
     optimizer = optimizer(layer.parameters(), lr=1e-3)
@@ -27,7 +27,7 @@ def lived(prototypes: torch.Tensor, steps: int = 3, optimizer=torch.optim.Adam, 
 
 
 def spread() -> torch.Tensor:
-    """Five prototypes; the last two far from where latents are."""
+    """Five prototypes. The last two are far from the latents."""
     return 10 * torch.cat([torch.eye(DIM)[:3], -torch.eye(DIM)[:2]])
 
 
@@ -74,7 +74,7 @@ def test_dead_prototypes_go_where_latents_are() -> None:
     v = layer.head.prototypes.detach()
     assert torch.equal(v[:3], alive)
     assert all((z == row).all(1).any() for row in v[3:])
-    assert not layer.usage.any()  # counting starts anew
+    assert not layer.usage.any()  # the count starts anew
 
 
 def test_the_draw_is_far_from_the_living_and_from_each_other() -> None:
@@ -109,7 +109,7 @@ def test_nobody_remembers_the_dead(optimizer, names: set[str]) -> None:
     assert not layer.follower.sums[index].any()
     assert (layer.follower.weight_sums > 0).tolist() == [True] * 3 + [False] * 2
     revived = layer.head.prototypes.detach().clone()[index]
-    layer(torch.zeros(BATCH, DIM, requires_grad=True))  # nothing pulls them back to where they were
+    layer(torch.zeros(BATCH, DIM, requires_grad=True))  # nothing pulls them back to their old places
     assert torch.equal(layer.head.prototypes[index], revived)
 
 

@@ -1,4 +1,4 @@
-"""Each warning is said when due, once, with its cure; and never where nothing is wrong."""
+"""Each warning comes when it is due, once and with its cure. It never comes when nothing is wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIM, K = 16, 4
 
 
 def spoken(act) -> list[str]:
-    """The texts of the library's warnings while ``act`` runs twice."""
+    """Call ``act`` and return the texts of the library's warnings."""
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         act()
@@ -86,7 +86,7 @@ def test_prototypes_inside_each_others_noise() -> None:
 
 
 def test_a_std_is_named_where_it_is_a_cure() -> None:
-    """At r^2/D near 1 another one would not fit the latents."""
+    """If r^2/D is near 1, another std would not fit the latents."""
     for radius, cure in ((0.5, "Build the layer with std=0.5"), (1.0, "noise. Use fewer prototypes")):
         layer = PrototypicalRegularizer(DIM, K, follow_rate=0.0, prototype_weight=0.0)
         layer.head.prototypes.data.copy_(1.2 * torch.eye(DIM)[:K])
@@ -100,19 +100,19 @@ def test_prototypes_that_no_optimizer_knows() -> None:
     texts = spoken(lambda: [layer(z) for _ in range(250)])
     assert len([text for text in texts if "No optimizer has touched the prototypes" in text]) == 1
     stepped = PrototypicalRegularizer(DIM, K, follow_rate=0.0)
-    # Fused, an optimizer writes without raising torch's version counters.
+    # A fused optimizer writes without a change of torch's version counters.
     assert not any("No optimizer" in text for text in spoken(lambda: walk(stepped, z, 250, fused=True)))
     frozen = PrototypicalRegularizer(DIM, K)
     frozen.head.requires_grad_(False)
     assert not any("No optimizer" in text for text in spoken(lambda: [frozen(z) for _ in range(250)]))
-    without = PrototypicalRegularizer(DIM, K, prototype_weight=0.0)  # its prototypes are to stay where they are
+    without = PrototypicalRegularizer(DIM, K, prototype_weight=0.0)  # its prototypes must not move
     assert not any("No optimizer" in text for text in spoken(lambda: walk(without, z, 250)))
 
 
 @pytest.mark.warm_up
 @pytest.mark.parametrize("begin", [0, 50, 75, 300])
 def test_a_warm_up_does_not_put_warnings_off(begin: int) -> None:
-    """They come so many steps after it, as they do without one."""
+    """They come some steps after it. Without a warm-up they come after the same number of steps."""
     without = PrototypicalRegularizer(DIM, K, schedule=Schedule(mmd_steps=begin))
     z = without.head.sample(64).requires_grad_()
     assert not any("No optimizer" in text for text in spoken(lambda: [without(z) for _ in range(begin + 99)]))
@@ -144,7 +144,7 @@ def test_copies_and_checkpoints_know_what_was_said() -> None:
 def test_a_last_smaller_batch_is_nothing_to_speak_of() -> None:
     layer = PrototypicalRegularizer(DIM, 8)
     assert spoken(lambda: [walk(layer, torch.randn(count, DIM), 1) for count in (32, 3, 32, 3)]) == []
-    # Nor is one of two views, which goes through the layer twice.
+    # A small last batch of two views goes through the layer twice. It gives no warning, either.
     assert spoken(lambda: [walk(layer, torch.randn(count, DIM), 1) for count in 3 * (32, 32, 3, 3)]) == []
     assert len(spoken(lambda: walk(layer, torch.randn(3, DIM), 20))) == 1
 
@@ -161,7 +161,7 @@ def test_latents_that_stay_near_their_prototypes() -> None:
 
 
 def test_latents_wider_than_aimed_at() -> None:
-    """By a factor of 9 soon, by one of 2.25 later, when they have had time to come nearer."""
+    """The warning comes soon for a factor of 9. For a factor of 2.25 it waits, as the latents may still come nearer."""
     for distance, steps in ((3.0, 410), (1.5, 1610)):
         layer = PrototypicalRegularizer(DIM, K, std=0.5, follow_rate=0.0, prototype_weight=0.0)
         layer.head.prototypes.data.copy_(20 * torch.eye(DIM)[:K])
@@ -172,7 +172,7 @@ def test_latents_wider_than_aimed_at() -> None:
 
 
 def test_latents_on_their_prototypes_and_none_at_all() -> None:
-    """A radius of 0 has no finite scale as its cure, and one of no latents says nothing."""
+    """A radius of 0 has no finite scale as its cure. Without latents there is no radius and no warning."""
     layer = PrototypicalRegularizer(DIM, K, mmd_weight=0.0)
     z = layer.head.prototypes.detach()[torch.arange(64) % K].requires_grad_()
     assert "std=" in one_of(layer, z, 410, "where N(v, I) has 1")

@@ -1,5 +1,5 @@
-// The CUDA library's planner and launcher behind the interface of the emulation (tests/emulation/driver.cpp), so that
-// its tests run on a GPU as they are, with every regime forced on every shape.
+// The planner and the launcher of the CUDA library, with the interface of the emulation (tests/emulation/driver.cpp).
+// So the emulation's tests run on a GPU without changes, and force every regime on every shape.
 #include "sinkhorn_cuda.cu"
 
 extern "C" {

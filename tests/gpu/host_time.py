@@ -1,4 +1,4 @@
-"""Microseconds that the host needs to enqueue a call, by plain torch and by the library."""
+"""The host's time to enqueue a call, in microseconds, for plain torch and for the library."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A library that holds nothing but PTX of an older architecture computes the same on a newer GPU."""
+"""A library that holds only PTX of an older architecture computes the same on a newer GPU."""
 
 import torch
 
@@ -7,7 +7,7 @@ from proto_reg import functional as f
 
 for shape in ((256, 30), (1024, 100), (4096, 300), (8192, 3000)):
     scores = _bench.cosine_scores(*shape, device="cuda")
-    torch.full_like(scores, float("nan"))  # what is not written shows
+    torch.full_like(scores, float("nan"))  # so entries that the kernel does not write are NaN
     codes = f.sinkhorn(scores, 0.05, 3, backend="cuda")
     error = (codes.double() - _bench.reference(scores)).abs().max().item()
     print(shape, f"error {error:.1e}")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in about eight minutes: bash tests/gpu/run.sh [check] [time] [sanitize]; all by
-# default. Each step tells its exit status, none stops the next; a step that ends with 124 hung. Logs go to $OUT (gpu_out).
+# Runs everything that needs a GPU, in about eight minutes: bash tests/gpu/run.sh [check] [time] [sanitize].
+# The default is all three. Each step prints its exit status. A failed step does not stop the next one. A step that
+# ends with 124 has run past its time limit. Logs go to $OUT (default: gpu_out).
 set -u
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-gpu_out}
@@ -28,7 +29,7 @@ export -f sanitize
 step card nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
 step build python3 -m proto_reg build cuda
 if [[ $wanted == *check* ]]; then
-  # The forced regimes first: their fixture compiles, the others find it.
+  # The forced regimes run first, because their fixture compiles a library.
   step regimes bash -c 'test_gpu tests/gpu/test_sinkhorn_cuda.py -k "ragged or robustness or iterations or tol or weights or largest"'
   step sinkhorn bash -c 'test_gpu tests/gpu/test_sinkhorn_cuda.py -k "not timings and not ragged and not robustness and not iterations and not tol and not weights and not largest"' &
   step layer bash -c 'test_gpu tests/gpu/test_layer_cuda.py' &

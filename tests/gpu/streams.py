@@ -1,4 +1,4 @@
-"""Calls on four streams at once and beside other work give what each gives alone."""
+"""Calls on four streams, at the same time as other work, give the same results as single calls."""
 
 import torch
 

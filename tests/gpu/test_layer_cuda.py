@@ -1,4 +1,4 @@
-"""The layer on a GPU: as on the CPU, past the ends of its schedules, without a word to the host."""
+"""The layer on a GPU computes the same as on the CPU, past the ends of its schedules, and never waits for the GPU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def train(model: nn.ModuleDict, x: Tensor, steps: int) -> list[float]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_training_as_on_the_cpu(mode: str, options: str) -> None:
-    """Through the default start of 50 steps and beyond."""
+    """The training goes through the default start of 50 steps and beyond."""
     model = autoencoder(mode=mode, **OPTIONS[options])
     twin = copy.deepcopy(model).cuda()
     expected, found = train(model, data("cpu"), 120), train(twin, data("cuda"), 120)
@@ -67,7 +67,7 @@ def test_a_training_as_on_the_cpu(mode: str, options: str) -> None:
 def test_no_step_waits_for_the_device(mode: str, options: str) -> None:
     model = autoencoder(mode=mode, **OPTIONS[options]).cuda()
     x = data("cuda")
-    train(model, x, 2)  # libraries are loaded, choices made
+    train(model, x, 2)  # loads libraries and chooses backends
     adam = torch.optim.Adam(model.parameters(), lr=1e-3, foreach=True)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint around the layer on a GPU, where the backward pass runs in a thread of its own."""
+"""A checkpoint around the layer on a GPU. There, the backward pass runs in a thread of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONS = {
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_checkpoint_changes_nothing(options: str, mode: str) -> None:
-    """Two forwards before each backward pass; sums on a GPU come in any order."""
+    """There are two forwards before each backward pass. The order of sums on a GPU is not fixed."""
     torch.manual_seed(0)
     layer = PrototypicalRegularizer(16, 10, mode=mode, **copy.deepcopy(OPTIONS[options]))
     model = nn.ModuleList([nn.Linear(20, 16), layer, nn.Linear(16, 20)]).cuda()
@@ -51,7 +51,7 @@ def test_a_checkpoint_changes_nothing(options: str, mode: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of FSDP1
+@pytest.mark.filterwarnings("ignore")  # torch's own warnings about FSDP1
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_fsdp1_is_refused_with_the_cure(use_orig_params: bool, tmp_path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel

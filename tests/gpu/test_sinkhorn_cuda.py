@@ -1,6 +1,6 @@
-"""The CUDA kernels on a GPU: the emulation's tests as they are, what only a GPU can show, and timings.
+"""The CUDA kernels on a GPU: the emulation's tests without changes, tests that need a GPU, and timings.
 
-``pytest tests/gpu -s`` runs and prints everything. For races and stray accesses:
+``pytest tests/gpu -s`` runs and prints everything. These commands find races and wrong accesses:
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/gpu -k "not timings and not billion"`` and
 ``compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest tests/gpu -k "ragged or iterations or tol"``.
 """
@@ -49,21 +49,21 @@ from proto_reg.kernels import backends, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
 
-# One shape for each regime of a large GPU, whole quads and not.
+# A shape for each regime of a large GPU, with and without whole quads.
 SHAPES = [(256, 10), (256, 30), (256, 50), (1024, 100), (4096, 300), (2048, 3000), (8192, 3000), (4099, 1003)]
 SHAPES += [(1024, 65536), (3, 65536), (1, 1), (200_000, 30)]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where libraries are built: PROTO_REG_CACHE, so that several runs compile once, else a new folder."""
+    """The folder for compiled libraries: PROTO_REG_CACHE, so that several runs compile once, or else a new folder."""
     chosen = os.environ.get("PROTO_REG_CACHE")
     return Path(chosen).absolute() if chosen else tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cuda_library(cache: Path) -> Iterator[Path]:
-    """The library, built for the GPUs at hand and found by whoever asks from then on."""
+    """The library for the GPUs of this machine. After its build, every search finds it."""
     if reason := build.obstacle("cuda"):
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +88,7 @@ def forced(cache: Path) -> ctypes.CDLL:
 
 @pytest.fixture
 def library(forced: ctypes.CDLL, request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """What the emulation's tests ask for."""
+    """The fixture that the emulation's tests use."""
     parameters = getattr(request.node, "callspec", None)
     clusters = "cluster" in request.node.name or (parameters and parameters.params.get("way") == "cluster")
     if clusters and torch.cuda.get_device_capability() < (9, 0):
@@ -147,7 +147,7 @@ def test_side_stream(shape: tuple[int, int]) -> None:
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what does not wait for the stream computes NaN
+        torch.cuda._sleep(50_000_000)  # a kernel that does not wait for the stream computes NaN
         held.copy_(scores)
         codes = codes_of(held)
     stream.synchronize()
@@ -174,7 +174,10 @@ def test_more_than_two_billion_scores() -> None:
 
 
 def microseconds(call: Callable[[Tensor], object], inputs: list[Tensor]) -> tuple[float, float]:
-    """Of one call as Python makes it, and of its kernels alone, replayed from a graph; medians over rounds."""
+    """The time of one call from Python, and of its kernels alone, as medians over rounds.
+
+    A CUDA graph replays the kernels alone.
+    """
     for scores in inputs[:2]:
         call(scores)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -208,8 +211,11 @@ def _median(run: Callable[[], object], rounds: int = 15) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(256, 10), (256, 30), (256, 50), (1024, 100), *SHAPES[4:7], (1024, 65536)])
 def test_timings(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Beside a copy of the matrix and SwAV's algorithm, eager and compiled; inputs go round, more than the L2 holds."""
-    torch._dynamo.reset()  # after eight shapes it would compile no more
+    """Time the kernels, a copy of the matrix, and SwAV's algorithm, eager and compiled.
+
+    The calls take their inputs in turn. Together, the inputs are larger than the L2 cache.
+    """
+    torch._dynamo.reset()  # torch compiles at most eight shapes without this
     scores = on_gpu(shape, dtype)
     size = scores.numel() * scores.element_size()
     ring = max(2, min(64, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / size)))
