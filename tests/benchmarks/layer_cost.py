@@ -1,9 +1,10 @@
-"""What the layer adds to a training step: ``python tests/benchmarks/layer_cost.py [--processes 2]``.
+"""The cost of the layer in a training step: ``python tests/benchmarks/layer_cost.py [--processes 2]``.
 
-Forward, backward and Adam of three models: without the layer, with it (balanced), and by Algorithm 1 (three isolated
-steps). Interleaved rounds, medians, one thread a process; ``--processes 2`` trains under DistributedDataParallel over
-gloo, each process with a batch of its own. Memory is the largest sum of tensors alive while a model is built and takes
-three steps: weights, activations, gradients and optimizer states.
+A step is forward, backward and Adam. Three models take it without the layer, with it (balanced), and by Algorithm 1
+(three isolated steps). The figures are medians over interleaved rounds, with one thread in each process.
+``--processes 2`` trains under DistributedDataParallel over gloo, and each process has a batch of its own. Memory is the
+largest sum of living tensors while a model is built and takes three steps: weights, activations, gradients and
+optimizer states.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MIB = 2**20
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder with the layer between its halves, or with nothing there."""
+    """An autoencoder, with or without the layer between its halves."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, layer: nn.Module | None = None) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ def quickstart() -> tuple[nn.Module, nn.Module]:
 
 
 def convolutional(latent_dim: int = 256, maps: int = 256) -> tuple[nn.Module, nn.Module]:
-    """The paper's for MNIST (section 3.1): two blocks down to maps of 7x7, a dense layer, and the same way back."""
+    """The paper's model for MNIST (section 3.1): two blocks down to maps of 7x7, a dense layer, and the way back."""
     down = [nn.Conv2d(1, maps // 2, 3, 2, 1), nn.ReLU(), nn.Conv2d(maps // 2, maps, 3, 2, 1), nn.ReLU()]
     up = [nn.ConvTranspose2d(maps, maps // 2, 4, 2, 1), nn.ReLU()]
     up += [nn.ConvTranspose2d(maps // 2, maps // 4, 4, 2, 1), nn.ReLU(), nn.Conv2d(maps // 4, 1, 3, 1, 1)]
@@ -62,7 +63,7 @@ def convolutional(latent_dim: int = 256, maps: int = 256) -> tuple[nn.Module, nn
 
 
 def autoencoder_kl() -> tuple[nn.Module, nn.Module]:
-    """A small AutoencoderKL of diffusers for 32x32 images: each position of its 4 x 8 x 8 maps is a latent."""
+    """A small AutoencoderKL of diffusers for 32x32 images. Each position of its 4 x 8 x 8 maps is a latent."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
@@ -77,13 +78,13 @@ def autoencoder_kl() -> tuple[nn.Module, nn.Module]:
 
 
 class Mode(nn.Module):
-    """Of the posterior that AutoencoderKL's encoder describes: the first half of its channels."""
+    """The mean of the posterior in AutoencoderKL: the first half of the encoder's channels."""
 
     def forward(self, moments: Tensor) -> Tensor:
         return moments.chunk(2, dim=1)[0]
 
 
-# Encoder and decoder, shape of a batch, latent dimension and layout. All with K = 30.
+# Encoder and decoder, shape of a batch, latent dimension and layout. All models have K = 30.
 MODELS = {
     "quickstart, 8x8": (quickstart, (48, 64), 32, "b d"),
     "the paper's, 28x28": (convolutional, (256, 1, 28, 28), 256, "b d"),
@@ -93,7 +94,7 @@ PROTOTYPES = 30
 
 
 def training_step(name: str, variant: str) -> Callable[[], object]:
-    """One step of a new model on a batch that stays the same; in a process group, one of several."""
+    """A function that takes one step of a new model, always on the same batch. A process group trains together."""
     build, shape, latent_dim, layout = MODELS[name]
     torch.manual_seed(0)
     encoder, decoder = build()
@@ -105,7 +106,7 @@ def training_step(name: str, variant: str) -> Callable[[], object]:
         return lambda: training.step(x)
     layer = proto_reg.PrototypicalRegularizer(latent_dim, PROTOTYPES, layout=layout) if variant == WITH else None
     if layer is not None:
-        layer.steps.fill_(layer.schedule.begin)  # the first steps, of the MMD alone, are not what it costs
+        layer.steps.fill_(layer.schedule.begin)  # the first steps compute only the MMD and cost less
     model: nn.Module = Autoencoder(encoder, decoder, layer)
     model = DistributedDataParallel(model) if grouped else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -120,12 +121,12 @@ def training_step(name: str, variant: str) -> Callable[[], object]:
 
 
 def seconds_per_step(name: str, seconds: float) -> list[float]:
-    """Median seconds of a step for each variant, in interleaved rounds of about ``seconds`` in all."""
+    """The median seconds of a step for each variant. The rounds are interleaved and take about ``seconds`` in all."""
     steps = [training_step(name, variant) for variant in VARIANTS]
     for step in steps * 3:
         step()
     once = [_bench.clock(step, 3, torch.device("cpu")) for step in steps]
-    # All processes have to take as many steps.
+    # All processes must take the same number of steps.
     times = _of_the_first([max(1, round(0.02 / took)) for took in once])
     (rounds,) = _of_the_first([max(5, math.ceil(seconds / sum(map(math.prod, zip(once, times, strict=True)))))])
     samples = [
@@ -136,7 +137,7 @@ def seconds_per_step(name: str, seconds: float) -> list[float]:
 
 
 def _of_the_first(numbers: list[int]) -> list[int]:
-    """What the first process of the group, if there is one, says."""
+    """The first process's value, in all processes of the group. Without a group, the value itself."""
     shared = torch.tensor(numbers)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(shared, 0)
@@ -144,7 +145,7 @@ def _of_the_first(numbers: list[int]) -> list[int]:
 
 
 def peak_bytes(name: str, variant: str) -> int:
-    """Largest sum of tensors alive at once, from before the model is built to the end of its third step."""
+    """The largest sum of living tensors, from before the model is built to the end of its third step."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         step = training_step(name, variant)
         for _ in range(3):
@@ -155,7 +156,7 @@ def peak_bytes(name: str, variant: str) -> int:
 
 
 def measure(rank: int, processes: int, store: str, names: list[str], seconds: float, out: str) -> None:
-    """A row for each model, written by the first of ``processes`` processes."""
+    """Measure a row for each model. The first of the ``processes`` processes writes them."""
     torch.set_num_threads(1)
     if processes > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
@@ -179,8 +180,8 @@ HEADER = ["", "ms without", "ms with", "ratio", "Algorithm 1", "MiB without", "r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=1, help="of DistributedDataParallel over gloo (default: 1)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="about, of timing a model (default: 20)")
+    parser.add_argument("--processes", type=int, default=1, help="processes under DistributedDataParallel (default: 1)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="approximate time for each model (default: 20)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Balanced assignment as others compute it: functions of scores (B, K) that return codes (B, K).
+"""Balanced assignment in other packages: functions of scores (B, K) that return codes (B, K).
 
-What is not installed is not missed: ``peers`` names it and says how to get it. Nothing here is copied from a peer; what
-no package offers is written out from its formula.
+A peer need not be installed. ``peers`` names the missing ones and says how to install them. No code here is copied from
+a peer. If no package offers a method, it is written here from its formula.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Method = Callable[[Tensor], object]
 
 
 def peers(scores: Tensor) -> tuple[dict[str, Method], dict[str, str]]:
-    """Methods by name, ready to be called with ``scores``, and the peers that are missing with the reason."""
+    """The methods by name, which take ``scores``, and the missing peers with the reason."""
     found: dict[str, Method] = {"DINOv2": dinov2, "plain torch logsumexp": log_domain}
     missing = {}
     for name, (load, cure) in LOADERS.items():
@@ -34,13 +34,13 @@ def peers(scores: Tensor) -> tuple[dict[str, Method], dict[str, str]]:
 
 
 def dinov2(scores: Tensor) -> Tensor:
-    """DINOv2's teacher codes: SwAV's algorithm in float32 whatever comes in."""
+    """DINOv2's teacher codes: SwAV's algorithm, in float32 for every input dtype."""
     return swav(scores.float())
 
 
 @torch.no_grad()
 def log_domain(scores: Tensor) -> Tensor:
-    """Alternating logsumexp over rows and columns, as anyone would write it who wants to be safe."""
+    """Alternating logsumexp over rows and columns. This is the obvious safe form."""
     x = scores / EPSILON
     for _ in range(NUM_ITERS):
         x = x - x.logsumexp(0, keepdim=True) - math.log(x.shape[1])
@@ -49,7 +49,7 @@ def log_domain(scores: Tensor) -> Tensor:
 
 
 def compiled_swav(scores: Tensor) -> Method:
-    """torch.compile of SwAV's algorithm, compiled for these scores."""
+    """SwAV's algorithm with torch.compile, compiled for these scores."""
     torch.compiler.reset()
     method = torch.compile(swav, dynamic=False)
     method(scores)
@@ -79,7 +79,7 @@ def _lightly_capi(scores: Tensor) -> Method:
 
 
 def _lightly_module(name: str):
-    """One file of lightly: the package itself imports torchvision, its Sinkhorn imports torch alone."""
+    """One file of lightly. The package itself imports torchvision, but its Sinkhorn imports only torch."""
     package = importlib.util.find_spec("lightly")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'lightly'")
@@ -93,7 +93,7 @@ def _lightly_module(name: str):
 
 
 def _geomloss(scores: Tensor) -> Method:
-    """Symmetric updates with annealing: another iterate, whose rows do not sum to 1 before it has converged."""
+    """Symmetric updates with annealing. This iterate is different: its rows do not sum to 1 before it converges."""
     ot = importlib.import_module("geomloss.ot")
 
     def method(scores: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ def _geomloss(scores: Tensor) -> Method:
 
 
 def _ott(scores: Tensor) -> Method:
-    """OTT-jax in its log domain, compiled; scores and codes change hands without a copy."""
-    # Read when jax starts: as many threads as PyTorch has here.
+    """OTT-jax in its log domain, compiled. It takes scores and returns codes without a copy."""
+    # jax reads this at its start. It then has as many threads as PyTorch.
     one = torch.get_num_threads() == 1
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false" if one else "")
     os.environ.setdefault("NPROC", str(torch.get_num_threads()))
@@ -127,7 +127,7 @@ def _ott(scores: Tensor) -> Method:
     return lambda scores: compiled(jax.dlpack.from_dlpack(scores)).block_until_ready()
 
 
-# How to load a peer, given scores like those to come, and how to install it.
+# For each peer: a function that loads it for scores like these, and the command that installs it.
 LOADERS: dict[str, tuple[Callable[[Tensor], Method], str]] = {
     "lightly": (_lightly, "pip install --no-deps lightly"),
     "lightly CAPI": (_lightly_capi, "pip install --no-deps lightly"),

@@ -1,6 +1,6 @@
-"""Sinkhorn's backends, SwAV's algorithm and a copy in one race: the parts of sinkhorn_table.py.
+"""The parts of sinkhorn_table.py: a race between Sinkhorn's backends, SwAV's algorithm and a copy.
 
-Each call is the one a user makes, Python included. Nothing is timed before its codes agree with float64.
+Each call is a user's call, with its time in Python. A contender is timed only if its codes agree with float64.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from proto_reg._bench import BOUND, EPSILON, NUM_ITERS, medians, usable_backends
 from proto_reg.functional import sinkhorn
 
 SWAV, COPY, CLONE = "SwAV's algorithm", "copy into a tensor", "clone"
-# Largest absolute error of others that are timed, codes being in [0, 1]: float32's. Ours are held to our own promise.
+# The largest absolute error of other methods, for codes in [0, 1]. Float32 allows it. Ours have a stricter bound.
 PEER_BOUND = 1e-4
-# From here on a fresh output may cost as much in page faults as the computation: out= is timed beside it.
+# For scores of this many bytes, the page faults of a new output may cost as much as the computation. The race then also
+# times out=.
 LARGE = 24e6
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One call to time, and the largest error with which it still counts (None: nothing to check)."""
+    """One call to time, and its largest allowed error (None: there is nothing to check)."""
 
     name: str
     call: Callable[[], object]
@@ -36,7 +37,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Result:
-    """Median seconds of a call and its error; or, in ``note``, why it was not timed."""
+    """The median seconds of a call and its error. If the call was not timed, ``note`` says why."""
 
     name: str
     seconds: float = math.nan
@@ -45,7 +46,7 @@ class Result:
 
 
 def swav(scores: Tensor, epsilon: float = EPSILON, num_iters: int = NUM_ITERS) -> Tensor:
-    """SwAV's algorithm (Caron et al. 2020, eq. 5 and its listing), in place as it is published: 23 operations."""
+    """SwAV's algorithm (Caron et al. 2020, eq. 5 and its listing), in place as in the paper: 23 operations."""
     with torch.no_grad():
         q = torch.exp(scores / epsilon).t()
         columns, rows = q.shape
@@ -60,7 +61,7 @@ def swav(scores: Tensor, epsilon: float = EPSILON, num_iters: int = NUM_ITERS) -
 
 
 def largest_error(codes: object, expected: Tensor) -> float:
-    """Largest absolute difference; NaN if there is one in ``codes``, a tensor of any library."""
+    """The largest absolute difference, or NaN if ``codes`` hold NaN. ``codes`` may be a tensor of any library."""
     codes = codes if isinstance(codes, Tensor) else torch.from_dlpack(codes)
     if codes.shape != expected.shape:
         return math.inf
@@ -68,7 +69,7 @@ def largest_error(codes: object, expected: Tensor) -> float:
 
 
 def contenders(scores: Tensor) -> list[Contender]:
-    """A copy, SwAV's algorithm and every backend of ours that can run on these scores (B, K)."""
+    """A copy, SwAV's algorithm, and every backend of ours that can run on these scores (B, K)."""
     large = scores.nbytes >= LARGE
     found = [Contender(COPY, partial(torch.empty_like(scores).copy_, scores), None)]
     if large:
@@ -91,14 +92,14 @@ def compete(
     seconds: float = 2.0,
     limit: float = 20.0,
 ) -> list[Result]:
-    """Check every contender, then time those that passed in interleaved rounds, each in an order of its own.
+    """Check all contenders. Then time those without an error in interleaved rounds. Each round has its own order.
 
     Args:
-        entered: who takes part.
-        error: of what a call returns.
-        device: where they compute; a GPU is timed by events of its own.
-        seconds: about how long the rounds take; there are at least five.
-        limit: calls that take longer than this are not repeated.
+        entered: the contenders.
+        error: a function that returns the error of a call's result.
+        device: the device that computes. Events of a GPU measure its time.
+        seconds: the approximate time of all rounds. There are at least five rounds.
+        limit: a call that takes more seconds than this is not repeated.
     """
     results = {contender.name: _check(contender, error, device, limit) for contender in entered}
     calls = {contender.name: contender.call for contender in entered if not results[contender.name].note}
@@ -108,7 +109,7 @@ def compete(
 
 
 def _check(contender: Contender, error: Callable[[object], float], device: torch.device, limit: float) -> Result:
-    """One call, judged. Whatever a contender raises is its own affair and ends up in the table."""
+    """Make one call and check its result. If the contender raises an error, the table shows it."""
     name, bound = contender.name, contender.bound
     try:
         start = time.perf_counter()
@@ -127,29 +128,32 @@ def _check(contender: Contender, error: Callable[[object], float], device: torch
 
 
 def keep_memory() -> None:
-    """Have the C library reuse freed memory, of any size, instead of returning it to the system.
+    """Make the C library reuse freed memory of any size. It then does not return memory to the system.
 
-    Otherwise whoever calls next may pay a page fault for every 4 KiB: the same code takes 3 or 6 ms at 4096 x 300, 140
-    or 380 at 8192 x 3000, and the ratios say more about the heap than about the algorithms. Those that allocate most
-    gain most from this; ours hardly allocate.
+    Otherwise the next call may have a page fault for every 4 KiB. The same code then takes 3 or 6 ms at 4096 x 300, and
+    140 or 380 ms at 8192 x 3000. The ratios would say more about the heap than about the algorithms. The methods that
+    allocate most gain most from this. Ours allocate very little.
     """
     trim_threshold, mmap_max = -1, -4
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, another heap
+    except (AttributeError, OSError, TypeError):  # another C library has another heap
         return
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
 
 
 def ratio(results: Sequence[Result], name: str, base: str) -> float:
-    """Time of ``name`` over that of ``base``; NaN where either was not timed."""
+    """The time of ``name`` divided by that of ``base``, or NaN if one of them was not timed."""
     seconds = {result.name: result.seconds for result in results}
     return seconds.get(name, math.nan) / seconds.get(base, math.nan)
 
 
 def result_rows(results: Sequence[Result], base: str = SWAV) -> list[list[str]]:
-    """Name, milliseconds, times ``base``, times a copy, error: one row a result, in words where it has no time."""
+    """One row for each result: name, milliseconds, ratio to ``base``, ratio to a copy, error.
+
+    A result without a time has a note in words.
+    """
     rows = []
     for result in results:
         error = "" if math.isnan(result.error) else f"{result.error:.1e}"
@@ -160,5 +164,5 @@ def result_rows(results: Sequence[Result], base: str = SWAV) -> list[list[str]]:
 
 
 def number(value: float) -> str:
-    """Three digits, none for NaN."""
+    """The number as a short text, which is empty for NaN."""
     return "" if math.isnan(value) else f"{value:.3f}" if value < 10 else f"{value:.1f}"

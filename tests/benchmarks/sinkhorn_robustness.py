@@ -1,4 +1,4 @@
-"""What balanced assignment makes of the scores that training runs into: one column a hazard, one row a method."""
+"""Balanced assignment on hard scores that occur in training. A column is a kind of scores, a row is a method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOUND, HALF_BOUND = 1e-3, 5e-3
 
 
 def hazards() -> dict[str, list[Tensor]]:
-    """Scores by the name of what is hard about them; all of a column's have to be right."""
+    """Hard scores by the name of their difficulty. A method must be right on all scores of a column."""
     cosine = cosine_scores(ROWS, COLUMNS)
     generator = torch.Generator().manual_seed(1)
     dots = torch.randn(ROWS, 16, generator=generator) @ torch.randn(16, COLUMNS, generator=generator)
@@ -40,14 +40,14 @@ def hazards() -> dict[str, list[Tensor]]:
 
 
 def verdict(method: Callable[[Tensor], object], cases: list[Tensor]) -> str:
-    """``ok``, or the first thing that is wrong with the codes of these scores."""
+    """``ok``, or the first fault in the codes of these scores."""
     for scores in cases:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 codes = method(scores)
             codes = codes if isinstance(codes, Tensor) else torch.from_dlpack(codes)
-        except Exception as error:  # whatever it is, it belongs in the table
+        except Exception as error:  # the table shows every error
             return f"raises {type(error).__name__}"
         found = _judge(scores, codes.double())
         if found != "ok":
@@ -68,7 +68,7 @@ def _judge(scores: Tensor, codes: Tensor) -> str:
         return "NaN"
     if (zero := int((codes.sum(1) < 0.5).sum())) > 0:
         return f"{zero} rows 0" if zero > 1 else "row 0"
-    # A prototype that nobody may have gets nothing; the others share as if it were absent.
+    # A prototype that no row may have gets nothing. The others share the rows as if it did not exist.
     alive = scores.double().amax(0) > -torch.inf
     expected = torch.zeros_like(codes)
     expected[:, alive] = reference(scores[:, alive])
@@ -79,7 +79,7 @@ def _judge(scores: Tensor, codes: Tensor) -> str:
 def robustness(
     methods: Mapping[str, Callable[[Tensor], object]], device: torch.device
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table, computed on ``device``."""
+    """The header and the rows of the table, computed on ``device``."""
     cases = {name: [scores.to(device) for scores in hard] for name, hard in hazards().items()}
     rows = [[name, *(verdict(method, scores) for scores in cases.values())] for name, method in methods.items()]
     return ["", *cases], rows

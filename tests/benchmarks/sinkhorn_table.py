@@ -3,9 +3,9 @@
     pip install -e ".[bench]" && pip install --no-deps lightly
     python tests/benchmarks/sinkhorn_table.py --threads 1 --robustness --markdown table.md --plot table.png
 
-Same scores, one process, interleaved rounds, medians. Nothing is timed before it agrees with float64 at the same
-iterate; a copy is ``Tensor.copy_`` into a tensor that is there already. ``python -m proto_reg bench``, which is
-installed with the package, times our backends alone.
+All methods get the same scores in one process. The figures are medians over interleaved rounds. A method is timed only
+if it agrees with float64 at the same iterate. A copy is ``Tensor.copy_`` into an existing tensor.
+``python -m proto_reg bench`` comes with the package and times our backends alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Results = dict[tuple[int, int], list[Result]]
 
 
 def codes_results(scores: Tensor, arguments: argparse.Namespace) -> tuple[list[Result], dict[str, str]]:
-    """Scores to codes: ours, the floors, the peers; and who is missing."""
+    """Time the step from scores to codes for ours, the floors and the peers. Return also the missing peers."""
     error = partial(race.largest_error, expected=_bench.reference(scores))
     found, missing = sinkhorn_peers.peers(scores) if not arguments.no_peers else ({}, {})
     if arguments.compile:
@@ -47,7 +47,7 @@ def codes_results(scores: Tensor, arguments: argparse.Namespace) -> tuple[list[R
 
 
 def loss_results(scores: Tensor, arguments: argparse.Namespace) -> list[Result]:
-    """Scores to loss and gradient: ours in one pass, eager autograd over SwAV's algorithm."""
+    """Time the step from scores to loss and gradient: ours in one pass, and eager autograd over SwAV's algorithm."""
     scores = scores.clone().requires_grad_()
     entered = [Contender(EAGER, partial(_differentiate, _eager_loss, scores))]
     options: dict[str, Any] = {"epsilon": _bench.EPSILON, "num_iters": _bench.NUM_ITERS, "temperature": TEMPERATURE}
@@ -72,7 +72,7 @@ def _eager_loss(scores: Tensor) -> Tensor:
 
 
 def _loss_error(scores: Tensor) -> Callable[[object], float]:
-    """Of the loss, relative, and of p - q, which is the gradient times tau B: the larger one."""
+    """The larger one of two errors: the relative one of the loss, and that of p - q, the gradient times tau B."""
     codes, log_p = _bench.reference(scores), (scores.double() / TEMPERATURE).log_softmax(1)
     expected = -(codes * log_p).sum(1).mean().item()
     difference = log_p.exp_().sub_(codes)
@@ -80,14 +80,14 @@ def _loss_error(scores: Tensor) -> Callable[[object], float]:
     def error(output: object) -> float:
         loss, gradient = output[:2]
         of_gradient = race.largest_error(gradient.double() * (TEMPERATURE * len(scores)), difference)
-        # A NaN in either has to win: max() would keep the first of them only.
+        # A NaN in one of them must be the result. max() would return it only as its first argument.
         return math.nan if math.isnan(loss) else max(of_gradient, abs(loss.item() / expected - 1))
 
     return error
 
 
 def targets(name: str, rows: int, columns: int, *, of_loss: bool) -> list[tuple[float, str]]:
-    """(largest ratio, base) promised for a contender on one CPU thread."""
+    """The promises for a contender on one CPU thread, as pairs (largest ratio, base)."""
     elements = rows * columns
     if of_loss:
         return [(0.15 if rows <= 256 else 0.25, EAGER)] if name.startswith("proto_reg cpu") else []
@@ -96,14 +96,14 @@ def targets(name: str, rows: int, columns: int, *, of_loss: bool) -> list[tuple[
     if not name.startswith("proto_reg cpu"):
         return []
     promised = [(0.10 if elements <= 256 * 50 else 0.20 if elements <= 4096 * 300 else 0.25, SWAV)]
-    # A copy into a tensor that is there is a floor for codes written into one.
+    # Codes for an existing tensor take at least the time of a copy into it.
     return [*promised, (3.5, COPY)] if name.endswith("out=") else promised
 
 
 def judged(
     results: list[Result], size: tuple[int, int], arguments: argparse.Namespace, *, of_loss: bool = False
 ) -> list[list[str]]:
-    """The rows of ``race.result_rows`` with a last cell: targets met or missed."""
+    """The rows of ``race.result_rows``. The last cell says which targets are met or missed."""
     rows = race.result_rows(results, EAGER if of_loss else SWAV)
     for result, row in zip(results, rows, strict=True):
         verdicts = []
@@ -117,7 +117,7 @@ def judged(
 
 
 def summary(results: Results, base: str) -> str:
-    """Time over that of ``base``: a row a contender, a column a shape."""
+    """The ratios to the time of ``base``. A row is a contender, a column is a shape."""
     names = list(dict.fromkeys(result.name for column in results.values() for result in column))
     rows = []
     for name in names:
@@ -131,7 +131,7 @@ def summary(results: Results, base: str) -> str:
 
 
 def plot(results: Results, path: Path, title: str) -> None:
-    """Ratio to SwAV's algorithm by shape, one line a contender, named at its right end."""
+    """Draw the ratios to SwAV's algorithm by shape. Each contender has a line with its name at the right end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,7 +169,7 @@ def plot(results: Results, path: Path, title: str) -> None:
 
 
 def _name_lines(axes, ends: dict[str, tuple[float, str]]) -> None:
-    """Names beside the right end of the lines, moved apart where they would overlap."""
+    """Write the names beside the right ends of the lines. Names that would overlap are moved apart."""
     names = sorted(ends, key=lambda name: ends[name][0])
     heights = [math.log10(ends[name][0]) for name in names]
     low, high = (math.log10(limit) for limit in axes.get_ylim())
@@ -185,27 +185,27 @@ def _name_lines(axes, ends: dict[str, tuple[float, str]]) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     description, _, details = __doc__.partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=layout)
     shapes = {"nargs": "+", "type": _bench.shape, "default": SHAPES, "metavar": "BxK"}
     parser.add_argument("--shapes", **shapes, help="e.g. 256x30 4096x300")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads on the CPU (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=8.0, help="about, of timing a table (default: 8)")
-    parser.add_argument("--fresh-memory", action="store_true", help="leave the heap alone: large results page-fault")
-    parser.add_argument("--limit", type=float, default=20.0, help="skip calls of more seconds than this (default: 20)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of SwAV's algorithm too: minutes")
-    parser.add_argument("--no-peers", action="store_true", help="ours, SwAV's algorithm and a copy only")
-    parser.add_argument("--robustness", action="store_true", help="a table of what each makes of hard scores too")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
+    parser.add_argument("--seconds", type=float, default=8.0, help="approximate time for a table (default: 8)")
+    parser.add_argument("--fresh-memory", action="store_true", help="do not reuse freed memory: more page faults")
+    parser.add_argument("--limit", type=float, default=20.0, help="skip calls that take more seconds (default: 20)")
+    parser.add_argument("--compile", action="store_true", help="also compile SwAV's algorithm, which takes minutes")
+    parser.add_argument("--no-peers", action="store_true", help="only ours, SwAV's algorithm and a copy")
+    parser.add_argument("--robustness", action="store_true", help="also a table of all methods on hard scores")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios to SwAV's algorithm")
     return parser.parse_args(argv)
 
 
 def robustness_table(device: torch.device) -> str:
-    """As markdown: ours, SwAV's algorithm and the peers on hard scores (256 x 30)."""
+    """A Markdown table of ours, SwAV's algorithm and the peers on hard scores (256 x 30)."""
     scores = _bench.cosine_scores(256, 30, device)
     found, _ = sinkhorn_peers.peers(scores)
     methods = {f"proto_reg {name}": partial(_ours, name) for name in _bench.usable_backends(device)}
@@ -218,7 +218,7 @@ def _ours(backend: str, scores: Tensor, **options: str) -> Tensor:
 
 
 def begin(arguments: argparse.Namespace) -> str:
-    """Set threads and memory as ``arguments`` say; returns the lines that stand above every table."""
+    """Set threads and memory by ``arguments``. Return the lines above every table."""
     torch.set_num_threads(arguments.threads)
     if not arguments.fresh_memory:
         race.keep_memory()
@@ -227,7 +227,7 @@ def begin(arguments: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables; 1 if a backend of ours was refused, else 0."""
+    """Print the tables. Return 1 if one of our backends failed its check, else 0."""
     arguments = parse(argv)
     device = torch.device(arguments.device)
     heading = begin(arguments)

@@ -1,4 +1,4 @@
-"""The layer's cost: its table runs; with ``--benchmark-enable`` the layer alone is timed, with and without kernels."""
+"""The layer's cost. The program of its table runs. ``--benchmark-enable`` times the layer with and without kernels."""
 
 from __future__ import annotations
 

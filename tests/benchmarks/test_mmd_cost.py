@@ -1,4 +1,4 @@
-"""Cost of the anchored MMD: ``pytest tests/benchmarks --benchmark-enable``; without the flag each runs once."""
+"""The cost of the anchored MMD: ``pytest tests/benchmarks --benchmark-enable``. Without this flag each runs once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(peak() - before)
     ids=["even", "a fifth at one prototype"],
 )
 def test_memory_at_65536_latents_stays_below_2_gb(benchmark, assignments: str) -> None:
-    """B = 65,536, K = 100, D = 64, forward and backward. A B x B matrix would take 16 GB."""
+    """Forward and backward run with B = 65,536, K = 100 and D = 64. A B x B matrix would take 16 GB."""
 
     def measure() -> float:
         code = CODE.format(assignments=assignments)
@@ -48,7 +48,7 @@ def test_memory_at_65536_latents_stays_below_2_gb(benchmark, assignments: str) -
 
 
 def loop(z: torch.Tensor, v: torch.Tensor, assignments: torch.Tensor) -> torch.Tensor:
-    """The loop over prototypes that people write first."""
+    """A loop over the prototypes, as the simplest program has it."""
     scales, dim = (0.25, 0.5, 1, 2, 4, 8), z.shape[1]
     total = z.new_zeros(())
     for k in range(len(v)):

@@ -1,6 +1,6 @@
-"""Sinkhorn beside SwAV's algorithm: ``pytest tests/benchmarks -k sinkhorn --benchmark-enable``.
+"""The speed of Sinkhorn and of SwAV's algorithm: ``pytest tests/benchmarks -k sinkhorn --benchmark-enable``.
 
-The whole comparison, peers included, is ``python tests/benchmarks/sinkhorn_table.py``.
+``python tests/benchmarks/sinkhorn_table.py`` makes the whole comparison, with all peers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of Sinkhorn's peers: it refuses what is wrong, times what is right, and needs no peer."""
+"""The table of Sinkhorn's peers refuses wrong methods, times right ones, and needs no peer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch):
-    """The program, as if none of the peers were installed."""
+    """The program, as if no peer were installed."""
     for name in ("ot", "geomloss", "jax", "lightly"):
         monkeypatch.setitem(sys.modules, name, None)
     import sinkhorn_table

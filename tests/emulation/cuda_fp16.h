@@ -20,7 +20,7 @@ inline __half __float2half_rn(float value) {
   const float size = std::fabs(value);
   if (std::isnan(value)) return {0x7fff};
   if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  // Steps of a unit in the last place, 2^-24 below the smallest normal number; nearbyint rounds to even.
+  // A step is a unit in the last place. Below the smallest normal number it is 2^-24. nearbyint rounds to even.
   const int exponent = size < std::ldexp(1.0f, -14) ? -14 : std::ilogb(size);
   const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
   return {static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + steps))};

@@ -1,6 +1,6 @@
-// The part of CUDA that the Sinkhorn kernels use, on one CPU thread: a fibre for each CUDA thread, switched at barriers
-// and shuffles, in an order that a test chooses. A barrier that not every thread reaches ends the launch with an error.
-// Shared memory starts as NaN and ends in a canary.
+// The part of CUDA that the Sinkhorn kernels use, on one CPU thread. Each CUDA thread is a fibre. Fibres switch at
+// barriers and shuffles, in an order that a test chooses. If not every thread reaches a barrier, the launch ends with
+// an error. Shared memory is NaN at the start, and a canary stands behind it.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +41,7 @@ struct Block {
   int running;
   Barrier barrier;
   Barrier *cluster_barrier, *grid_barrier;
-  Block* cluster;  // its first block
+  Block* cluster;  // the first block of its cluster
   int rank;
   Warp warps[32];
 };
@@ -55,16 +55,16 @@ struct Thread {
 };
 
 extern Thread* self;
-extern proto_reg::DeviceLimits device;  // what the device pretends to be
-extern int ptx_version;                 // what the kernels pretend to be compiled for
+extern proto_reg::DeviceLimits device;  // the limits of the emulated device
+extern int ptx_version;                 // the architecture of the emulated code
 
-int wait(Barrier& barrier, int value = 0);  // returns the disjunction of the values
+int wait(Barrier& barrier, int value = 0);  // returns the bitwise or of all values
 int launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative,
            const std::function<void()>& kernel);
 
 }  // namespace emulation
 
-extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running thread
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // those of the running thread
 
 inline void __syncthreads() { emulation::wait(emulation::self->block->barrier); }
 inline int __syncthreads_or(int value) { return emulation::wait(emulation::self->block->barrier, value); }
@@ -95,7 +95,7 @@ inline float __ldcg(const float* from) { return *from; }
 using std::max;
 using std::min;
 
-// The runtime's calls, as far as the launcher makes them.
+// The calls of the runtime that the launcher makes.
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorCooperativeLaunchTooLarge, cudaErrorUnknown };
 const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -113,7 +113,7 @@ enum cudaDeviceAttr {
 };
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 1000;  // beyond the launcher's cache: the emulated device changes
+  *device = 1000;  // beyond the launcher's cache, because the emulated device changes
   return cudaSuccess;
 }
 

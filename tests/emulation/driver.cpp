@@ -1,4 +1,5 @@
-// The emulation's scheduler, and what the tests call: the library's own planner, launcher and kernels.
+// The emulation's scheduler, and the functions that the tests call. These use the library's own planner, launcher and
+// kernels.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -71,7 +72,7 @@ void resume(Fibre& fibre) {
   setcontext(&fibre.context);
 }
 
-// The last thread of a block takes its shared memory along.
+// The last thread of a block destroys the block's shared memory.
 void leave(Block& block) {
   if (--block.running == 0) std::fill_n(block.shared, block.floats, __int_as_float(kPoison));
 }
@@ -80,7 +81,7 @@ bool ready(const Fibre& fibre) {
   return !fibre.done && !(fibre.waits && fibre.waits->generation == fibre.generation);
 }
 
-// The order in which the fibres get their turns: by warps.
+// The order of the fibres' turns: warp by warp.
 std::vector<size_t> first_turns(size_t count) {
   std::vector<size_t> warps(count / 32), turns;
   std::iota(warps.begin(), warps.end(), 0);
@@ -92,9 +93,9 @@ std::vector<size_t> first_turns(size_t count) {
   return turns;
 }
 
-// Runs the first `count` fibres to their end; false if some wait for ever. In rounds, in which every thread takes one
-// step (in order, in reverse, shuffled), or greedily: the first that can go on always does, so that some warps are as
-// far ahead of others as barriers let them.
+// Runs the first `count` fibres to their end. Returns false if some of them wait for ever. In rounds, every thread
+// takes one step: in order, in reverse or shuffled. In greedy orders, the first thread that can go on always goes on.
+// Some warps are then as far ahead of others as the barriers allow.
 bool run(size_t count) {
   const bool greedy = order % 2 == 1 && order > 1;
   std::vector<size_t> turns = first_turns(count);
@@ -118,7 +119,7 @@ bool run(size_t count) {
   return true;
 }
 
-// Blocks that live at the same time: all of a cooperative grid, else a cluster, else one.
+// Runs the blocks that live at the same time: all blocks of a cooperative grid, the blocks of a cluster, or one block.
 bool run_blocks(unsigned first, unsigned count, unsigned cluster, size_t floats) {
   const unsigned threads = blockDim.x;
   std::vector<Block> blocks(count);
@@ -217,8 +218,8 @@ extern "C" {
 
 void pretend_ptx(int version) { emulation::ptx_version = version; }
 
-// Plans the problem with nothing before regime `allow`; negative: as the launcher does. `fuse`: 0: streamed in two
-// kernels a pass; 1: in one; 2: in one that asks for a narrow range.
+// Plans the problem. The plan uses no regime before `allow`. With a negative `allow`, it is the launcher's own plan.
+// `fuse` says how a pass streams. 0: in two kernels. 1: in one kernel. 2: in one kernel that asks for a narrow range.
 const char* forced_plan(const proto_reg::SinkhornProblem* problem, const proto_reg::DeviceLimits* limits, int allow,
                           int fuse, proto_reg::SinkhornPlan* plan) {
   emulation::device = *limits;
@@ -230,7 +231,7 @@ const char* forced_plan(const proto_reg::SinkhornProblem* problem, const proto_r
   return nullptr;
 }
 
-// `order`: see run(); from 2 on also the seed, even numbers for rounds, odd ones for greed.
+// `order` is the order of run(). From 2 on it is also the seed: even numbers give rounds, odd ones the greedy order.
 const char* forced_launch(const proto_reg::SinkhornProblem* problem, const proto_reg::SinkhornPlan* plan,
                             float* workspace, int64_t order) {
   emulation::order = static_cast<int>(order);

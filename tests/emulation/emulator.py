@@ -1,4 +1,4 @@
-"""The CUDA source on the CPU: ``driver.cpp`` built, and problems run through the library's own planner and launcher."""
+"""The CUDA source on the CPU. It builds ``driver.cpp`` and solves problems with the library's planner and launcher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "proto_reg" / "csrc"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 REGIMES = ("registers", "block", "cluster", "grid", "streamed")
-GUARD = 64  # floats behind the workspace that nobody may touch
+GUARD = 64  # number of floats behind the workspace; no kernel may write them
 
 int64 = ctypes.c_int64
 
@@ -95,7 +95,7 @@ class Plan(ctypes.Structure):
 
     @property
     def name(self) -> str:
-        """registers, block, cluster, grid; narrow, fused (streamed in one kernel a pass) or sweeps (in two)."""
+        """registers, block, cluster or grid. If it streams: narrow, fused (one kernel a pass) or sweeps (two)."""
         name = REGIMES[self.regime]
         if name == "streamed":
             return "narrow" if self.narrow_blocks else "fused" if self.fused else "sweeps"
@@ -103,7 +103,7 @@ class Plan(ctypes.Structure):
 
 
 def device(multiprocessors=4, threads=64, shared=48, clusters=True, cooperative=True) -> Limits:
-    """A small device: few multiprocessors, ``shared`` KB of shared memory each, blocks of few threads."""
+    """A small device: few multiprocessors with ``shared`` KB of shared memory each, and blocks of few threads."""
     size = shared * 1024
     capability = 90 if clusters else 80
     return Limits(
@@ -113,7 +113,7 @@ def device(multiprocessors=4, threads=64, shared=48, clusters=True, cooperative=
 
 @dataclass
 class Result:
-    """What a launch wrote."""
+    """The results of a launch."""
 
     codes: Tensor
     potentials: Tensor
@@ -123,7 +123,7 @@ class Result:
 
 
 def emulation_command(sources: Path = SOURCES) -> list[str]:
-    """The command that builds the driver with g++, without its output."""
+    """The command that builds the driver with g++. The output file is not part of it."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("g++")
@@ -132,7 +132,7 @@ def emulation_command(sources: Path = SOURCES) -> list[str]:
 
 
 def emulation_key(sources: Path = SOURCES) -> str:
-    """A hash of all that decides what the compiler makes: the sources, the command, the compiler's version."""
+    """A hash of everything that decides the compiler's output: the sources, the command and the compiler's version."""
     command = emulation_command(sources)
     version = subprocess.run([command[0], "--version"], check=True, capture_output=True).stdout
     files = sorted(path for folder in (HERE, sources) for path in folder.iterdir() if path.is_file())
@@ -143,7 +143,7 @@ def emulation_key(sources: Path = SOURCES) -> str:
 
 
 def compile_emulation(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL:
-    """Builds the driver in ``directory``, unless it is there already, and loads it."""
+    """Build the driver in ``directory``, if it is not there yet, and load it."""
     target, half = directory / "emulation.so", directory / "half.so"
     if not target.exists():
         subprocess.run([*emulation_command(sources), "-o", str(half)], check=True, capture_output=True, text=True)
@@ -152,7 +152,7 @@ def compile_emulation(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL:
 
 
 def load(path: Path, device_type: str) -> ctypes.CDLL:
-    """A library with ``forced_plan`` and ``forced_launch`` that computes on this type of device."""
+    """Load a library with ``forced_plan`` and ``forced_launch`` that computes on this type of device."""
     library = ctypes.CDLL(str(path))
     library.forced_plan.restype = library.forced_launch.restype = ctypes.c_char_p
     library.device_type = device_type
@@ -176,10 +176,10 @@ def solve(
     fuse: int = 2,
     order: int = 0,
 ) -> Result:
-    """One launch on the library's device, with arguments and results on the CPU.
+    """Make one launch on the library's device. Arguments and results are on the CPU.
 
-    ``allow``: the first regime that the planner may take; -1: the whole way of the launcher. ``order``: of the
-    emulated threads; a GPU has its own.
+    ``allow`` is the first regime that the planner may take. With -1, the launcher chooses as for a user. ``order`` is
+    the order of the emulated threads. A GPU has its own order.
     """
     place = library.device_type
     batch = (scores if scores.dim() == 3 else scores[None]).contiguous().to(place)
