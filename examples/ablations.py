@@ -1,12 +1,12 @@
-"""The measurements behind five choices: how prototypes learn, a VAE's KL term and noise, a queue, scale, and shares.
+"""Measurements for five choices: how prototypes learn, a VAE's KL term and noise, a queue, scale, and shares.
 
-python examples/ablations.py prototypes --data-dir DIR        # V by gradient, faster, from data, following its latents
-python examples/ablations.py kl --data-dir DIR                # the layer on mu or on the sample, KL dropped or kept
-python examples/ablations.py queue --data-dir DIR             # batches of 16 latents, with and without past ones
-python examples/ablations.py scale --data-dir DIR             # a linear output under a squared error: latents too close
+python examples/ablations.py prototypes --data-dir DIR        # V by gradient, faster, from data, or following latents
+python examples/ablations.py kl --data-dir DIR                # the layer on mu or on the sample, with or without KL
+python examples/ablations.py queue --data-dir DIR             # batches of 16 latents, with or without past ones
+python examples/ablations.py scale --data-dir DIR             # a linear output and a squared error: close latents
 python examples/ablations.py shares --data-dir DIR --long-tail  # equal or adaptive shares of unequal classes
 
-One line a run, then the mean over seeds of each variant. Without --data-dir: scikit-learn's digits.
+Each run prints a line. Then each variant prints its mean over the seeds. The default data are scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tqdm import tqdm
 import proto_reg
 from proto_reg import Schedule
 
-NMI = {"nmi": ("NMI", ".3f")}  # of the nearest prototypes and the classes
+NMI = {"nmi": ("NMI", ".3f")}  # between nearest prototypes and classes
 
 
 class ScaledHead(proto_reg.PrototypeHead):
-    """Prototypes that are ten times their parameter, so that Adam's steps on them are ten times as large."""
+    """The prototypes are ten times their parameter. So Adam's steps on them are ten times as large."""
 
     FACTOR = 10.0
 
@@ -46,14 +46,17 @@ class ScaledHead(proto_reg.PrototypeHead):
 
 
 class Variant(VAE):
-    """The quickstart's VAE with the layer on mu (``noise``: before the noise) or on the ``sampled`` z, KL or none."""
+    """The quickstart's VAE with the layer, and with or without the KL term.
+
+    The layer is on mu, before the noise (if there is ``noise``), or on the ``sampled`` z.
+    """
 
     def __init__(
         self, pixels: int, args: argparse.Namespace, *, on: str | None, noise: bool, kl: bool, **layer
     ) -> None:
         super().__init__(pixels, args.latent_dim, args.hidden)
         self.on, self.noise, self.kl = on, noise, kl
-        # Without the warm-up of the library's defaults, which would hide some of what differs here.
+        # The library's default warm-up would hide some of the differences between the variants.
         options = {"prototype_weight": args.prototype_weight, "schedule": Schedule(mmd_steps=0)} | layer
         build = proto_reg.PrototypicalRegularizer
         self.regularizer = build(args.latent_dim, args.prototypes, **options) if on else None
@@ -75,7 +78,7 @@ class Variant(VAE):
 
 
 class LinearOutput(Variant):
-    """A plain autoencoder under a mean squared error."""
+    """A plain autoencoder with a mean squared error."""
 
     def __init__(self, pixels: int, args: argparse.Namespace, *, on: str | None = "mu", **layer) -> None:
         super().__init__(pixels, args, on=on, noise=False, kl=False, **layer)
@@ -91,7 +94,7 @@ class LinearOutput(Variant):
 
 
 def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
-    """How V may learn; all on mu, without noise and KL. ``follow_rate=0`` leaves V to its gradient."""
+    """Ways for V to learn. All are on mu, without noise and KL. With ``follow_rate=0`` only the gradient moves V."""
     form = {"on": "mu", "noise": False, "kl": False}
 
     def build(scaled: bool = False, **layer) -> Callable[[], Variant]:
@@ -115,7 +118,7 @@ def prototype_variants(pixels: int, args: argparse.Namespace) -> dict[str, Calla
 
 
 def kl_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
-    """What may become of the KL term and of the sampling noise."""
+    """Choices for the KL term and the sampling noise."""
     forms = {
         "autoencoder": (None, False, False),
         "VAE": (None, True, True),
@@ -132,7 +135,7 @@ def kl_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[],
 
 
 def queue_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
-    """What past latents add to small batches; all on mu, without noise and KL."""
+    """Small batches with and without past latents. All variants are on mu, without noise and KL."""
 
     def build(size: int = 0) -> Callable[[], Variant]:
         def variant() -> Variant:
@@ -150,7 +153,7 @@ def queue_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
 
 
 def scale_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], LinearOutput]]:
-    """What helps where the reconstruction leaves latents much closer to each other than N(v, I)."""
+    """Cures for a reconstruction that leaves latents much closer to each other than N(v, I)."""
     return {
         "autoencoder": lambda: LinearOutput(pixels, args, on=None),
         **{f"std = {std:g}": lambda std=std: LinearOutput(pixels, args, std=std) for std in (1, 0.5, 0.25, 0.125)},
@@ -159,7 +162,7 @@ def scale_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
 
 
 def share_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[[], Variant]]:
-    """Prototypes with equal shares of a batch, and with those that training finds."""
+    """Prototypes with equal shares of a batch, and with shares that training finds."""
 
     def build(smoothing: float | None) -> Callable[[], Variant]:
         def make() -> Variant:
@@ -187,7 +190,7 @@ STUDIES = {
 
 
 def long_tail(data: Images) -> Images:
-    """Of each class half as many images as of the one before, at random; training and test images alike."""
+    """Random subsets of training and test images. Each class has half as many images as the one before."""
     generator = torch.Generator().manual_seed(0)
 
     def kept(labels: Tensor) -> Tensor:
@@ -209,7 +212,7 @@ def long_tail(data: Images) -> Images:
 
 @torch.no_grad()
 def follow_the_mean(prototypes: Tensor, latents: Tensor, assignments: Tensor, rate: float) -> None:
-    """What the layer does, but with every latent of a cluster weighing the same."""
+    """Move the prototypes as the layer does, but give the same weight to every latent of a cluster."""
     members = F.one_hot(assignments, len(prototypes)).to(latents)
     counts = members.sum(0)[:, None]
     means = members.T @ latents / counts.clamp_min(1)
@@ -217,7 +220,7 @@ def follow_the_mean(prototypes: Tensor, latents: Tensor, assignments: Tensor, ra
 
 
 def train(name: str, model: Variant, data: Images, args: argparse.Namespace) -> None:
-    """An ordinary loop; the variants that need more than the layer get it here."""
+    """An ordinary training loop. Some variants need more than the layer. They get it here."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     if name.startswith("own group"):
         own = {id(p) for p in model.regularizer.parameters()}
@@ -260,10 +263,10 @@ def main() -> None:
     args.latent_dim, args.hidden = (32, 256) if small else (256, 512)
     args.batch_size = args.batch_size or (16 if args.what == "queue" else 64 if small else 256)
     args.warmup = (args.epochs // 8) * -(-len(data.train) // args.batch_size)
-    torch.manual_seed(0)  # of the judge's weights
+    torch.manual_seed(0)  # for the judge's weights
     judge = train_judge(data, 60 if small else 5, torch.Generator().manual_seed(0))
 
-    if args.long_tail:  # the judge has seen all images
+    if args.long_tail:  # after the judge has seen all images
         data = long_tail(data)
     variants = STUDIES[args.what](data.train.shape[1], args)
     means: list[dict[str, float | str]] = []

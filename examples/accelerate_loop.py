@@ -1,6 +1,6 @@
 """Prototypes in an accelerate loop (needs proto_reg[accelerate,examples]).
 
-python examples/accelerate_loop.py                # digits, on one process; or: accelerate launch examples/...
+python examples/accelerate_loop.py                # digits, one process; or: accelerate launch examples/...
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A small AutoencoderKL with prototypes of whole pictures: trained on digits, saved, loaded, sampled.
+"""A small AutoencoderKL with prototypes of whole pictures. It is trained on digits, saved, loaded and sampled.
 
 python examples/diffusers_vae.py    # half a minute on a CPU core; needs proto_reg[diffusers,examples]
 """
@@ -21,7 +21,7 @@ from proto_reg.integrations.diffusers import PrototypicalAutoencoder
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("diffusers_vae"), help="for the model and samples.png")
+    parser.add_argument("--out", type=Path, default=Path("diffusers_vae"), help="folder for the model and samples.png")
     args = parser.parse_args()
     torch.manual_seed(0)
     data = load()
@@ -40,7 +40,7 @@ def main() -> None:
             optimizer.step()
         print(f"epoch {epoch + 1}: training MSE {loss.item():.4f}")
 
-    model.save_pretrained(args.out)  # what AutoencoderKL.from_pretrained reads, and the prototypes beside it
+    model.save_pretrained(args.out)  # AutoencoderKL.from_pretrained also reads this folder
     model = PrototypicalAutoencoder.from_pretrained(args.out)
     head = model.regularizer.head
     with torch.no_grad():
@@ -49,7 +49,7 @@ def main() -> None:
     figures = f"purity {metrics['purity']:.2f}, r^2/D {metrics['r2_per_dim']:.2f}"
     print(f"test MSE {F.mse_loss(reconstruction, test):.4f}, {figures}")
     figure = plots.prototypes(lambda z: model.decode(z.unflatten(1, (4, 4, 4))).clamp(0, 1), head, blocks=3)
-    figure.savefig(args.out / "samples.png")  # model.sample(8, prototype=3) for images as a tensor
+    figure.savefig(args.out / "samples.png")  # model.sample(8, prototype=3) gives images as a tensor
 
 
 if __name__ == "__main__":

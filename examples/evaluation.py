@@ -1,4 +1,4 @@
-"""What a trained autoencoder is judged by: reconstruction, clusters, and whether samples around a prototype obey it."""
+"""The judgement of a trained autoencoder: reconstruction, clusters, and the classes of samples around a prototype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import proto_reg
 
 
 def train_judge(data: Images, epochs: int, generator: torch.Generator) -> nn.Module:
-    """An independent classifier of images, never shown anything but real ones."""
+    """An independent classifier of images. It is trained only on real images."""
     classes = int(data.train_labels.max()) + 1
     judge = nn.Sequential(nn.Linear(data.train.shape[1], 256), nn.ReLU(), nn.Dropout(0.3), nn.Linear(256, classes))
     optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
@@ -36,7 +36,7 @@ def evaluate(
     head: proto_reg.PrototypeHead | None,
     num_prototypes: int,
 ) -> dict[str, float]:
-    """One row of the table. Without a head only what an autoencoder without prototypes has."""
+    """One row of the table. Without a head, it has only the values of an autoencoder without prototypes."""
     z = encode(data.test)
     row = {"mse": F.mse_loss(decode(z), data.test).item()}
     train_z = encode(data.train)
@@ -60,9 +60,9 @@ def control(
     judge: nn.Module,
     per_prototype: int = 100,
 ) -> dict[str, float]:
-    """Share of decoded N(v_k, I) samples, and of decoded v_k, that the judge gives to the majority class of cluster k.
+    """The shares of decoded N(v_k, I) samples, and of decoded v_k, that the judge puts into cluster k's majority class.
 
-    All K prototypes count; one without latents has no class and counts as wrong.
+    All K prototypes count. A prototype without latents has no class and counts as wrong.
     """
     assigned = head(train_z).argmax(1)
     table = contingency(assigned, train_labels, head.num_prototypes)
@@ -77,7 +77,7 @@ def control(
 
 
 def contingency(clusters: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """How many of each class (columns) are in each cluster (rows)."""
+    """The number of images of each class (columns) in each cluster (rows)."""
     counts = torch.zeros(num_clusters, int(labels.max()) + 1)
     return counts.index_put_((clusters, labels), torch.tensor(1.0), accumulate=True)
 
@@ -94,7 +94,7 @@ COLUMNS = {
 
 
 def print_table(rows: list[dict[str, float | str]], columns: dict[str, tuple[str, str]] = COLUMNS) -> None:
-    """One line a model; a dash where a model has no prototypes to judge."""
+    """Print a line for each model. A dash means that the model has no prototypes to judge."""
     width = max(len(str(row["model"])) for row in rows)
     print(" " * width + "".join(f"  {title:>{max(8, len(title))}}" for title, _ in columns.values()))
     for row in rows:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Images(NamedTuple):
-    """Pixels in [0, 1], flattened: train and test (N, C*H*W) with labels (N,); ``shape`` is (C, H, W)."""
+    """Flattened pixels in [0, 1]: train and test (N, C*H*W) with labels (N,). ``shape`` is (C, H, W)."""
 
     name: str
     train: Tensor
@@ -27,7 +27,7 @@ class Images(NamedTuple):
 
 
 def load(data_dir: Path | None = None) -> Images:
-    """The data set found in ``data_dir`` or below it, as torchvision lays it out; the 8x8 digits if None."""
+    """The data set in ``data_dir`` or below it, in torchvision's layout. For None, the 8x8 digits."""
     if data_dir is None:
         return load_digits()
     if not data_dir.is_dir():
@@ -44,7 +44,7 @@ def load(data_dir: Path | None = None) -> Images:
 
 
 def load_for(parser: argparse.ArgumentParser, data_dir: Path | None) -> Images:
-    """:func:`load` for a program: what is wrong with the folder is its usage error."""
+    """:func:`load` for a program. A fault in the folder becomes a usage error of the program."""
     try:
         return load(data_dir)
     except ValueError as error:
@@ -52,7 +52,7 @@ def load_for(parser: argparse.ArgumentParser, data_dir: Path | None) -> Images:
 
 
 def load_digits() -> Images:
-    """The 1,797 handwritten digits inside scikit-learn, every fifth held out."""
+    """The 1,797 handwritten digits in scikit-learn. Every fifth one is a test image."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
@@ -63,7 +63,7 @@ def load_digits() -> Images:
 
 
 def load_idx(folder: Path) -> Images:
-    """MNIST's format, gzipped or not."""
+    """Read MNIST's format, with or without gzip."""
     arrays = {
         key: torch.from_numpy(_read_idx(folder, f"{split}-{kind}-idx{rank}-ubyte"))
         for key, split, kind, rank in (
@@ -95,7 +95,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """CIFAR-10 ships as pickles: this reads NumPy arrays and plain containers out of them and nothing else."""
+    """CIFAR-10 comes as pickles. This class reads only NumPy arrays and plain containers from them."""
 
     ALLOWED = frozenset(
         {("_reconstruct", "multiarray"), ("ndarray", "numpy"), ("dtype", "numpy"), ("encode", "_codecs")}
@@ -107,7 +107,7 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-# By folder: name, training files, test file, key of the labels.
+# For each folder: the name, the training files, the test file and the key of the labels.
 CIFAR = {
     "cifar-10-batches-py": ("CIFAR-10", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
     "cifar-100-python": ("CIFAR-100", ["train"], "test", b"fine_labels"),
@@ -115,7 +115,7 @@ CIFAR = {
 
 
 def load_cifar(folder: Path) -> Images:
-    """The python version of CIFAR-10 or, with its 100 fine labels, of CIFAR-100."""
+    """The python version of CIFAR-10, or of CIFAR-100 with its 100 fine labels."""
     name, training, test, key = CIFAR[folder.name]
 
     def read(file_name: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Prototypes in a LightningModule that knows nothing of them (needs proto_reg[lightning,examples]).
+"""Prototypes in a LightningModule that does not know about them (needs proto_reg[lightning,examples]).
 
 python examples/lightning_callback.py             # digits, half a minute; draws prototypes-*.png into prototypes/
 """
@@ -47,7 +47,7 @@ prototypes = PrototypeCallback(
     decode="decode",
     image_shape=data.shape,
     every_n_epochs=args.epochs,
-    folder="prototypes",  # without it TensorBoard or W&B take the picture, where they are the logger
+    folder="prototypes",  # without it, a TensorBoard or W&B logger gets the pictures
 )
 trainer = L.Trainer(max_epochs=args.epochs, accelerator="cpu", callbacks=[prototypes], gradient_clip_val=1.0)
 trainer.fit(model, DataLoader(TensorDataset(data.train), batch_size=48, shuffle=True))

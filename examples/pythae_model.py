@@ -1,4 +1,4 @@
-"""pythae's own training pipeline and samplers on an autoencoder with prototypes: digits, trained, reloaded, sampled.
+"""pythae's own pipeline and samplers for an autoencoder with prototypes. It is trained on digits, loaded and sampled.
 
 python examples/pythae_model.py     # seconds on a CPU core; needs proto_reg[pythae,examples]
 """
@@ -23,7 +23,7 @@ from proto_reg.integrations.pythae import PrototypeSampler, PrototypeSamplerConf
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("pythae_model"), help="for pythae's folders and samples.png")
+    parser.add_argument("--out", type=Path, default=Path("pythae_model"), help="folder for all output files")
     args = parser.parse_args()
     torch.manual_seed(0)
     data = load()

@@ -1,10 +1,10 @@
-"""A VAE as people have it, and the same VAE with prototypes: two lines added, one dropped.
+"""An ordinary VAE, and the same VAE with prototypes. Two lines are added and one is removed.
 
 python examples/quickstart.py                     # scikit-learn's digits, a minute on a CPU core
-python examples/quickstart.py --data-dir DIR      # MNIST, Fashion-MNIST or CIFAR-10, as torchvision leaves them
+python examples/quickstart.py --data-dir DIR      # MNIST, Fashion-MNIST or CIFAR-10, in torchvision's folders
 
-Prints a table, writes quickstart.png (each row: a decoded prototype and samples around it) and quickstart.pt, which
-examples/sample.py turns into new images.
+It prints a table. It writes quickstart.png, with a decoded prototype and samples around it in each row. It also writes
+quickstart.pt. examples/sample.py makes new images from this file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from proto_reg import plots
 
 
 class VAE(nn.Module):
-    """The model of a user: Gaussian posterior, reparameterisation, Bernoulli decoder."""
+    """A user's model: Gaussian posterior, reparameterisation and Bernoulli decoder."""
 
     def __init__(self, pixels: int, latent_dim: int, hidden: int = 256) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class PrototypicalVAE(VAE):
 
 
 class Autoencoder(VAE):
-    """The same model with neither, for comparison."""
+    """The same model without prototypes, KL term and noise, for comparison."""
 
     def loss(self, x: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(self.decoder(self.encode(x)), x, reduction="sum")
 
 
 def train(model: VAE, data: Images, epochs: int, batch_size: int, seed: int) -> float:
-    """An ordinary training loop, the same for all three; returns seconds."""
+    """An ordinary training loop. It is the same for all three models, and it returns its seconds."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -88,7 +88,7 @@ def train(model: VAE, data: Images, epochs: int, batch_size: int, seed: int) -> 
 
 
 def run(data: Images, args: argparse.Namespace) -> tuple[PrototypicalVAE, list[dict[str, float | str]]]:
-    """Train the three models from the same seed and evaluate each."""
+    """Train the three models from the same seed and evaluate all of them."""
     pixels = data.train.shape[1]
     torch.manual_seed(args.seed)
     judge = train_judge(data, args.judge_epochs, torch.Generator().manual_seed(args.seed))
@@ -126,7 +126,7 @@ def main() -> None:
     args.batch_size, args.judge_epochs = (48, 60) if small else (256, 5)
 
     if small:
-        torch.set_num_threads(1)  # batches this small gain nothing from a second thread, and a busy machine loses much
+        torch.set_num_threads(1)  # a second thread does not speed up such small batches
 
     print(f"{data.name}: {len(data.train)} training images, {len(data.test)} test images, K = {args.prototypes}")
     model, rows = run(data, args)

@@ -1,4 +1,4 @@
-"""New images of a chosen prototype, from the checkpoint that quickstart.py wrote.
+"""New images around a chosen prototype, from the checkpoint of quickstart.py.
 
 python examples/sample.py 3                                   # eight new images around prototype 3, in samples.png
 python examples/sample.py 3 7 --num-samples 16 --std 0.7
@@ -17,10 +17,10 @@ from proto_reg import plots
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prototypes", type=int, nargs="+", help="which prototypes, a row of images each")
+    parser.add_argument("prototypes", type=int, nargs="+", help="the prototypes; each one gets a row of images")
     parser.add_argument("--checkpoint", type=Path, default=Path("quickstart.pt"))
     parser.add_argument("--num-samples", type=int, default=8)
-    parser.add_argument("--std", type=float, help="less than that of training (1) for more typical ones")
+    parser.add_argument("--std", type=float, help="below training's 1, images are more typical")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Prototypes of blood cells: scVI with the layer, trained, saved, loaded, and what its prototypes express.
+"""Prototypes of blood cells. scVI with the layer is trained, saved and loaded, and shows its prototypes' expression.
 
 python examples/scvi_cells.py               # half a minute on a CPU core; needs proto_reg[scvi,metrics]
-python examples/scvi_cells.py --compare 3   # beside k-means on plain scVI, three seeds, some minutes
+python examples/scvi_cells.py --compare 3   # against k-means on plain scVI, three seeds, some minutes
 
-The cells are the 700 of ``scanpy.datasets.pbmc68k_reduced()``, which scanpy ships: ten types, 765 genes. It holds
-log1p of counts per ten thousand; a cell's smallest value is one count, so the counts come back exactly.
+The data are the 700 cells in ``scanpy.datasets.pbmc68k_reduced()``, a part of scanpy: ten types, 765 genes. They hold
+log1p of counts per ten thousand. A cell's smallest value is one count, so the program finds the exact counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summa
 def cells() -> AnnData:
     """The cells with their counts, and their types in ``obs["bulk_labels"]``."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the old format of scanpy's file
+        warnings.simplefilter("ignore")  # about the old format of scanpy's file
         raw = scanpy.datasets.pbmc68k_reduced().raw.to_adata()
     rates = np.expm1(raw.X.toarray().astype(np.float64))
     raw.X = np.rint(rates / np.where(rates > 0, rates, np.inf).min(1, keepdims=True)).astype(np.float32)
@@ -48,7 +48,7 @@ def train(model_class: type, adata: AnnData, seed: int, epochs: int, **options: 
 
 
 def agreement(clusters: np.ndarray, adata: AnnData) -> tuple[float, float]:
-    """Share of the cells whose type is the commonest of their cluster, and NMI."""
+    """The share of the cells that have the most common type of their cluster, and NMI."""
     types = adata.obs["bulk_labels"]
     purity = contingency_matrix(types, clusters).max(0).sum() / len(types)
     return purity, normalized_mutual_info_score(types, clusters)
@@ -59,7 +59,7 @@ def adaptive() -> SinkhornAssigner:
 
 
 def compare(seeds: int, epochs: int) -> None:
-    """Print purity, NMI and the error of held-out cells: k-means on plain scVI's latents, and prototypes."""
+    """Print purity, NMI and the error of held-out cells, for k-means on plain scVI's latents and for prototypes."""
     adata, rows = cells(), {}
     for seed in range(seeds):
         for name, model_class, options in (
@@ -84,8 +84,8 @@ def compare(seeds: int, epochs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--compare", type=int, default=0, metavar="SEEDS", help="only print the table of so many seeds")
-    parser.add_argument("--out", type=Path, default=Path("scvi_cells"), help="for the model and profiles.csv")
+    parser.add_argument("--compare", type=int, default=0, metavar="SEEDS", help="only print a table over SEEDS seeds")
+    parser.add_argument("--out", type=Path, default=Path("scvi_cells"), help="folder for the model and profiles.csv")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

@@ -1,6 +1,7 @@
-"""VectorQuantize and VectorPrototypes in one model, one swapped for the other: digits through 2 x 2 maps of latents.
+"""VectorQuantize and VectorPrototypes in the same model. It encodes digits as 2 x 2 maps of latents.
 
-A squared error leaves latents close together: prototypes aim at a sixth of their usual distance. Needs proto_reg[vq].
+A squared error leaves latents close together, so the prototypes use a sixth of the usual standard deviation. Needs
+proto_reg[vq].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from proto_reg.integrations.vq import VectorPrototypes
 
 
 class Model(nn.Module):
-    """An autoencoder with something in the call shape of a quantiser between encoder and decoder."""
+    """An autoencoder with a quantiser, or a module with the same call, between encoder and decoder."""
 
     def __init__(self, vq: nn.Module, dim: int) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
 """The paper's experiments and their baselines.
 
 python -m examples.paper run --config digits --out OUT                      # needs no files
-python -m examples.paper run --config mnist-small --data-dir DIR --out OUT  # kill it and start it again: it goes on
+python -m examples.paper run --config mnist-small --data-dir DIR --out OUT  # a new start goes on after a kill
 python -m examples.paper report --results OUT                               # tables, figures and verdicts
 
-Results are added to OUT/runs.jsonl, a JSON line a run, finished or failed, and OUT/arrays; checkpoints go to OUT/work.
-The same command twice, at the same time, shares the work. Without OUT it adds to the repository's own results.
+Results go to OUT/runs.jsonl and OUT/arrays. Each finished or failed run has a JSON line. Checkpoints go to OUT/work.
+Two of the same commands at the same time share the work. Without OUT, results go to the repository's own results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and judge; 1 if any run has failed."""
+    """Train and judge. Return 1 if any run has failed."""
     from .config import load_config
     from .session import Session, runs_of
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Tables, figures and verdicts from the records alone."""
+    """Make the tables, figures and verdicts from the records alone."""
     from .report import build
 
     page = build(args.results, args.out or args.results)
@@ -55,18 +55,18 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m examples.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = commands.add_subparsers(required=True)
-    runner = which.add_parser("run", help="train and judge what is not done yet")
+    runner = which.add_parser("run", help="train and judge the runs that are not done")
     runner.add_argument("--config", required=True, help="a name in configs/, or a YAML file")
     runner.add_argument("--data-dir", type=Path, help="folder of IDX files or CIFAR's python version")
     runner.add_argument("--only", nargs="+", metavar="METHOD", help="methods or labels to run")
     runner.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1; default: the config's")
     runner.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(Path(__file__).parents[2])}")
-    runner.add_argument("--split", choices=SPLITS, default="test", help="validation: to tune on, kept apart")
+    runner.add_argument("--split", choices=SPLITS, default="test", help="validation images are for tuning")
     runner.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    runner.add_argument("--retry", action="store_true", help="also runs that have failed before")
-    runner.add_argument("--again", action="store_true", help="evaluate finished runs anew, from their checkpoints")
+    runner.add_argument("--retry", action="store_true", help="also train failed runs again")
+    runner.add_argument("--again", action="store_true", help="evaluate finished runs again, from checkpoints")
     runner.set_defaults(do=run)
-    reporter = which.add_parser("report", help="build the page from the records")
+    reporter = which.add_parser("report", help="make the page from the records")
     reporter.add_argument("--results", type=Path, default=RESULTS)
     reporter.add_argument("--out", type=Path, help="default: the results folder")
     reporter.set_defaults(do=report)

@@ -1,6 +1,6 @@
-"""Figures of numbers, from runs' records: the paper's figure 6, the frontier, the limit cycle and the bandwidth.
+"""Figures of numbers from the runs' records: the paper's figure 6, the frontier, the limit cycle and the bandwidth.
 
-Each function returns a Figure, or None where no run left what it shows.
+Each function returns a Figure, or None if no run has the numbers for it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MARKERS = dict(zip(COLOURS, "oPsdDXpHv<>*", strict=True))
 
 
 def curves(runs: list[Run]) -> Figure | None:
-    """Figure 6: training errors on the left, test errors on the right."""
+    """Figure 6: training errors are on the left, test errors on the right."""
     groups = [(SHORT[m], m, 0.0, base(runs, m)) for m in PLAIN]
     for method in PROTOTYPICAL:
         counts = [K for K in CURVES if base(runs, method, K)]
-        shades = np.linspace(0, 0.65, len(counts))[::-1]  # the largest K, or the only one, in full colour
+        shades = np.linspace(0, 0.65, len(counts))[::-1]  # the largest K has the full colour
         groups += [
             (f"{SHORT[method]}, K = {K}", method, shade, base(runs, method, K))
             for K, shade in zip(counts, shades, strict=True)
@@ -78,7 +78,7 @@ def _lighter(colour: str, share: float) -> tuple[float, ...]:
 
 
 def frontier(runs: list[Run]) -> Figure | None:
-    """Control and standardised MMD over test MSE; K = 30 of the methods that have a K."""
+    """Control and standardised MMD over test MSE. Methods with a K are shown at K = 30."""
     points = []
     for name, some in rows(runs).items():
         method = some[0]["method"]
@@ -92,8 +92,8 @@ def frontier(runs: list[Run]) -> Figure | None:
     left, right_axis = figure.subplots(1, 2, sharex=True)
     betas = [name for name, *_ in points if "beta = " in name]
     for name, method, error, right, regular in points:
-        # One below, the next above its mark, for large betas end in the same place; on the right, where small ones lie
-        # above ours, the other way round.
+        # Names are in turn below and above their marks, because large betas end in the same place. On the right the
+        # order is reversed, because small betas are above ours there.
         offsets = (8, -13) if name in betas and betas.index(name) % 2 else (-13, 8)
         _point(left, error, right, method, name, offsets[0])
         if regular:
@@ -108,7 +108,7 @@ def frontier(runs: list[Run]) -> Figure | None:
     right_axis.set(ylabel="standardised MMD")
     right_axis.set_title("lower left is best", fontsize=10)
     right_axis.set_yscale("symlog", linthresh=3, linscale=0.4)
-    # By the means: a deviation larger than its mean would take a logarithmic axis through decades of nothing.
+    # The means set the limits. A deviation larger than its mean would stretch the logarithmic axis over empty decades.
     means = [regular.mean for *_, regular in points if regular]
     right_axis.set_ylim(min([-4.0, *(2 * y for y in means)]), max([4.0, *(2 * y for y in means)]))
     right_axis.yaxis.set_major_locator(
@@ -123,7 +123,10 @@ def frontier(runs: list[Run]) -> Figure | None:
 
 
 def _point(axis: Axes, x: Mean, y: Mean, method: str, name: str, offset: int) -> None:
-    """A method with its deviations; hollow without prototypes of its own. A beta-VAE's beta is ``offset`` points up."""
+    """Draw a method with its deviations. Its mark is hollow if it has no prototypes of its own.
+
+    The beta of a beta-VAE is ``offset`` points above the mark.
+    """
     axis.errorbar(
         x.mean,
         y.mean,
@@ -143,10 +146,10 @@ def _point(axis: Axes, x: Mean, y: Mean, method: str, name: str, offset: int) ->
 
 
 def plain_ticks(axis: Axis) -> None:
-    """1, 2 and 5 of each decade, written out; more of them where the axis spans less than one."""
+    """Write 1, 2 and 5 of each decade as ticks. If the axis spans less than a decade, it has more ticks."""
     low, high = axis.get_view_interval()
     steps = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)
-    # Not LogLocator, which turns to linear ticks, one over the other, where it finds fewer than two.
+    # LogLocator is not used. If it finds fewer than two ticks, it makes linear ticks that overlap.
     axis.set_major_locator(FixedLocator([c * 10.0**n for n in range(-9, 9) for c in steps]))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: "")
@@ -162,7 +165,7 @@ PHASES = {
 
 
 def limit_cycle(runs: list[Run], results: Path, shown: int = 10) -> Figure | None:
-    """MSE before and after each optimizer's step, of the last batches and of all of them, a line a method."""
+    """The MSE before and after each optimizer's step, for the last batches and for all. Each method has a line."""
     found = {}
     for method in (*PROTOTYPICAL, "autoencoder"):
         everything = [arrays_of([run], results) for run in base(runs, method)]
@@ -192,7 +195,7 @@ def limit_cycle(runs: list[Run], results: Path, shown: int = 10) -> Figure | Non
 
 
 def _sawtooth(axis: Axes, trace: np.ndarray, phases: list[str]) -> None:
-    """``trace`` (batches, phases) in the order of time."""
+    """Draw ``trace`` (batches, phases) in the order of time."""
     x = np.arange(len(trace))[:, None] + np.linspace(0.1, 0.9, trace.shape[1])
     axis.plot(x.ravel(), trace.ravel(), color="0.75", linewidth=1, zorder=1)
     for column, phase in enumerate(phases):
@@ -205,7 +208,7 @@ def _sawtooth(axis: Axes, trace: np.ndarray, phases: list[str]) -> None:
 
 
 def bandwidth(runs: list[Run]) -> Figure | None:
-    """Test MSE and r^2/D over the bandwidth of the paper's MMD, a point a seed."""
+    """Test MSE and r^2/D over the bandwidth of the paper's MMD. Each seed is a point."""
     sweep, plain = bandwidths(runs), mean_of(base(runs, "autoencoder"), "test_mse")
     if len(sweep) < 2:
         return None

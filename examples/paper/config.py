@@ -1,4 +1,4 @@
-"""What is run: ``configs/*.yaml``, checked as a whole before anything is trained."""
+"""The runs from ``configs/*.yaml``. A whole file is checked before the first training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .methods import METHODS, Plan, build_method
 from .models import MODELS, build_network
 
 FOLDER = Path(__file__).parent / "configs"
-TINY = 4  # maps and width of the network on which options are tried
+TINY = 4  # maps and width of the small network that tries the options
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class RunConfig:
     """One row of the comparison.
 
     Attributes:
-        label: its name in tables; unique in a config.
-        options: those of the method, see ``methods``.
-        seeds: fewer than the config's, for long sweeps; None for as many.
-        trace_steps: so many steps after training, the error of a fixed batch is recorded before and after each step
-            of each optimizer.
+        label: its name in tables. It is unique in a config.
+        options: the options of the method, see ``methods``.
+        seeds: a smaller number than the config's, for long sweeps. None takes the config's number.
+        trace_steps: the number of additional steps after training. In them, the error of a fixed batch is recorded
+            before and after each step of each optimizer.
     """
 
     method: str
@@ -41,10 +41,10 @@ class Config:
     """A data set, a network, a training, and the methods that share them.
 
     Attributes:
-        maps: of the convolutional decoder's start, 256 in the paper; unused by the MLP.
-        train_images, test_images: at most so many; None for all.
-        validation_images: held out of the training images with ``--split validation``.
-        curve_images: training images whose error is in ``history``, and as many test images.
+        maps: the number of maps at the start of the convolutional decoder, 256 in the paper. The MLP does not use it.
+        train_images, test_images: the largest number of images. None takes all.
+        validation_images: the number of training images that ``--split validation`` holds out.
+        curve_images: the number of training images, and of test images, for the errors in ``history``.
     """
 
     name: str
@@ -66,19 +66,19 @@ class Config:
 
     @property
     def model_name(self) -> str:
-        """As records name it."""
+        """The network's name in records."""
         return f"conv-{self.maps}" if self.model == "conv" else f"mlp-{self.width}"
 
 
 def load_config(name: str) -> Config:
-    """The config of that name or file.
+    """The config with this name, or from this file.
 
-    ``base: NAME`` takes over what another one says. ``defaults`` maps a method to options that all of its runs have
-    unless they say otherwise. A run's ``sweep`` maps an option to values: a run for each combination, with the values
-    put into the label's braces, but none that differs from an earlier run in its label alone.
+    ``base: NAME`` takes the settings of another config. ``defaults`` maps a method to the default options of all of its
+    runs. A run's ``sweep`` maps an option to values. It makes a run for each combination and puts the values into the
+    label's braces. A run that differs from an earlier one only in its label is left out.
 
     Raises:
-        ValueError: an unknown name or key, or a value out of its range, with its place in the file.
+        ValueError: there is an unknown name or key, or a value out of its range. The error names the place in the file.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     content = _read(path)
@@ -126,7 +126,7 @@ def _check_keys(place: str, content: dict[str, Any], known: set[str]) -> None:
 def _runs(
     place: str, entry: dict[str, Any], defaults: dict[str, dict[str, Any]], earlier: list[RunConfig]
 ) -> list[RunConfig]:
-    """The runs of one entry, one for each combination of its sweep that ``earlier`` does not have."""
+    """The runs of one entry: one for each combination of its sweep, if it is not in ``earlier``."""
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: expected a mapping, got {entry!r}. Write 'method: ...' and 'label: ...'.")
     _check_keys(place, entry, {f.name for f in fields(RunConfig)} | {"sweep"})
@@ -148,7 +148,7 @@ def _runs(
 
 
 def _check(place: str, config: Config) -> None:
-    """Ranges, and that every method takes its options."""
+    """Check the ranges, and check that every method takes its options."""
     for name, choices in (("data", NAMES), ("model", MODELS)):
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{place}: {name}: expected one of {sorted(choices)}, got {value!r}. Choose one.")

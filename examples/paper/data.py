@@ -1,4 +1,4 @@
-"""The data sets by name, and which images a run trains on and is judged on."""
+"""The data sets by name, and the images for training and for judgement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from examples.image_data import Images, load, load_digits
 
 from .trained import ImageData
 
-# What a folder is expected to hold, told apart by the mean training pixel: all IDX files look alike.
+# The mean training pixel tells the data sets apart, because all IDX files have the same names.
 MEAN_PIXEL = {"digits": 0.305, "mnist": 0.1307, "fashion": 0.2860, "cifar10": 0.4734, "cifar100": 0.4782}
 NAMES = {
     "digits": "digits",
@@ -19,12 +19,12 @@ NAMES = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
 }
-FIRST_LABELS = {"cifar10": [6, 9, 9, 4, 1], "cifar100": [19, 29, 0, 11, 1]}  # of the files as published
+FIRST_LABELS = {"cifar10": [6, 9, 9, 4, 1], "cifar100": [19, 29, 0, 11, 1]}  # in the published files
 SPLITS = ("test", "validation")
 
 
 def load_images(data: str, data_dir: Path | None) -> Images:
-    """The data set ``data`` in ``data_dir``. Raises ValueError for a folder that is missing or holds another."""
+    """The data set ``data`` in ``data_dir``. Raises ValueError if the folder is missing or holds another data set."""
     if data == "digits":
         return load_digits()
     if data_dir is None:
@@ -49,11 +49,11 @@ def split(
     test_images: int | None = None,
     validation_images: int = 10_000,
 ) -> ImageData:
-    """What a run trains on and is judged on.
+    """The images that a run trains on, and those that judge it.
 
-    ``on="validation"`` judges by the last ``validation_images`` of a fixed permutation of the training images and
-    trains on others; ``on="test"`` judges by the test images and may train on all. Both take at most ``train_images``
-    and ``test_images``.
+    ``on="validation"`` judges by the last ``validation_images`` of a fixed permutation of the training images. It
+    trains on the others. ``on="test"`` judges by the test images and may train on all training images. Both take at
+    most ``train_images`` and ``test_images``.
     """
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))
     if on == "validation":

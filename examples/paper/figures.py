@@ -1,4 +1,4 @@
-"""Every figure of a study with its caption: the paper's 2 to 6 and three of ours."""
+"""All figures of a study with their captions: the paper's figures 2 to 6, and three of ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FROM_ARRAYS = ("figure-2", "figure-3", "figure-5", "limit-cycle", *(f"figure-4-{
 
 
 def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str, str, Figure | None]]:
-    """Name, caption and figure of everything there is to show; None where these runs cannot show it."""
+    """The name, caption and figure of every picture. The figure is None if these runs cannot show it."""
     drawers: list[tuple[str, str, Callable[[], Figure | None]]] = [
         (
             "frontier",

@@ -1,6 +1,6 @@
-"""What a trained run is judged by. One call, one row of the table, and the arrays that figures are drawn from.
+"""The metrics of a trained run. One call gives a row of the table and the arrays for the figures.
 
-A metric that makes no sense for a method is left out of its row; NaN means that it was measured and is not a number.
+A row leaves out a metric that makes no sense for its method. NaN means that it was measured and is not a number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .synthesis import around, control, diversity, frechet_distance, judge_of, o
 from .trained import ImageData, TrainedRun
 
 SUBSET = 10_000  # training images for clusters, majority classes and PCA
-IMAGES = 5_000  # images a side in FID, precision and recall
+IMAGES = 5_000  # images on each side in FID, precision and recall
 PER_PROTOTYPE = 100
 DRAWN = 8  # samples drawn around each prototype
 TSNE_POINTS = 1_000
@@ -33,12 +33,12 @@ TSNE_POINTS = 1_000
 def evaluate(
     run: TrainedRun, *, num_prototypes: int = 30, cache: Path | None = None
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Metrics and arrays of one trained run.
+    """The metrics and arrays of one trained run.
 
     Args:
-        num_prototypes: K for methods without prototypes: their latents are clustered by k-means, and control is
-            measured around its centres.
-        cache: folder for what depends on the data set alone (the classifier, the PCA floor).
+        num_prototypes: K for methods without prototypes. k-means clusters their latents, and control is measured
+            around its centres.
+        cache: the folder for results that depend only on the data set: the classifier and the PCA floor.
     """
     data = run.data
     subset = _subset(len(data.train_images), SUBSET).to(data.train_images.device)
@@ -56,17 +56,17 @@ def evaluate(
 
 
 def centres_head(centres: Tensor) -> PrototypeHead:
-    """Prototypes at ``centres`` (K, D); latents belong to the nearest."""
+    """Prototypes at ``centres`` (K, D). A latent belongs to the nearest one."""
     head = PrototypeHead(centres.shape[1], len(centres), similarity="euclidean").to(centres)
     head.place(slice(None), centres)
     return head
 
 
 class OnePrior(nn.Module):
-    """N(0, I) as latent_metrics takes it: K prototypes at the origin, and latents dealt out to them in turn.
+    """N(0, I) in the form for latent_metrics: K prototypes are at the origin, and each takes every K-th latent.
 
-    Groups are as large as clusters at this K, so that the standardised MMD, which grows with the number of latents,
-    compares with that of K clusters.
+    The groups are as large as clusters at this K. The standardised MMD grows with the number of latents, so this makes
+    it comparable with that of K clusters.
     """
 
     def __init__(self, latent_dim: int, num_prototypes: int) -> None:
@@ -79,7 +79,7 @@ class OnePrior(nn.Module):
 
 
 def reconstruction(run: TrainedRun, test_z: Tensor, cache: Path | None = None) -> dict[str, float]:
-    """Errors per pixel on test images, beside what no model can go below, and PCA with as many dimensions."""
+    """Errors per pixel on test images, the excess over the images' own entropy, and the error of PCA at the same D."""
     x = run.data.test_images
     # An image of grey pixels has an entropy that no reconstruction removes.
     floor = F.binary_cross_entropy(x, x).item()
@@ -92,7 +92,7 @@ def reconstruction(run: TrainedRun, test_z: Tensor, cache: Path | None = None) -
 
 
 def pca_floor(data: ImageData, dimensions: int, cache: Path | None = None) -> float:
-    """Test MSE of PCA, fitted to training images."""
+    """The test MSE of a PCA that is fitted to training images."""
     dimensions = min(dimensions, data.train_images.shape[1], len(data.train_images))
 
     def compute() -> dict[str, Tensor]:
@@ -109,11 +109,11 @@ GAUSSIAN_POSTERIOR = ("vae", "infovae")
 
 
 def regularity(run: TrainedRun, test_z: Tensor, head: PrototypeHead) -> dict[str, float]:
-    """How near test latents are to the normal distributions that samples are drawn from; clusters beside classes.
+    """Compare test latents with the normal distributions that samples are drawn from, and clusters with classes.
 
-    With prototypes, or k-means centres in their place, those are N(v_k, I). The VAEs' is N(0, I), and it is draws of
-    their posterior that should follow it: means spread less. A VAE without ``run.posterior`` (images (B, C*H*W) ->
-    draws (B, D)) is left without these.
+    With prototypes, or with k-means centres in their place, these are N(v_k, I). For VAEs it is N(0, I). Draws of their
+    posterior should follow it, because the means have a smaller spread. A VAE without ``run.posterior`` (images
+    (B, C*H*W) -> draws (B, D)) does not get these metrics.
     """
     if run.method in GAUSSIAN_POSTERIOR:
         if run.posterior is None:
@@ -135,18 +135,18 @@ def regularity(run: TrainedRun, test_z: Tensor, head: PrototypeHead) -> dict[str
 
 
 def purity(clusters: Tensor, labels: Tensor) -> float:
-    """Share of examples with the majority label of their cluster."""
+    """The share of examples with the majority label of their cluster."""
     return (contingency(clusters, labels, int(clusters.max()) + 1).amax(1).sum() / len(labels)).item()
 
 
 def contingency(clusters: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """How many of each class (columns) are in each cluster (rows)."""
+    """The number of examples of each class (columns) in each cluster (rows)."""
     classes = int(labels.max()) + 1
     return torch.bincount(clusters * classes + labels, minlength=num_clusters * classes).view(num_clusters, classes)
 
 
 def majority_classes(assigned: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """(K,) class of most members of each cluster, -1 for a cluster without any."""
+    """The most common class (K,) of each cluster's members, or -1 for an empty cluster."""
     table = contingency(assigned, labels, num_clusters)
     return torch.where(table.sum(1) > 0, table.argmax(1), -1)
 
@@ -154,7 +154,7 @@ def majority_classes(assigned: Tensor, labels: Tensor, num_clusters: int) -> Ten
 def synthesis(
     run: TrainedRun, head: PrototypeHead, train_z: Tensor, subset: Tensor, test_z: Tensor, cache: Path | None = None
 ) -> dict[str, float]:
-    """Decoded samples as the classifier sees them, around prototypes (or k-means centres) and from the prior."""
+    """The classifier's metrics for decoded samples around prototypes (or k-means centres) and from the prior."""
     data, K = run.data, head.num_prototypes
     judge = judge_of(data, cache)
     assigned, labels = head(train_z).argmax(1), data.train_labels[subset]
@@ -182,7 +182,10 @@ def synthesis(
 
 
 def distances(run: TrainedRun, test_z: Tensor, test: Tensor, train: Tensor, judge) -> dict[str, float]:
-    """FID to training images: of samples, test images (the floor), reconstructions. Precision and recall to test."""
+    """FID of samples, test images (the floor) and reconstructions, and precision and recall of samples.
+
+    The FID compares with training images. Precision and recall compare with test images.
+    """
     count = min(IMAGES, len(test), len(train))
     reference, real = train[:count], test[:count]
     samples = judge.features(run.sample(count, torch.Generator().manual_seed(0)))
@@ -199,7 +202,7 @@ def distances(run: TrainedRun, test_z: Tensor, test: Tensor, train: Tensor, judg
 def arrays(
     run: TrainedRun, head: PrototypeHead, train_z: Tensor, train_labels: Tensor, test_z: Tensor
 ) -> dict[str, np.ndarray]:
-    """Pictures as bytes (..., C, H, W), and the plane of t-SNE."""
+    """Pictures as bytes (..., C, H, W), and the t-SNE plane."""
     data = run.data
     shown = examples_of_each_class(data.test_labels)
     noise = pixels(run.decode(around(head, DRAWN)), data.shape)
@@ -218,7 +221,7 @@ def arrays(
 
 
 def examples_of_each_class(labels: Tensor, most: int = 10) -> Tensor:
-    """The first image of each class, of the first ten classes."""
+    """The first image of each class, for the first ten classes."""
     first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:most]]
     return torch.tensor(first, device=labels.device)
 
@@ -229,11 +232,11 @@ def pixels(images: Tensor, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def tsne(points: Tensor) -> np.ndarray:
-    """(N, 2) in half precision: a picture needs no more."""
+    """The points (N, 2) in half precision, which is enough for a picture."""
     perplexity = min(30.0, (len(points) - 1) / 3)
     return TSNE(perplexity=perplexity, random_state=0).fit_transform(points.float().cpu().numpy()).astype(np.float16)
 
 
 def _subset(total: int, count: int) -> Tensor:
-    """Indices, drawn once and for all."""
+    """Random indices, always the same."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[: min(total, count)]

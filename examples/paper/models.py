@@ -10,9 +10,9 @@ MODELS = ("conv", "mlp")
 
 
 class Network(nn.Module):
-    """Features of an image, a linear map from them to the latent, and a decoder from the latent to logits.
+    """The features of an image, a linear map from them to the latent, and a decoder from the latent to logits.
 
-    The features end in a ReLU; the latent does not: ReLU latents cannot follow N(v_k, I).
+    The features end in a ReLU. The latent does not, because ReLU latents cannot follow N(v_k, I).
 
     Attributes:
         features: images (B, C*H*W) -> (B, width). latent: (B, width) -> (B, D). decoder: (B, D) -> logits (B, C*H*W).
@@ -24,15 +24,18 @@ class Network(nn.Module):
         self.width, self.latent_dim, self.pixels = width, latent_dim, pixels
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (B, D) of images ``x`` (B, C*H*W)."""
+        """The latents (B, D) of images ``x`` (B, C*H*W)."""
         return self.latent(self.features(x))
 
 
 def build_network(model: str, shape: tuple[int, int, int], latent_dim: int, maps: int, width: int = 256) -> Network:
-    """``"conv"``: section 3.1 of the paper at ``maps`` = 256, narrower with less; ``"mlp"``: for 8x8 digits."""
+    """``"conv"`` is the network of the paper's section 3.1 if ``maps`` is 256. ``"mlp"`` is for 8x8 digits.
+
+    Fewer ``maps`` make a narrower network.
+    """
     network = _mlp(prod(shape), latent_dim, width) if model == "mlp" else _conv(shape, latent_dim, maps, width)
     for module in network.modules():
-        # TensorFlow's default, which the paper used; with PyTorch's the first epoch is spent on a plateau.
+        # This is TensorFlow's default, which the paper used. With PyTorch's, the first epoch stays on a plateau.
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
@@ -48,11 +51,11 @@ def _mlp(pixels: int, latent_dim: int, width: int) -> Network:
 
 
 def _conv(shape: tuple[int, int, int], latent_dim: int, maps: int, width: int) -> Network:
-    """Two convolution blocks for MNIST and three for CIFAR, two of them halving the image; a dense bottleneck.
+    """Two convolution blocks for MNIST, or three for CIFAR, and a dense bottleneck. Two blocks halve the image.
 
-    The decoder starts from ``maps`` maps of 7 x 7 (4 x 4 for CIFAR) and doubles them by transposed convolutions of
-    half as many maps each; a last convolution has a map a colour. The paper leaves the other widths open: they mirror
-    the decoder's.
+    The decoder starts from ``maps`` maps of 7 x 7 (4 x 4 for CIFAR). Transposed convolutions double their size, and
+    each one halves the number of maps. The last convolution has a map for each colour. The paper does not say the
+    other widths. Here they mirror the decoder's.
     """
     channels, height, side = shape
     small = side == 28

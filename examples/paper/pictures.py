@@ -1,6 +1,6 @@
-"""Figures of images and latents, from the arrays that runs leave: the paper's figures 2 to 5.
+"""Figures of images and latents from the arrays of the runs: the paper's figures 2 to 5.
 
-Each function returns a Figure, or None where no run left what it shows.
+Each function returns a Figure, or None if no run has the arrays for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHOWN = (1, 2, 5, 10, 20, 30, 50)  # the paper's K
 
 
 def mosaic(images: np.ndarray, columns: int, gap: int = 2, fill: int = 255) -> np.ndarray:
-    """Bytes (n, C, H, W) as one picture of so many columns, (rows * H, columns * W) or with three colours last."""
+    """Bytes (n, C, H, W) as one picture with this many columns: (rows * H, columns * W), or with three colours last."""
     images = enlarged(images)
     n, channels, height, width = images.shape
     lines = -(-n // columns)
@@ -31,7 +31,7 @@ def mosaic(images: np.ndarray, columns: int, gap: int = 2, fill: int = 255) -> n
 
 
 def enlarged(images: np.ndarray) -> np.ndarray:
-    """Small images at a whole multiple of their size, so that gaps and frames suit all."""
+    """Small images at a whole multiple of their size. Gaps and frames then fit all of them."""
     scale = max(1, 28 // images.shape[-1])
     return images.repeat(scale, -1).repeat(scale, -2)
 
@@ -43,11 +43,11 @@ def show(axis: Axes, picture: np.ndarray) -> None:
 
 
 def decoded(runs: list[Run], results: Path, columns: int = 10) -> Figure | None:
-    """Figure 2: a column a method, a block a K."""
+    """Figure 2: a column for each method and a block for each K."""
     found = {}
     for method in PROTOTYPICAL:
         images = {K: arrays_of(base(runs, method, K), results) for K in prototype_counts(runs, method) if K in SHOWN}
-        if len(images) > 1 and any(images.values()):  # a column for a single K would be blank
+        if len(images) > 1 and any(images.values()):  # with a single K the column would be blank
             found[method] = {K: arrays["prototypes"] for K, arrays in images.items() if arrays}
     if not found:
         return None
@@ -72,15 +72,15 @@ def decoded(runs: list[Run], results: Path, columns: int = 10) -> Figure | None:
 
 
 def _padded(images: np.ndarray, columns: int) -> np.ndarray:
-    """White images up to a full line, so that all mosaics are as wide."""
+    """Add white images up to a full line. All mosaics then have the same width."""
     missing = -len(images) % columns
     return np.concatenate([images, np.full((missing, *images.shape[1:]), 255, np.uint8)])
 
 
 def noise(runs: list[Run], results: Path, blocks: int = 3) -> Figure | None:
-    """Figure 4 of one method: a line a prototype, in blocks side by side."""
+    """Figure 4 of one method: a line for each prototype, in blocks side by side."""
     arrays = arrays_of(runs, results)
-    if arrays is None or "noise" not in arrays:  # the largest array: kept results may lack it
+    if arrays is None or "noise" not in arrays:  # this is the largest array, and kept results may lack it
         return None
     prototypes, samples = arrays["prototypes"], arrays["noise"]
     columns = samples.shape[1] + 1
@@ -108,7 +108,7 @@ def noise(runs: list[Run], results: Path, blocks: int = 3) -> Figure | None:
 
 
 def latent_maps(runs: list[Run], results: Path, counts: tuple[int, ...] = (1, 10, 30, 50)) -> Figure | None:
-    """Figure 3: baselines in the first column, then a line a method and a column a K."""
+    """Figure 3: the baselines are in the first column. Then there is a line for each method and a column for each K."""
     methods = [
         m for m in ("algorithm-1-paper", "balanced") if any(arrays_of(base(runs, m, K), results) for K in counts)
     ]
@@ -151,7 +151,7 @@ def _scatter(axis: Axes, runs: list[Run], results: Path, title: str) -> None:
 
 
 def reconstructions(runs: list[Run], results: Path) -> Figure | None:
-    """Figure 5: a line a model, the images first."""
+    """Figure 5: the images are in the first line. Each model has a line below."""
     groups = {SHORT[method]: base(runs, method) for method in PLAIN}
     for method in PROTOTYPICAL:
         groups |= {f"{SHORT[method]}, K = {K}": base(runs, method, K) for K in CURVES}

@@ -1,4 +1,4 @@
-"""``runs.jsonl``: one line a run, and what several processes need to fill it together."""
+"""``runs.jsonl`` has a line for each run. Several processes can fill it together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# A run is these four; its ``id`` tells apart the settings it was made with.
+# These four values name a run. Its ``id`` stands for its settings.
 KEY = ("config", "split", "label", "seed")
 
 
 @contextmanager
 def held(path: Path, wait: bool = True) -> Iterator[bool]:
-    """A lock on ``path``, which a killed process lets go of; yields whether it was had."""
+    """A lock on ``path``. It yields whether this process has the lock. A killed process releases it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -29,7 +29,7 @@ def held(path: Path, wait: bool = True) -> Iterator[bool]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` in one step when all is written."""
+    """A new path to write to. After all is written, it replaces ``path`` in one step."""
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         yield part
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 class Records:
-    """The lines of a file, read anew at each question: another process may have added to it."""
+    """The lines of a file. Each call reads them anew, because another process may have added some."""
 
     def __init__(self, path: Path, lock: Path) -> None:
         self.path, self.lock = path, lock
@@ -48,11 +48,11 @@ class Records:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
     def find(self, **values: Any) -> dict[str, Any] | None:
-        """The record that has all of these."""
+        """The record with all of these values, or None."""
         return next((r for r in self.all() if all(r.get(name) == value for name, value in values.items())), None)
 
     def put(self, record: dict[str, Any]) -> None:
-        """Add ``record``, in the place of an earlier one of the same run."""
+        """Add ``record``. It replaces an earlier record of the same run."""
         with held(self.lock):
             key = [record[name] for name in KEY]
             kept = [r for r in self.all() if [r[name] for name in KEY] != key]

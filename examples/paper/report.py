@@ -1,6 +1,6 @@
-"""The page: tables, verdicts and figures, from ``runs.jsonl`` and its arrays alone.
+"""The page of results: tables, verdicts and figures. It comes only from ``runs.jsonl`` and its arrays.
 
-The repository keeps the records and some pictures, but no arrays. Pictures that need them stay as they lie there.
+The repository keeps the records and some pictures, but no arrays. Pictures that need arrays stay as they are there.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ PUBLISHED = {
 def build(results: Path, out: Path) -> Path:
     """Write ``report.md`` and its figures into ``out`` from ``results/runs.jsonl`` and the arrays beside it.
 
-    Where arrays are missing, the page says which figures it lacks for that reason.
+    If arrays are missing, the page names the figures that it lacks for this reason.
 
-    Returns the page. ValueError: no runs.jsonl, or a line of it is no run.
+    Returns the page. Raises ValueError if there is no runs.jsonl, or if one of its lines is no run.
     """
     if not (results / "runs.jsonl").exists():
         raise ValueError(f"results: expected runs.jsonl in {results}, found none. Start the runs first.")
@@ -122,7 +122,7 @@ def build(results: Path, out: Path) -> Path:
 
 
 def headline(runs: list[Run]) -> str:
-    """What was run, in one line."""
+    """One line that says what was run."""
     judged = [run for run in runs if done(run)]
     if not judged:
         return "**No run has finished.**"
@@ -137,14 +137,14 @@ def headline(runs: list[Run]) -> str:
 
 
 def size(run: Run) -> str:
-    """How the network compares with the paper's."""
+    """The network's size, compared with the paper's."""
     if run["model"] in ("paper", f"conv-{PAPER_MAPS}"):
         return "paper-size models"
     return "small MLPs" if run["model"].startswith("mlp") else "narrow models, not the paper's size"
 
 
 def summary(found: dict[Study, list[Run]]) -> str:
-    """The claims over all data sets: outcome only."""
+    """The outcomes of the claims over all data sets."""
     if not found:
         return ""
     claims = [verdict.__name__.upper() for verdict in CLAIMS]
@@ -190,7 +190,7 @@ def section(study: Study, runs: list[Run], failed: Counter, results: Path, out: 
 
 
 def missing(runs: list[Run], results: Path, undrawn: list[str], kept: list[str]) -> str:
-    """What the page lacks because arrays are not there; nothing where all of them are."""
+    """A text about what the page lacks because arrays are missing. It is empty if there are all arrays."""
     lost = [run for run in runs if run.get("arrays") and not (results / run["arrays"]).exists()]
     if not lost:
         return ""
@@ -204,7 +204,10 @@ def missing(runs: list[Run], results: Path, undrawn: list[str], kept: list[str])
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A PNG of at most 256 colours, a third of the size; with all of them where that would show, as in photographs."""
+    """Write a PNG with at most 256 colours, which has a third of the size.
+
+    If the loss of colours would be visible, as in photographs, the PNG keeps all of them.
+    """
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
     exact = Image.open(drawn).convert("RGB")
@@ -236,7 +239,7 @@ def table(titles: list[str], body: Iterable[list[str]]) -> list[str]:
 
 
 def metric_table(runs: list[Run], columns: tuple[tuple[str, str, str], ...], failed: Counter) -> str:
-    """A row a model, without the sweep over bandwidths; columns that no run has are left out."""
+    """A row for each model, without the sweep over bandwidths. Columns without any value are left out."""
     columns = tuple(c for c in columns if any(value(run, c[0]) is not None for run in runs))
     body = []
     for name, some in rows(run for run in runs if "sigma" not in run["options"]).items():
@@ -253,7 +256,7 @@ def metric_table(runs: list[Run], columns: tuple[tuple[str, str, str], ...], fai
 
 
 def claims_table(runs: list[Run]) -> str:
-    """Each claim by the paper's algorithm, with the rule; beside it what the others make of it."""
+    """Each claim for the paper's algorithm, with its rule. Below it are the outcomes of the other methods."""
     lines = []
     for claim in CLAIMS:
         judged = claim(runs)
@@ -283,7 +286,7 @@ def bandwidth_table(runs: list[Run]) -> str:
 
 
 def published(found: dict[Study, list[Run]]) -> str:
-    """Figures of others, with their source. The paper itself prints no numbers, only pictures."""
+    """Published figures of other work, with their source. The paper itself prints no numbers, only pictures."""
     body = []
     for study, runs in found.items():
         for row in PUBLISHED.get(study.data, ()):
@@ -300,7 +303,7 @@ def published(found: dict[Study, list[Run]]) -> str:
 
 
 def provenance(runs: list[Run]) -> str:
-    """Configs, seeds, time and versions."""
+    """The configs, the seeds, the time and the versions."""
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run["config"], data_name(run), run["model"]), []).append(run)
@@ -318,7 +321,7 @@ def provenance(runs: list[Run]) -> str:
 
 
 def failures(runs: list[Run]) -> str:
-    """Runs that did not finish, or whose metrics are not numbers, by name."""
+    """The names of runs that did not finish, and of runs with metrics that are not numbers."""
     lines = []
     for run in runs:
         where = f"{run['config']}: {row_name(run)}, seed {run['seed']}"

@@ -1,4 +1,4 @@
-"""What runs left behind, read back: ``runs.jsonl``, grouped into what may be compared, with means over seeds."""
+"""Read the results of runs from ``runs.jsonl``, group those that can be compared, and take means over seeds."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SHORT = NAMES | {
 METHODS = tuple(NAMES)
 PROTOTYPICAL = ("algorithm-1-paper", "algorithm-1", "balanced")
 PLAIN = ("autoencoder", "vae", "infovae", "wae", "vq-vae")
-CURVES = (1, 2, 10, 30)  # the K whose curves and reconstructions are shown
+CURVES = (1, 2, 10, 30)  # curves and reconstructions are shown for these K
 
 
 class Study(NamedTuple):
-    """What its runs share, so that they may be compared."""
+    """The settings that its runs share, so that they can be compared."""
 
     data: str
     model: str
@@ -59,7 +59,7 @@ class Study(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """Over seeds. ``present`` runs have the value, of ``total``; one that is NaN makes the mean NaN."""
+    """A mean over seeds. ``present`` of the ``total`` runs have the value. If one value is NaN, the mean is NaN."""
 
     mean: float
     deviation: float
@@ -68,7 +68,10 @@ class Mean(NamedTuple):
 
 
 def load(results: Path) -> list[Run]:
-    """All runs of ``results/runs.jsonl``; of two lines about one run the later counts. ValueError names a bad line."""
+    """All runs of ``results/runs.jsonl``. If two lines are about one run, the later one counts.
+
+    A ValueError names a bad line.
+    """
     latest: dict[str, Run] = {}
     for number, line in enumerate((results / "runs.jsonl").read_text().splitlines(), 1):
         if not line.strip():
@@ -82,8 +85,10 @@ def load(results: Path) -> list[Run]:
 
 
 def named(run: Run) -> Run:
-    """The run, its method as tables name it: a VAE whose beta is not 1 is a beta-VAE, Algorithm 1 has two presets, and
-    WAE-MMD with a warm-up, without, and with ours' noise are three.
+    """The run, with its method's name in tables.
+
+    A VAE with a beta other than 1 is a beta-VAE. Algorithm 1 has two presets. WAE-MMD is three methods: with a warm-up,
+    without one, and without one but with the noise of ours.
     """
     options = run.get("options") or {}
     method = run["method"]
@@ -99,7 +104,7 @@ def named(run: Run) -> Run:
 
 
 def identity(run: Run) -> str:
-    """Two runs with the same are the same run."""
+    """A text that names the run. If it is the same for two runs, they are one run."""
     names = ("config", "data", "model", "method", "label", "num_prototypes", "seed", "epochs", "options")
     return json.dumps([run[name] for name in names] + [run.get("split", "test")], sort_keys=True)
 
@@ -109,7 +114,7 @@ def done(run: Run) -> bool:
 
 
 def data_name(run: Run) -> str:
-    """As figures and tables call the data set; our CIFAR-10 is a JPEG copy and says so everywhere."""
+    """The data set's name in figures and tables. Our CIFAR-10 is a JPEG copy, and its name says so everywhere."""
     return DATA.get(run["data"].lower(), run["data"])
 
 
@@ -118,7 +123,7 @@ def study_of(run: Run) -> Study:
 
 
 def studies(runs: Iterable[Run]) -> dict[Study, list[Run]]:
-    """The finished runs of each study, in the methods' order."""
+    """The finished runs of each study, in the order of the methods."""
     found: dict[Study, list[Run]] = {}
     for run in sorted(filter(done, runs), key=_order):
         found.setdefault(study_of(run), []).append(run)
@@ -134,12 +139,12 @@ def _order(run: Run) -> tuple:
 
 
 def _number(option: object) -> float:
-    """Numbers in their order, words last."""
+    """A sort key: numbers come in their order, and words come last."""
     return float(option) if isinstance(option, int | float) else 0.0 if option is None else math.inf
 
 
 def rows(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The seeds of each row of the table."""
+    """The runs of each row of the table, one for each seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(row_name(run), []).append(run)
@@ -156,7 +161,10 @@ _WITH_K = (*PROTOTYPICAL, "kmeans")
 
 
 def base(runs: Iterable[Run], method: str, num_prototypes: int | None = None) -> list[Run]:
-    """The runs of a method at K, without those that vary an option: its options are the ones with the most K."""
+    """The runs of a method at K, without those that vary an option.
+
+    The method's usual options are those with the most K.
+    """
     by_options: dict[str, list[Run]] = {}
     for run in runs:
         if run["method"] == method:
@@ -172,18 +180,18 @@ def base(runs: Iterable[Run], method: str, num_prototypes: int | None = None) ->
 
 
 def prototype_counts(runs: Iterable[Run], method: str) -> list[int]:
-    """Which K there are of a method."""
+    """All K of a method."""
     return sorted({run["num_prototypes"] for run in base(runs, method)})
 
 
 def value(run: Run, metric: str) -> float | None:
-    """A metric of a run, None where the run has none."""
+    """A metric of a run, or None if the run does not have it."""
     found = run["metrics"].get(metric, run.get(metric))
     return None if found is None else float(found)
 
 
 def mean_of(runs: list[Run], metric: str) -> Mean | None:
-    """Mean and sample deviation over seeds, None where no run has the metric."""
+    """The mean and the sample deviation over seeds, or None if no run has the metric."""
     return mean_over([value(run, metric) for run in runs])
 
 
@@ -198,14 +206,14 @@ def mean_over(values: list[float | None]) -> Mean | None:
 
 
 def ratio(runs: list[Run], to: list[Run], metric: str) -> Mean | None:
-    """Mean over seeds of metric / metric of the run ``to`` with the same seed, None without a common seed."""
+    """The mean over seeds of metric / metric of the run ``to`` with the same seed, or None without a common seed."""
     other = {run["seed"]: value(run, metric) for run in to}
     pairs = [(value(run, metric), other.get(run["seed"])) for run in runs]
     return mean_over([a / b if a is not None and b else None for a, b in pairs])
 
 
 def arrays_of(runs: list[Run], results: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of the first seed that left any, None if none did."""
+    """The arrays of the first seed that has any, or None."""
     for run in sorted(runs, key=lambda run: run["seed"]):
         if run.get("arrays") and (results / run["arrays"]).exists():
             with np.load(results / run["arrays"]) as file:
@@ -214,12 +222,12 @@ def arrays_of(runs: list[Run], results: Path) -> dict[str, np.ndarray] | None:
 
 
 def written(found: Mean | None, spec: str = ".3f") -> str:
-    """``mean ± deviation``, a dash where there is nothing; says so where a seed lacks the value."""
+    """``mean ± deviation``, or a dash if there is no value. If a seed lacks the value, the text says so."""
     if found is None:
         return "–"
     if math.isnan(found.mean):
         return "NaN"
     text = f"{found.mean:{spec}}"
-    if found.deviation > 0:  # NaN for a single seed, 0 for what does not depend on it
+    if found.deviation > 0:  # NaN for a single seed, 0 if the seed has no effect
         text += f" ± {found.deviation:{spec}}"
     return text + (f" ({found.present} of {found.total})" if found.present < found.total else "")

@@ -1,4 +1,4 @@
-"""All runs of a config: what is done is left alone, what failed is kept with its traceback, the rest is trained."""
+"""All runs of a config. Finished runs stay, failed runs stay with their traceback, and all others are trained."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .trained import ImageData
 
 @dataclass(frozen=True)
 class Run:
-    """One line of ``runs.jsonl``: a row of the config from one seed."""
+    """One line of ``runs.jsonl``: a row of the config with one seed."""
 
     config: Config
     spec: RunConfig
@@ -38,7 +38,7 @@ class Run:
     split: str
 
     def training(self) -> dict[str, Any]:
-        """Everything that the trained weights depend on."""
+        """All settings that change the trained weights."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in ("name", "runs", "seeds")}
         method = METHODS[self.spec.method]
         options = method.training_options(self.spec.options)
@@ -47,17 +47,17 @@ class Run:
 
     @property
     def id(self) -> str:
-        """A digest of the settings: a config that was edited runs anew."""
+        """A digest of the settings. After an edit of the config, it differs and the run is new."""
         return _digest(self.training() | {"method": self.spec.method, "options": self.spec.options})
 
     @property
     def checkpoint(self) -> str:
-        """Name of the weights' file: methods that are trained alike share it."""
+        """The name of the weights' file. Methods with the same training share it."""
         return f"{METHODS[self.spec.method].trained_as}-s{self.seed}-{_digest(self.training())}.pt"
 
     @property
     def name(self) -> str:
-        """Of its arrays' file."""
+        """The name of the arrays' file."""
         label = re.sub(r"[^a-z0-9.]+", "-", self.spec.label.lower()).strip("-")
         return f"{self.config.name}-{label}-s{self.seed}"
 
@@ -74,7 +74,7 @@ def _digest(settings: dict[str, Any]) -> str:
 
 
 def runs_of(config: Config, split: str, seeds: int | None = None, only: list[str] | None = None) -> list[Run]:
-    """Seed by seed, so that every method has its first result early. ValueError for names that are not there."""
+    """All runs, seed by seed, so that every method has an early first result. Unknown names raise ValueError."""
     known = {name for spec in config.runs for name in (spec.method, spec.label)}
     if only and (unknown := set(only) - known):
         raise ValueError(f"--only: expected methods or labels among {sorted(known)}, got {sorted(unknown)}.")
@@ -90,10 +90,10 @@ def runs_of(config: Config, split: str, seeds: int | None = None, only: list[str
 
 @dataclass(frozen=True)
 class Session:
-    """Where results go and what a call does with those that are there.
+    """The folder for results, and the action for results that exist already.
 
     Attributes:
-        retry: train failed runs once more. again: evaluate finished runs once more, from their checkpoints.
+        retry: train failed runs again. again: evaluate finished runs again, from their checkpoints.
     """
 
     out: Path
@@ -103,7 +103,7 @@ class Session:
 
     @property
     def work(self) -> Path:
-        """Checkpoints, locks and what metrics keep between runs: not for version control."""
+        """The folder for checkpoints, locks and the metrics' cache. It is not for version control."""
         folder = self.out / "work"
         if not folder.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -115,15 +115,15 @@ class Session:
         return Records(self.out / "runs.jsonl", self.work / "runs.lock")
 
     def pending(self, runs: list[Run]) -> list[Run]:
-        """Those that this call has to do."""
+        """The runs that this call has to do."""
         at_rest = {status for status, redo in (("done", self.again), ("failed", self.retry)) if not redo}
         there = [(r["id"], {name: r[name] for name in KEY}) for r in self.records.all() if r["status"] in at_rest]
         return [run for run in runs if (run.id, run.key) not in there]
 
     def run(self, runs: list[Run], data_dir: Path | None) -> list[dict[str, Any]]:
-        """Do what is pending; returns the records of all ``runs``, in order, where there is one.
+        """Do the pending runs. Return the records of all ``runs`` that have one, in order.
 
-        Several processes may do this at once: a run that another one has in hand is left to it.
+        Several processes may do this at the same time. A run that another process is doing is left to it.
         """
         pending = self.pending(runs)
         if pending:
@@ -135,7 +135,10 @@ class Session:
         return [record for record in found if record is not None]
 
     def _claimed(self, pending: list[Run], data: ImageData, bar: tqdm) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Runs and their records, one after the other as they can be had; ends when others hold all that are left."""
+        """Do the runs that no other process holds. Yield each one with its record.
+
+        This ends when other processes hold all remaining runs.
+        """
         while pending:
             left = []
             for run in pending:
@@ -157,7 +160,7 @@ class Session:
         return ImageData(data.name, data.shape, **tensors)
 
     def _record(self, run: Run, data: ImageData, bar: tqdm) -> dict[str, Any]:
-        """Train and judge one run and write its line, be it a failure."""
+        """Train and judge one run and write its line, also after a failure."""
         bar.set_description(f"{run.spec.label}, seed {run.seed}")
         record = {
             "id": run.id,
@@ -184,7 +187,8 @@ class Session:
         except Exception:
             record |= {"status": "failed", "error": _without_folders(traceback.format_exc())}
             record["history"] = history_of(self.work / run.checkpoint)
-        bar.update(began + run.config.epochs - bar.n)  # those that were there already, or never came
+        # This adds the epochs that a checkpoint or a failure leaves out.
+        bar.update(began + run.config.epochs - bar.n)
         self.records.put(record)
         return record
 
@@ -226,14 +230,14 @@ class Session:
 
 
 def new_method(run: Run, data: ImageData, device: torch.device) -> Method:
-    """Untrained, with weights that depend on the seed alone: the network is drawn before what a method adds."""
+    """The untrained method. The network's weights depend only on the seed, and are drawn before the method's own."""
     config = run.config
     torch.manual_seed(run.seed)
     network = build_network(config.model, data.shape, config.latent_dim, config.maps, config.width)
     steps = -(-len(data.train_images) // config.batch_size)
     plan = Plan(config.epochs, config.warmup_epochs, steps, config.batch_size, config.learning_rate, run.seed)
     method = build_method(run.spec.method, network, plan, run.spec.options)
-    return method.to(device, memory_format=torch.channels_last)  # convolutions are a third faster, on a CPU too
+    return method.to(device, memory_format=torch.channels_last)  # convolutions are a third faster, also on a CPU
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -244,5 +248,5 @@ def _summary(record: dict[str, Any]) -> str:
 
 
 def _without_folders(trace: str) -> str:
-    """A traceback whose files are named by folder and file: where things lie on this machine is nobody's business."""
+    """A traceback with only the folder and the name of each file. The paths of this machine stay private."""
     return re.sub(r'File "(?:.*/)?([^/"]+/[^/"]+)"', r'File "\1"', trace)

@@ -1,7 +1,7 @@
-"""Decoded samples beside real images: what an independent classifier says of them, and distances of its features.
+"""Compare decoded samples with real images, by an independent classifier's answers and the distances of its features.
 
-Every statistic here lives in the features of a small classifier trained on the data set itself, so numbers compare
-between methods on one data set, and never with FIDs of Inception features.
+All statistics use the features of a small classifier that is trained on the data set itself. So numbers can be compared
+between methods on one data set. They cannot be compared with FIDs of Inception features.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from proto_reg import PrototypeHead
 from .trained import ImageData
 
 FEATURES = 64
-_kept: dict[str, dict[str, Tensor]] = {}  # what this process has computed once for a data set
+_kept: dict[str, dict[str, Tensor]] = {}  # results that this process has computed for a data set
 
 
 class Judge(nn.Module):
-    """A small convolutional classifier of images (B, C*H*W); ``features`` are its last hidden layer (B, 64)."""
+    """A small convolutional classifier of images (B, C*H*W). ``features`` are its last hidden layer (B, 64)."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Judge(nn.Module):
 
 
 def once(name: str, data: ImageData, compute: Callable[[], dict[str, Tensor]], cache: Path | None) -> dict[str, Tensor]:
-    """Tensors that depend on the data set alone: computed once in a process, and once for all of them in ``cache``."""
+    """Tensors that depend only on the data set. A process computes them once. A ``cache`` shares them with others."""
     sample = data.train_images[::101].cpu().numpy().tobytes() + data.test_images[::101].cpu().numpy().tobytes()
     key = f"{data.name}-{name}-{blake2b(data.train_labels.cpu().numpy().tobytes() + sample, digest_size=8).hexdigest()}"
     file = cache / f"{key}.pt" if cache else None
@@ -68,13 +68,13 @@ def once(name: str, data: ImageData, compute: Callable[[], dict[str, Tensor]], c
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         torch.save(_kept[key], part)
-        part.replace(file)  # another process may be reading
+        part.replace(file)  # another process may be reading it
     return _kept[key]
 
 
 def judge_of(data: ImageData, cache: Path | None = None) -> Judge:
-    """The classifier of a data set, trained on its training images and on nothing else; leaves random state alone."""
-    # The labels of both splits say how many classes there are; the images of the test split are not looked at.
+    """The classifier of a data set. It is trained only on training images and does not change the random state."""
+    # The labels of both splits give the number of classes. The test images are not used.
     classes = int(torch.cat([data.train_labels, data.test_labels]).max()) + 1
     device = data.train_images.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -110,12 +110,12 @@ def control(
     std: Tensor | float = 1.0,
     per_prototype: int = 100,
 ) -> float:
-    """Share of decoded samples around v_k to which the judge gives the majority class of cluster k; all K count.
+    """The share of decoded samples around v_k that the judge puts into the majority class of cluster k. All K count.
 
     Args:
-        majority: (K,) class of most training latents of cluster k, -1 for a cluster without latents, which is wrong.
+        majority: (K,) the most common class of cluster k's training latents. For an empty cluster it is -1 and wrong.
         judge: images (B, C*H*W) -> classes (B,).
-        std: of the noise, a number or (K, D).
+        std: the standard deviation of the noise, a number or (K, D).
     """
     images = decode(around(head, per_prototype, std))
     right = judge(images) == majority.repeat_interleave(per_prototype)
@@ -124,7 +124,7 @@ def control(
 
 @torch.no_grad()
 def around(head: PrototypeHead, per_prototype: int, std: Tensor | float = 1.0) -> Tensor:
-    """Latents (K * per_prototype, D) of N(v_k, std^2), prototype by prototype, the same noise at every call."""
+    """Latents (K * per_prototype, D) of N(v_k, std^2), prototype by prototype. Every call has the same noise."""
     v = head.prototypes
     noise = torch.randn(len(v), per_prototype, v.shape[1], generator=torch.Generator().manual_seed(0)).to(v)
     spread = std[:, None] if isinstance(std, Tensor) else std
@@ -132,7 +132,7 @@ def around(head: PrototypeHead, per_prototype: int, std: Tensor | float = 1.0) -
 
 
 def frechet_distance(real: Tensor, other: Tensor) -> float:
-    """|m - m'|^2 + tr(S + S' - 2 (S S')^1/2) of features (N, F) and (M, F): Heusel et al. (2017)."""
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^1/2) of features (N, F) and (M, F), as in Heusel et al. (2017)."""
 
     class Given(nn.Identity):
         num_features = real.shape[1]
@@ -144,9 +144,9 @@ def frechet_distance(real: Tensor, other: Tensor) -> float:
 
 
 def precision_recall(real: Tensor, other: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Share of ``other`` (M, F) on the manifold of ``real`` (N, F), and the reverse: Kynkaanniemi et al. (2019).
+    """The share of ``other`` (M, F) on the manifold of ``real`` (N, F), and the reverse (Kynkaanniemi et al., 2019).
 
-    The manifold is the union of balls around each point that reach to its third neighbour.
+    The manifold is the union of balls around all points. A ball reaches to the third neighbour of its point.
     """
 
     def share(points: Tensor, of: Tensor) -> float:
@@ -158,12 +158,15 @@ def precision_recall(real: Tensor, other: Tensor, neighbours: int = 3) -> tuple[
 
 
 def diversity(samples: Tensor, real: Tensor, clusters: Tensor) -> float:
-    """Mean distance between samples of a prototype over that between real images of its cluster; 1 is as varied.
+    """The mean distance between a prototype's samples, divided by that between real images of its cluster.
+
+    At 1, the samples are as varied as the real images.
 
     Args:
-        samples: (K, P, F) features of samples around each prototype.
-        real: (N, F) features of real images, ``clusters`` (N,) the prototype of each. Clusters with fewer than two,
-            or with nothing but copies of one image, cannot be compared and are left out; NaN if all are.
+        samples: features (K, P, F) of samples around each prototype.
+        real: features (N, F) of real images. ``clusters`` (N,) is the prototype of each one. A cluster with fewer than
+            two images, or only with copies of one image, cannot be compared and is left out. If all are left out, the
+            result is NaN.
     """
     ratios = []
     for k, features in enumerate(samples):

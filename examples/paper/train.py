@@ -1,4 +1,4 @@
-"""Training of one method from one seed, resumable after any epoch to the bit."""
+"""Training of one method from one seed. It resumes after any epoch, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .methods.baselines import VAE
 from .records import replacing
 from .trained import ImageData, TrainedRun
 
-CHUNK = 2000  # images at a time, where no gradients are needed
+CHUNK = 2000  # number of images at a time, without gradients
 
 
 def train(
@@ -30,13 +30,14 @@ def train(
     trace_steps: int = 0,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
-    """Train until ``config.epochs`` are done in all, from ``checkpoint`` if it is there; ``method`` then is trained.
+    """Train ``method`` in place until ``config.epochs`` are done in all, from ``checkpoint`` if it exists.
 
-    Every epoch draws its order, and the noise of its steps, from seeds of its own: what is kept of the random state is
-    the number of the epoch.
+    Every epoch draws its order, and the noise of its steps, from its own seeds. So the random state is only the number
+    of the epoch.
 
     Args:
-        on_epoch: called after the checkpoint of each epoch, with the epochs done and their errors.
+        on_epoch: a function that is called after the checkpoint of each epoch. It gets the number of finished epochs
+            and their errors.
 
     Returns:
         ``history``, ``epoch_seconds``, ``step_ms`` of each epoch, and ``trace`` (trace_steps, 1 + steps a batch).
@@ -77,7 +78,7 @@ def train(
         if trace_steps:
             progress["trace"] = traced(method, data, config, trace_steps, checkpoint)
         progress["finished"] = True
-        save(checkpoint, method, progress, {})  # what evaluation needs
+        save(checkpoint, method, progress, {})  # for the evaluation
     return progress
 
 
@@ -89,18 +90,18 @@ def save(checkpoint: Path, method: Method, progress: dict[str, Any], optimizers:
 
 
 def history_of(checkpoint: Path) -> list[dict[str, float]]:
-    """The errors of the epochs that are done; none without a checkpoint."""
+    """The errors of the finished epochs. There are none without a checkpoint."""
     return torch.load(checkpoint, weights_only=True)["progress"]["history"] if checkpoint.exists() else []
 
 
 def batches(data: ImageData, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Indices of an epoch's batches, the same for all methods."""
+    """The indices of an epoch's batches. They are the same for all methods."""
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
     return list(torch.randperm(len(data.train_images), generator=generator).split(batch_size))
 
 
 def train_epoch(method: Method, data: ImageData, batch_size: int, epoch: int) -> float:
-    """One epoch; milliseconds a step."""
+    """Train one epoch. Return the milliseconds of a step."""
     method.begin_epoch(epoch)
     method.train()
     torch.manual_seed(1_000_003 * (method.plan.seed + 1) + epoch)
@@ -114,7 +115,7 @@ def train_epoch(method: Method, data: ImageData, batch_size: int, epoch: int) ->
 
 
 def curve(method: Method, data: ImageData, count: int) -> dict[str, float]:
-    """Errors per pixel after the last step of an epoch, of the first ``count`` training and test images."""
+    """The errors per pixel of the first ``count`` training and test images, after the last step of an epoch."""
     with inference(method):
         return {
             f"{split}_mse": _mse(method, images[:count]).item()
@@ -128,9 +129,9 @@ def _mse(method: Method, images: Tensor) -> Tensor:
 
 
 def traced(method: Method, data: ImageData, config: Config, steps: int, checkpoint: Path) -> Tensor:
-    """Errors (steps, 1 + optimizers) of a fixed test batch before each step and after each of its optimizers' steps.
+    """The errors (steps, 1 + optimizers) of a fixed test batch, before each step and after each optimizer's part of it.
 
-    Training goes on for ``steps`` more steps and is then taken back to ``checkpoint``.
+    Training takes ``steps`` more steps. Then it goes back to ``checkpoint``.
     """
     fixed, row, rows = data.test_images[: config.batch_size], [], []
 
@@ -155,7 +156,7 @@ def traced(method: Method, data: ImageData, config: Config, steps: int, checkpoi
 
 
 def trained_run(name: str, method: Method, data: ImageData) -> TrainedRun:
-    """``method`` as evaluation takes it."""
+    """``method`` in the form that evaluation takes."""
     method.eval()
     device = data.train_images.device
 

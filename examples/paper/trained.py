@@ -1,4 +1,4 @@
-"""What training hands to evaluation: a model as two functions, and the images it is judged on."""
+"""The results that evaluation gets from training: a model as functions, and the images that judge it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from proto_reg import PrototypeHead
 
 @dataclass(frozen=True)
 class ImageData:
-    """Pixels in [0, 1], flattened: (N, C*H*W); labels (N,); ``shape`` is (C, H, W).
+    """Flattened pixels in [0, 1] (N, C*H*W) and labels (N,). ``shape`` is (C, H, W).
 
-    ``test`` is whatever the run is judged on: the validation split while tuning, the test split once.
+    ``test`` holds the images that judge the run. They are the validation split for tuning, and the test split once.
     """
 
     name: str
@@ -31,14 +31,14 @@ class TrainedRun:
 
     Attributes:
         method: the registry's name of the method ("autoencoder", "vae-kl", ...).
-        encode: images (B, C*H*W) -> latents (B, D); the mean of a Gaussian posterior, the codebook vector of a
-            VQ-VAE. In batches of any size, without gradients.
+        encode: images (B, C*H*W) -> latents (B, D). These are the means of a Gaussian posterior, or the codebook
+            vectors of a VQ-VAE. Batches may have any size. There are no gradients.
         decode: latents (B, D) -> images (B, C*H*W) in [0, 1], without gradients.
-        sample: (n, generator) -> n images (n, C*H*W) from the method's own prior; a plain autoencoder, which has
-            none, samples a Gaussian fitted to its training latents.
-        head: the prototypes with their scores, None where the method has none. A k-means' centres count as prototypes.
-        posterior: images (B, C*H*W) -> draws (B, D) of a Gaussian posterior; None where the encoder is deterministic.
-        bce: binary cross-entropy per pixel on ``data.test_images``, nats.
+        sample: (n, generator) -> n images (n, C*H*W) from the method's own prior. A plain autoencoder has no prior. It
+            uses a Gaussian that is fitted to its training latents.
+        head: the prototypes with their scores, or None. The centres of k-means count as prototypes.
+        posterior: images (B, C*H*W) -> draws (B, D) of a Gaussian posterior. None for a deterministic encoder.
+        bce: binary cross-entropy per pixel on ``data.test_images``, in nats.
     """
 
     method: str

@@ -1,7 +1,7 @@
-"""What of the paper holds, and whether ours reaches what it promises: rules, the numbers that decide, the outcomes.
+"""Which claims of the paper hold, and whether ours keeps its promises: rules, deciding numbers and outcomes.
 
-Rules were written before the runs they judge. A function takes the runs of one study (one data set, one network, one
-number of epochs); means are over seeds, and ratios are taken between runs of the same seed.
+The rules were written before the runs that they judge. A function takes the runs of one study: one data set, one
+network and one number of epochs. Means are over seeds. Ratios are between runs of the same seed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Verdict(NamedTuple):
     claim: str
     statement: str
     outcome: str
-    number: str  # the one that decides
+    number: str  # the deciding one
     rule: str
 
 
 def verdict(claim: str, statement: str, holds: bool | None, number: str, rule: str) -> Verdict:
-    """``holds`` None: not measured."""
+    """A verdict. ``holds=None`` means that it was not measured."""
     return Verdict(claim, statement, {True: HOLDS, False: FAILS, None: UNMEASURED}[holds], number, rule)
 
 
@@ -113,7 +113,7 @@ def c6(runs: list[Run], method: str = "algorithm-1-paper") -> Verdict:
 
 
 def bandwidths(runs: list[Run]) -> dict[float, list[Run]]:
-    """Runs of the paper's Algorithm 1 by the bandwidth sigma that they were given, sigma = 1 among them."""
+    """The runs of the paper's Algorithm 1 with a given bandwidth sigma, grouped by it. sigma = 1 is one of them."""
     found: dict[float, list[Run]] = {}
     for run in runs:
         sigma = run["options"].get("sigma")
@@ -144,7 +144,7 @@ RIVALS = ("vae", "infovae", "wae", "wae-first", "wae-noise", "algorithm-1-paper"
 
 
 def targets(runs: list[Run], method: str = "balanced", num_prototypes: int = 30) -> list[Verdict]:
-    """What ours promises, at K = 30."""
+    """The promises of ours, at K = 30."""
     ours = base(runs, method, num_prototypes)
     found = [
         _target("reconstruction", ratio(ours, base(runs, "autoencoder"), "test_mse"), -math.inf, 1.02, ".3f"),
@@ -174,7 +174,7 @@ def _target(name: str, found: Mean | None, low: float, high: float, spec: str) -
 
 
 def frontier(runs: list[Run], ours: list[Run]) -> Verdict:
-    """Ahead of each rival: better control at a reconstruction no worse, and not beaten in all three."""
+    """Whether ours is ahead of each rival: its control must be better, and its reconstruction must not be worse."""
     statement = "Ahead of VAE-KL, InfoVAE, WAE-MMD and Algorithm 1 on the frontier."
     rule = (
         "K = 30, against each rival: test MSE <= 1.02 of its, and control higher. Rivals without prototypes sample "
@@ -192,12 +192,15 @@ def frontier(runs: list[Run], ours: list[Run]) -> Verdict:
     if absent:
         number += f"; not measured: {', '.join(absent)}"
     holds = all(mse <= 1.02 and gain > 0 for mse, gain, _ in measured.values())
-    # One rival that is not beaten decides; all have to be measured before it holds.
+    # One rival that ours does not beat decides. The verdict holds only after all rivals are measured.
     return verdict("frontier", statement, None if holds and absent else holds, number, rule)
 
 
 def standing(ours: list[Run], rival: list[Run]) -> tuple[float, float, str] | None:
-    """MSE over the rival's, control minus the rival's, its standardised MMD; None where the first two are missing."""
+    """The MSE divided by the rival's, the control minus the rival's, and the rival's standardised MMD, or None.
+
+    It is None if one of the first two is missing.
+    """
     error, mine, its = ratio(ours, rival, "test_mse"), control_of(ours), control_of(rival)
     if error is None or mine is None or its is None:
         return None
@@ -209,7 +212,7 @@ def _regularity(runs: list[Run]) -> str:
 
 
 def control_of(runs: list[Run]) -> Mean | None:
-    """Control; of methods without prototypes of their own the better of unit noise and their clusters' own spread."""
+    """The control. Without own prototypes it is the better value: with unit noise, or with the clusters' own spread."""
     unit, fitted = mean_of(runs, "control"), mean_of(runs, "control_fitted")
     if unit is None or fitted is None or runs[0]["method"] in PROTOTYPICAL:
         return unit

@@ -1,7 +1,7 @@
-"""The methods that are compared: one class each, behind one interface, on one network.
+"""The compared methods. Each one is a class with the same interface and the same network.
 
-All reconstruct by binary cross-entropy, summed over pixels and averaged over the batch (as in the ELBO), by Adam.
-What a method adds begins after the warm-up, except where it says otherwise.
+All minimise the binary cross-entropy of the reconstruction with Adam. It is summed over pixels and averaged over the
+batch, as in the ELBO. A method's own terms begin after the warm-up, unless the method says otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(name: str, network: Network, plan: Plan, options: dict[str, Any]) -> Method:
-    """The method ``name`` on ``network``. TypeError or ValueError for options it does not take."""
+    """Build the method ``name`` on ``network``. Options that it does not take raise TypeError or ValueError."""
     method = METHODS[name](network, plan, **options)
     method.add_optimizers()
     return method

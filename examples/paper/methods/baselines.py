@@ -1,4 +1,4 @@
-"""What the prototypical methods are compared with."""
+"""The methods that the prototypical methods are compared with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Autoencoder(Method):
 
 
 class KMeans(Autoencoder):
-    """A plain autoencoder whose prototypes are the centres of a k-means on its training latents."""
+    """A plain autoencoder. Its prototypes are the centres of k-means on its training latents."""
 
     def __init__(self, network: Network, plan: Plan, *, num_prototypes: int) -> None:
         super().__init__(network, plan)
@@ -37,17 +37,17 @@ class KMeans(Autoencoder):
 
     def prepare(self, z: Tensor) -> None:
         fitted = SklearnKMeans(self.num_prototypes, n_init=3, random_state=self.plan.seed).fit(z[:20_000].numpy())
-        # Euclidean scores: the nearest centre has the highest.
+        # With Euclidean scores, the nearest centre has the highest score.
         centres = PrototypeHead(z.shape[1], self.num_prototypes, similarity="euclidean")
         centres.place(slice(None), torch.from_numpy(fitted.cluster_centers_))
-        self.__dict__["centres"] = centres  # no parameter of the model that was trained
+        self.__dict__["centres"] = centres  # no parameter of the trained model
 
     def prior(self, n: int, generator: Generator) -> Tensor:
         return self.head.sample(n, generator=generator)
 
 
 class StandardPrior(Method):
-    """N(0, I) at sampling."""
+    """Methods that sample from N(0, I)."""
 
     def prepare(self, z: Tensor) -> None:
         self.latent_dim = z.shape[1]
@@ -59,7 +59,8 @@ class StandardPrior(Method):
 class VAE(StandardPrior):
     """VAE-KL and beta-VAE: -ELBO with the KL term times ``beta``, both terms summed over their dimensions.
 
-    ``beta="pixels"`` is what cross-entropy averaged over pixels beside a summed KL term amounts to: 784 on MNIST.
+    ``beta="pixels"`` is the number of pixels, 784 on MNIST. A mean of the cross-entropy over pixels with a summed KL
+    term has the same effect.
     """
 
     trained_as = "vae"
@@ -72,7 +73,7 @@ class VAE(StandardPrior):
         self.logvar = nn.Linear(network.width, network.latent_dim)
 
     def sample_posterior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, mu and log variance, each (B, D)."""
+        """z, mu and the log variance. Each has the shape (B, D)."""
         h = self.network.features(x)
         mu, logvar = self.network.latent(h), self.logvar(h)
         return mu + (0.5 * logvar).exp() * torch.randn_like(mu), mu, logvar
@@ -88,8 +89,8 @@ class VAE(StandardPrior):
 class InfoVAE(VAE):
     """MMD between the aggregate posterior and N(0, I) instead of the KL term (InfoVAE with alpha = 1).
 
-    Zhao et al., 2017: a Gaussian kernel exp(-d^2 / D^2), that is ``scales`` (D / 2,), with a sampled target and a
-    V-statistic, times a ``weight`` of the order of 1000.
+    Zhao et al., 2017, use a Gaussian kernel exp(-d^2 / D^2) with a sampled target and a V-statistic. Its ``scales`` are
+    (D / 2,). Its ``weight`` is of the order of 1000.
     """
 
     trained_as = "infovae"
@@ -106,11 +107,12 @@ class InfoVAE(VAE):
 
 
 class WAE(StandardPrior):
-    """WAE-MMD (Tolstikhin et al., 2018): a deterministic encoder, inverse multiquadratics of seven scales, U-statistic.
+    """WAE-MMD (Tolstikhin et al., 2018): a deterministic encoder and a U-statistic with inverse multiquadratics.
 
-    They add the seven up and weigh them by 10 on MNIST; ours is their mean: ``weight`` 70. ``warmup=False``, as they
-    train it: the MMD acts from the first step, and not after the warm-up of all the others. ``noise``: the decoder gets
-    it as ours does, in all epochs but the last, see :func:`proto_reg.functional.with_noise`.
+    They add up kernels of seven scales and give the sum a weight of 10 on MNIST. Here the kernel is the mean of the
+    seven, so the ``weight`` is 70. With ``warmup=False``, as in their training, the MMD acts from the first step.
+    Otherwise it acts after the warm-up of all other methods. With ``noise``, the decoder gets noise as in ours, in all
+    epochs except the last. See :func:`proto_reg.functional.with_noise`.
     """
 
     trained_as = "wae"
@@ -134,16 +136,16 @@ class WAE(StandardPrior):
 
 
 def mmd_to_prior(z: Tensor, **options: Any) -> Tensor:
-    """MMD^2 between latents (B, D) and as many draws of N(0, I): one cluster around the origin."""
+    """MMD^2 between latents (B, D) and the same number of draws of N(0, I). It has one cluster around the origin."""
     origin, assignments = z.new_zeros(1, z.shape[1]), torch.zeros(len(z), dtype=torch.int64, device=z.device)
     return functional.anchored_mmd(z, origin, assignments, target="sampled", **options)
 
 
 class VQVAE(Method):
-    """VQ-VAE by vector-quantize-pytorch: the latent cut into ``groups`` vectors, each from one codebook of ``codes``.
+    """VQ-VAE by vector-quantize-pytorch. It cuts the latent into ``groups`` vectors with one codebook of ``codes``.
 
-    At sampling each position is drawn by itself, as often as training images use each code there: VQ-VAE's published
-    samples need an autoregressive prior trained on top.
+    Sampling draws each position on its own. A code is as frequent as in the training images at this position. VQ-VAE's
+    published samples need an additional autoregressive prior.
     """
 
     trained_as = "vq-vae"
@@ -161,12 +163,12 @@ class VQVAE(Method):
             decay=0.99,
             kmeans_init=True,
             threshold_ema_dead_code=2,
-            # The library's mean over dimensions, brought to the reconstruction's scale, the sum of an image.
+            # The library takes a mean over dimensions. This factor brings it to the scale of the sum over an image.
             commitment_weight=commitment * network.latent_dim,
         )
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, D) quantised, (B, groups) indices, commitment loss ()."""
+        """The quantised latents (B, D), the indices (B, groups) and the commitment loss ()."""
         quantized, indices, loss = self.quantizer(rearrange(z, "b (n d) -> b n d", n=self.groups))
         return rearrange(quantized, "b n d -> b (n d)"), indices, loss.sum()
 
@@ -181,7 +183,7 @@ class VQVAE(Method):
         return self.quantize(z)[0] if self.warm else z
 
     def prepare(self, z: Tensor) -> None:
-        # Of quantised latents, by position: a row for each training image.
+        # The quantised latents by position, with a row for each training image.
         self.used = rearrange(z, "b (n d) -> b n d", n=self.groups)
 
     def prior(self, n: int, generator: Generator) -> Tensor:

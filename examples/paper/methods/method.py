@@ -1,4 +1,4 @@
-"""The interface of all methods, and what each is trained for."""
+"""The interface of all methods, and the loss that they share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models import Network
 
 
 class Plan(NamedTuple):
-    """What a run knows of its own training."""
+    """The facts that a run knows about its own training."""
 
     epochs: int
     warmup_epochs: int
@@ -27,19 +27,20 @@ class Plan(NamedTuple):
 
 
 def reconstruction(logits: Tensor, x: Tensor) -> Tensor:
-    """Binary cross-entropy, nats an image."""
+    """The binary cross-entropy in nats per image."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 class Method(nn.Module):
-    """The plain autoencoder, and the interface of all others.
+    """The plain autoencoder. It is also the interface of all other methods.
 
-    A subclass overrides :meth:`loss` (or, with several optimizers, :meth:`step`) and whichever of :meth:`encode`,
-    :meth:`prepare`, :meth:`prior` and :attr:`head` differs. ``state_dict`` holds what inference needs.
+    A subclass overrides :meth:`loss`, or :meth:`step` if it has several optimizers. It also overrides those of
+    :meth:`encode`, :meth:`prepare`, :meth:`prior` and :attr:`head` that differ. ``state_dict`` holds everything for
+    inference.
 
     Attributes:
-        trained_as: name of the method whose training this one's is; k-means is a plain autoencoder until it is judged.
-        optimizers: by the name of the step each takes; filled by :meth:`add_optimizers`.
+        trained_as: the name of the method with the same training. k-means is a plain autoencoder until it is judged.
+        optimizers: the optimizers by the names of their steps. :meth:`add_optimizers` fills it.
     """
 
     trained_as: ClassVar[str]
@@ -52,24 +53,24 @@ class Method(nn.Module):
 
     @classmethod
     def training_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of ``options`` that training depends on."""
+        """The part of ``options`` that changes the training."""
         return options
 
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
         return torch.optim.Adam(parameters, lr=self.plan.learning_rate)
 
     def add_optimizers(self) -> None:
-        """Once all parameters are there."""
+        """Add the optimizers. All parameters must exist."""
         self.optimizers = {"all": self.adam(list(self.parameters()))}
 
     @property
     def head(self) -> PrototypeHead | None:
-        """The prototypes, where there are any."""
+        """The prototypes, or None."""
         return None
 
     @property
     def warm(self) -> bool:
-        """Whether this epoch comes after the warm-up."""
+        """Whether this epoch is after the warm-up."""
         return self.epoch >= self.plan.warmup_epochs
 
     def begin_epoch(self, epoch: int) -> None:
@@ -87,28 +88,28 @@ class Method(nn.Module):
         optimizer.step()
 
     def encode(self, x: Tensor) -> Tensor:
-        """The latents (B, D) that stand for ``x`` at inference, which the decoder takes."""
+        """The latents (B, D) of ``x`` at inference. The decoder takes them."""
         return self.network.encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C*H*W) in [0, 1]."""
+        """The images (B, C*H*W) in [0, 1]."""
         return self.network.decoder(z).sigmoid()
 
     def prepare(self, z: Tensor) -> None:
-        """Fit to the training latents ``z`` (N, D), on the CPU, what is no part of training."""
+        """Fit the parts that are not trained to the training latents ``z`` (N, D) on the CPU."""
         self.mean, centred = z.mean(0), (z - z.mean(0)).double()
-        # By eigenvalues, not Cholesky: dead latents have none above 0.
+        # This uses eigenvalues instead of Cholesky, because dead latents have eigenvalues of 0.
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(z))
         self.factor = (vectors * values.clamp_min(0).sqrt()).float()
 
     def prior(self, n: int, generator: Generator) -> Tensor:
-        """``n`` latents (n, D) from the method's prior, on the CPU; here a Gaussian fitted to the training latents."""
+        """``n`` latents (n, D) from the method's prior, on the CPU: here, a Gaussian fitted to the training latents."""
         return self.mean + torch.randn(n, len(self.mean), generator=generator) @ self.factor.T
 
 
 @contextmanager
 def inference(method: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without gradients."""
+    """Evaluation mode, without gradients."""
     training = method.training
     method.eval()
     try:

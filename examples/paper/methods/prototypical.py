@@ -16,12 +16,12 @@ from .method import Method, Plan, reconstruction
 
 
 class Prototypical(Method):
-    """What the layer's methods share: its construction from the options of a config.
+    """The common part of the methods with the layer. It builds the layer from the options of a config.
 
-    Options: ``num_prototypes``; ``preset`` "ours" (the library's defaults) or "paper"; ``sigma``, one Gaussian
-    bandwidth in the units of the latents instead of the preset's; any argument of
-    :class:`proto_reg.PrototypicalRegularizer`, with mappings for ``head``, ``assigner`` and ``mmd``; those of its
-    schedule beside them, ``prototype_warmup_steps`` for ``mmd_steps``.
+    It has these options. ``num_prototypes``. ``preset`` is "ours" (the library's defaults) or "paper". ``sigma`` is one
+    Gaussian bandwidth in the units of the latents. It replaces the preset's bandwidths. All arguments of
+    :class:`proto_reg.PrototypicalRegularizer` are options, too. ``head``, ``assigner`` and ``mmd`` are mappings. The
+    schedule's arguments are at the same level, and ``prototype_warmup_steps`` is its ``mmd_steps``.
     """
 
     SCHEDULE: ClassVar[dict[str, str]] = {
@@ -67,18 +67,18 @@ class Prototypical(Method):
         return self.regularizer.head
 
     def prepare(self, z: Tensor) -> None:
-        """The prior is there: the mixture around the prototypes."""
+        """Nothing is fitted. The prior is the mixture around the prototypes."""
 
     def prior(self, n: int, generator: Generator) -> Tensor:
         return deepcopy(self.head).cpu().sample(n, generator=generator)
 
 
 class Balanced(Prototypical):
-    """Ours: the layer between encoder and decoder, one optimizer, one backward pass.
+    """Our method: the layer between encoder and decoder, with one optimizer and one backward pass.
 
-    Its ``warmup`` is an epoch of the MMD alone ("mmd"; ``prototype_warmup_steps`` may say another length), that of all
-    the others ("reconstruction"), or "none". Batches of fewer than 2 K latents get the queue that docs/training.md
-    advises for them. There is no ``noise`` in the last epoch.
+    ``warmup`` has three values. "mmd" is an epoch of the MMD alone, and ``prototype_warmup_steps`` may set another
+    length. "reconstruction" is the warm-up of all other methods. "none" is no warm-up. Batches of fewer than 2 K
+    latents get a queue, as docs/training.md recommends. The last epoch has no ``noise``.
     """
 
     trained_as = "balanced"
@@ -117,7 +117,7 @@ class Balanced(Prototypical):
 
 
 class Algorithm1(Prototypical):
-    """The paper's three optimizers, by :class:`proto_reg.PrototypicalTraining`, whose warm-up is the only one."""
+    """The paper's three optimizers, by :class:`proto_reg.PrototypicalTraining`. Its warm-up is the only one."""
 
     trained_as = "algorithm1"
 
@@ -132,7 +132,7 @@ class Algorithm1(Prototypical):
             schedule="paper",
             optimizer=self.adam,
         )
-        self.__dict__["training_loop"] = training  # not a submodule: its parts are registered already
+        self.__dict__["training_loop"] = training  # no submodule, because its parts are registered already
 
     def add_optimizers(self) -> None:
         self.optimizers = self.training_loop.optimizers

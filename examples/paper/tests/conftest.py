@@ -1,4 +1,4 @@
-"""Shared by the comparison's tests."""
+"""The tests of the comparison share this file."""
 
 from __future__ import annotations
 

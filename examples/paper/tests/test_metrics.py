@@ -1,4 +1,4 @@
-"""What the reproduction measures, on cases whose answer is known."""
+"""The metrics of the reproduction, on cases with a known answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def judge(digits: ImageData) -> synthesis.Judge:
 
 
 def perfect(data: ImageData, method: str = "autoencoder", head: PrototypeHead | None = None) -> TrainedRun:
-    """The identity: latents are the pixels."""
+    """The identity as a model. Its latents are the pixels."""
 
     def sample(n: int, generator: torch.Generator) -> Tensor:
         return data.train_images[torch.randperm(len(data.train_images), generator=generator)[:n]]
@@ -52,7 +52,7 @@ def at(points: Tensor, scores: str = "euclidean") -> PrototypeHead:
 
 
 def whitened(n: int, dim: int) -> Tensor:
-    """A sample whose mean is exactly 0 and whose covariance is exactly I."""
+    """A sample with a mean of exactly 0 and a covariance of exactly I."""
     x = torch.randn(n, dim, dtype=torch.float64)
     x = x - x.mean(0)
     return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
@@ -63,7 +63,7 @@ def test_frechet_distance_of_gaussians() -> None:
     shift = torch.arange(6.0)
     assert synthesis.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert synthesis.frechet_distance(x, x + shift) == pytest.approx(shift.square().sum().item())
-    # Between N(0, I) and N(0, s^2 I) it is dim (s - 1)^2.
+    # The distance between N(0, I) and N(0, s^2 I) is dim (s - 1)^2.
     assert synthesis.frechet_distance(x, 3 * x) == pytest.approx(6 * 4)
 
 
@@ -71,7 +71,7 @@ def test_precision_and_recall() -> None:
     x = torch.randn(300, 4)
     assert synthesis.precision_recall(x, x) == (1.0, 1.0)
     assert synthesis.precision_recall(x, x + 1000) == (0.0, 0.0)
-    # Real images of two kinds, samples of one: every sample is real, half of the real ones can be sampled.
+    # Real images are of two kinds, and samples of one kind. All samples are real. They cover half of the real images.
     both = torch.cat([x, x + 1000])
     assert synthesis.precision_recall(both, x) == (1.0, 0.5)
     assert synthesis.precision_recall(x, both) == (0.5, 1.0)
@@ -83,7 +83,7 @@ def test_diversity_is_relative_to_the_clusters_own() -> None:
     assert synthesis.diversity(samples, real, clusters) == pytest.approx(1)
     assert synthesis.diversity(3 * samples + 7, real, clusters) == pytest.approx(3)
     assert synthesis.diversity(samples[:, :1].expand(2, 20, 5), real, clusters) == 0
-    # A cluster of one image has no diversity to compare with; alone, there is nothing to say.
+    # A cluster of one image has no diversity to compare with. If there is no other cluster, the result is NaN.
     lonely = torch.where(torch.arange(40) == 0, 0, 1)
     assert synthesis.diversity(samples, real, lonely) > 0
     assert math.isnan(synthesis.diversity(samples[:1], real[:1], torch.zeros(1, dtype=torch.int64)))
@@ -101,7 +101,7 @@ def test_control_counts_every_prototype() -> None:
     assert synthesis.control(lambda z: z, head, right.roll(1), judge) == 0
     dead = torch.tensor([0, 1, 2, 3, -1])
     assert synthesis.control(lambda z: z, head, dead, judge) == pytest.approx(0.8)
-    # Noise as large as the distances between prototypes: near chance.
+    # If the noise is as large as the distances between prototypes, the result is near chance.
     assert synthesis.control(lambda z: z, head, right, judge, std=1e4) == pytest.approx(0.2, abs=0.05)
     wild = torch.zeros(5, 5)
     wild[0] = 1e4
@@ -137,7 +137,7 @@ def test_what_depends_on_the_data_alone_is_computed_once(tmp_path: Path, monkeyp
     for _ in range(2):
         assert torch.equal(synthesis.once("a", data, compute, tmp_path)["x"], torch.ones(2))
     assert len(calls) == 1
-    synthesis._kept.clear()  # as in another process
+    synthesis._kept.clear()  # now the cache counts, as in another process
     synthesis.once("a", data, compute, tmp_path)
     assert len(calls) == 1
     assert len(list(tmp_path.iterdir())) == 1
@@ -217,7 +217,7 @@ def class_means(digits: ImageData) -> PrototypeHead:
 
 
 def without_noise(data: ImageData) -> Callable[[Tensor], Tensor]:
-    """A decoder that no noise disturbs: the class mean nearest to the latent's direction times ten."""
+    """A decoder that noise does not disturb. It returns the class mean nearest to ten times the latent's direction."""
     head = class_means(data)
     return lambda z: head.prototypes.detach()[
         (z / 10 @ head.prototypes.T - head.prototypes.square().sum(1) / 2).argmax(1)
@@ -236,7 +236,7 @@ def test_evaluation_of_a_run_with_prototypes(digits: ImageData, judge: synthesis
     assert found["purity"] == pytest.approx(found["acc"], abs=0.02)
     assert found["purity"] > 0.85
     assert found["fid_real"] < found["fid_reconstruction"]
-    assert found["diversity"] < 0.05  # one picture a class
+    assert found["diversity"] < 0.05  # there is one picture for each class
     assert arrays["prototypes"].shape == (10, 1, 8, 8)
     assert arrays["noise"].shape == (10, metrics.DRAWN, 1, 8, 8)
     assert arrays["inputs"].shape == arrays["reconstructions"].shape == (10, 1, 8, 8)
@@ -251,18 +251,18 @@ def test_evaluation_of_a_run_without_prototypes(digits: ImageData, judge: synthe
     assert all(math.isfinite(value) for value in found.values())
     assert not {"purity", "acc", "nmi", "ari", "separation", "perplexity", "dead"} & set(found)
     assert found["test_mse"] == 0
-    # Its samples are training images, its reconstructions the test images.
+    # Its samples are training images. Its reconstructions are the test images.
     assert found["fid"] == pytest.approx(0, abs=1)
     assert found["fid_reconstruction"] == pytest.approx(found["fid_real"])
     assert found["precision"] > 0.8
     assert found["recall"] > 0.8
-    # Pixels with noise of variance 1 are no digits; with the clusters' own spread they are.
+    # Pixels with noise of variance 1 are no digits. With the clusters' own spread they are digits.
     assert found["control_fitted"] > 0.8 > 0.5 > found["control"]
     assert len(arrays["prototypes"]) == 12
 
 
 def test_one_prototype(digits: ImageData, judge: synthesis.Judge) -> None:
     found, _ = metrics.evaluate(perfect(digits, "balanced", at(torch.zeros(1, 64))))
-    assert "separation" not in found  # from nothing
+    assert "separation" not in found  # there is no other prototype
     assert found["classes_covered"] == 1
     assert all(math.isfinite(value) for value in found.values())

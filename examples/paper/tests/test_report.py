@@ -1,4 +1,4 @@
-"""Verdicts on handmade runs, and the page that is built from them."""
+"""The verdicts on handmade runs, and the page from such runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = {"algorithm-1-paper": {}, "algorithm-1": {"preset": "ours"}}
 
 
 def a_run(method: str, K: int | None = None, seed: int = 0, data: str = "MNIST", **metrics: float) -> Run:
-    """As the program records it."""
+    """A run in the form of the program's records."""
     options = dict(OPTIONS.get(method, {})) | ({"num_prototypes": K} if K else {})
     return {
         "config": "handmade",
@@ -202,16 +202,16 @@ def test_the_frontier_takes_every_rival() -> None:
     assert outcome(rivals()) == HOLDS
     assert outcome(rivals()[1:]) == UNMEASURED  # one is missing
     assert outcome(rivals(test_mse=0.009)) == FAILS
-    # Of rivals without prototypes the better noise counts; of Algorithm 1 it is N(v, I), as of ours.
+    # For rivals without prototypes the better noise counts. For Algorithm 1 and ours it is N(v, I).
     assert outcome(rivals(control_fitted=0.9)) == FAILS
     others = len(WITHOUT_PROTOTYPES)
     assert outcome([*rivals()[:others], *rivals(control_fitted=0.9)[others:]]) == HOLDS
-    # A rival that is not beaten decides, whoever is missing.
+    # A rival that ours does not beat decides, even if others are missing.
     assert outcome(rivals(control=0.9)[1:]) == FAILS
 
 
 def with_arrays(run: Run, folder: Path, shape: tuple[int, int, int], phases: list[str]) -> Run:
-    """The run with arrays as evaluation leaves them."""
+    """The run with arrays in the form of the evaluation."""
     rng, K = np.random.default_rng(0), run["num_prototypes"] or 30
     name = f"arrays/{run['label']}-{run['data']}-s{run['seed']}.npz".replace(" ", "-")
     (folder / "arrays").mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def with_arrays(run: Run, folder: Path, shape: tuple[int, int, int], phases: lis
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two seeds of most methods on two data sets, with arrays of the first; one run failed, one is not a number."""
+    """Two seeds of most methods on two data sets, with arrays of the first. One run failed. One has a metric of NaN."""
     runs = []
     for data, shape in (("MNIST", (1, 28, 28)), ("cifar10", (3, 32, 32))):
         for seed in (0, 1):
@@ -266,7 +266,7 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
     assert "| VAE-KL | 1, 1 failed | 0.01000 |" in page
     assert "VAE-KL, seed 0: FloatingPointError: nan after epoch 3" in page
     assert "autoencoder, seed 0: finished, but control are not numbers" in page
-    assert "| autoencoder | 2 | NaN |" in page  # in the table of synthesis; the other seed does not stand in for it
+    assert "| autoencoder | 2 | NaN |" in page  # in the table of synthesis; the other seed does not replace it
     assert "VaDE, K = 10 | ACC .9446 | Jiang et al. 2017" in page
     for claim in ("C1", "C2", "C3", "C4", "C5", "C6"):
         assert f"- **{claim}: " in page
@@ -297,7 +297,7 @@ def test_the_page_is_built_from_json_alone_and_says_what_is_missing(folder: Path
         assert "Not drawn without them: figure-2, figure-3, figure-5, limit-cycle, figure-4-balanced" in line
         assert "`python -m examples.paper run --config handmade --out DIR` makes them" in line
         assert line in said
-    # A picture that lies there already stays, and is said to be old.
+    # An existing picture stays, and the page says that it is old.
     kept = tmp_path / "out" / "mnist-conv-32-3-figure-2.png"
     kept.write_bytes(b"as it was")
     page = build(folder, tmp_path / "out").read_text()

@@ -1,4 +1,4 @@
-"""The reproduction's program, in miniature and as a whole: what it trains, keeps, resumes and leaves alone."""
+"""The reproduction's whole program, in miniature: the runs that it trains, keeps, resumes and leaves alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from examples.paper.records import Records, held
 from examples.paper.session import Run, Session, new_method, runs_of
 from examples.paper.train import batches, train
 
-# The layer speaks up where a run is one to be warned of, such as one of a step or two.
+# The layer warns about some of these runs, for example those of a step or two.
 pytestmark = pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,7 +51,7 @@ def one(label: str) -> Run:
 
 
 def untimed(record: dict) -> dict:
-    """What two runs of the same thing have in common."""
+    """The part of a record that is the same for two equal runs."""
     return {name: value for name, value in record.items() if name not in ("step_ms", "seconds")}
 
 
@@ -72,7 +72,7 @@ def test_the_miniature_trains_and_judges_every_method(miniature: Path) -> None:
         assert [row["epoch"] for row in record["history"]] == list(range(1, config.epochs + 1))
         assert record["history"][-1]["test_mse"] == pytest.approx(record["metrics"]["test_mse"], rel=1e-5)
         assert {"test_mse", "control", "standardised_mmd", "r2_per_dim", "fid"} <= set(record["metrics"])
-        if record["method"] not in ("vae", "infovae"):  # so early, noise and KL take more than training gives
+        if record["method"] not in ("vae", "infovae"):  # at first, noise and KL cost more than training gains
             assert record["history"][-1]["test_mse"] < record["history"][0]["test_mse"]
         assert (miniature / record["arrays"]).stat().st_size < 300_000
         assert str(ROOT) not in json.dumps(record)
@@ -154,7 +154,7 @@ def test_the_trace_stands_before_and_after_every_optimizer(tmp_path: Path) -> No
     progress = train(method, data, chosen.config, tmp_path / "a.pt", 6)
     assert list(method.optimizers) == ["prototype", "mmd", "reconstruction"]
     assert progress["trace"].shape == (6, 4)
-    # What one step leaves is where the next begins; the steps between do move the error.
+    # A step begins with the error of the last one. The parts of a step change the error.
     assert torch.equal(progress["trace"][1:, 0], progress["trace"][:-1, 3])
     assert (progress["trace"].diff(dim=1) != 0).all()
 
@@ -170,7 +170,7 @@ def test_a_failed_run_is_kept_named_and_tried_again_on_demand(
     failed = records(tmp_path)["hopeless"]
     assert failed["status"] == "failed"
     assert "FloatingPointError" in failed["error"]
-    assert [row["epoch"] for row in failed["history"]] == [1]  # the warm-up's
+    assert [row["epoch"] for row in failed["history"]] == [1]  # only the warm-up
     assert str(ROOT) not in failed["error"]
     assert records(tmp_path)["fine"]["status"] == "done"
     runs = runs_of(load_config(str(config)), "test")
@@ -231,7 +231,7 @@ def test_every_config_loads(name: str) -> None:
 
 
 def written(folder: Path, end: str) -> str:
-    """A config file: the miniature up to its runs, and ``end``."""
+    """A config file with the miniature up to its runs, and with ``end``."""
     path = folder / "some.yaml"
     path.write_text((FOLDER / "digits-mini.yaml").read_text().split("runs:")[0] + end)
     return str(path)
@@ -262,7 +262,7 @@ def test_defaults_are_options_of_methods(defaults: str, tmp_path: Path) -> None:
 
 
 def test_wae_has_the_noise_of_ours_in_training_until_the_last_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "mmd_to_prior", lambda z, **options: 0)  # which draws, too
+    monkeypatch.setattr(baselines, "mmd_to_prior", lambda z, **options: 0)  # the original also draws numbers
     plan = Plan(epochs=9, warmup_epochs=0, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
     plain, noisy = (
         build_method("wae", build_network("mlp", (1, 8, 8), 4, 4, 4), plan, {"warmup": False, "noise": noise})
@@ -298,7 +298,7 @@ def test_ours_has_no_noise_in_the_last_epoch() -> None:
     ],
 )
 def test_warm_ups(method: str, options: dict, steps: tuple | list) -> None:
-    """Steps of the layer's two warm-ups; whether WAE's MMD acts in the first epoch and after three."""
+    """The steps of the layer's two warm-ups, and whether WAE's MMD acts in the first epoch and after three."""
     options |= {"num_prototypes": 2} if method == "balanced" else {}
     plan = Plan(epochs=9, warmup_epochs=3, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
     built = build_method(method, build_network("mlp", (1, 8, 8), 4, 4, 4), plan, options)
