@@ -9,7 +9,8 @@ from . import (
 from ._checks import PrototypeWarning
 from .assigner import SinkhornAssigner
 from .attachment import Attachment, attach
-from .head import PrototypeHead, PrototypeMixture
+from .head import PrototypeHead
+from .mixture import PrototypeMixture
 from .mmd import AnchoredMMDLoss
 from .noise import LatentNoise
 from .output import RegularizerOutput

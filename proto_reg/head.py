@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype, warn
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
 from .functional.prototypes import SIMILARITIES, prototype_scores
 from .kernels.scores import scores_and_pull_back
+from .mixture import ClusterShapes, PrototypeMixture, fit_shapes, kmeans_plus_plus
 
 
 class PrototypeHead(nn.Module):
@@ -58,6 +58,8 @@ class PrototypeHead(nn.Module):
         self._std_given = std is not None
         self.init_std = None if init_std is None else check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
+        for name in ClusterShapes._fields:
+            self.register_buffer(f"shape_{name}", None)
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -107,7 +109,8 @@ class PrototypeHead(nn.Module):
         return own
 
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew from N(0, init_std^2 I)."""
+        """Draw the prototypes anew from N(0, init_std^2 I), and forget :meth:`fit`."""
+        self._set_shapes(None)
         nn.init.normal_(self.to_write_to(), std=self.std / 2 if self.init_std is None else self.init_std)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -192,9 +195,61 @@ class PrototypeHead(nn.Module):
         else:
             prototypes[index] = points.to(prototypes.dtype)
 
-    def mixture(self, std: float | None = None) -> PrototypeMixture:
-        """The prior sum_k N(v_k, std^2 I) / K: ``sample``, ``log_prob``, ``responsibilities``. None: the head's std."""
-        return PrototypeMixture(self.prototypes, self.std if std is None else std)
+    @torch.no_grad()
+    def fit(self, z: Tensor, *, rank: int = 32, group: Group = "default") -> None:
+        """Learn the shape of each prototype's cluster from latents ``z`` (N, D), after training or between epochs.
+
+        From then on :meth:`sample`, :meth:`around` and :meth:`mixture` use a weight, a centre and a covariance for each
+        prototype instead of N(v, std^2 I). A latent belongs to the prototype with its highest score. The weight is the
+        share of the latents, the centre their mean. The covariance has ``rank`` leading directions and a diagonal
+        remainder; a small cluster borrows from the covariance of all clusters. All of it is part of ``state_dict``.
+        Fit again after more training: the latents have moved. It works for any encoder, trained with our layer or not.
+
+        Args:
+            rank: at most D - 1. 0 fits a diagonal covariance.
+            group: a ProcessGroup, or ``"default"``: the latents of all its ranks. All must call; N may differ and be 0.
+
+        Raises:
+            TypeError, ValueError: no latents, another D, latents that are not finite, or a rank below 0.
+        """
+        check_positive_int("rank", rank, minimum=0)
+        ranks = resolve(group)
+        check_matrix("z", z, self.latent_dim, axes="(N, D)", empty=ranks is not None)
+        z, _ = gather_rows(z, ranks)
+        if not bool(z.isfinite().all()):
+            raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
+        prototypes = whole(self.prototypes.detach())
+        nearest = prototype_scores(z, prototypes.to(z.device), self.similarity, std=self.std).argmax(1)
+        self._set_shapes(fit_shapes(z, nearest, prototypes.to(z.device), min(rank, self.latent_dim - 1)))
+
+    @property
+    def shapes(self) -> ClusterShapes | None:
+        """What :meth:`fit` learned; None before."""
+        found: list[Any] = [getattr(self, f"shape_{name}") for name in ClusterShapes._fields]
+        return None if found[0] is None else ClusterShapes(*found)
+
+    def _set_shapes(self, shapes: ClusterShapes | None) -> None:
+        """Keep ``shapes`` on the device of the prototypes, in float32 or wider."""
+        dtype = compute_dtype(self.prototypes.dtype)
+        for name in ClusterShapes._fields:
+            value = None if shapes is None else getattr(shapes, name).to(self.prototypes.device, dtype)
+            setattr(self, f"shape_{name}", value)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take over the shapes of the state, or have none if it has none."""
+        saved: list[Any] = [state_dict.get(f"{prefix}shape_{name}") for name in ClusterShapes._fields]
+        self._set_shapes(ClusterShapes(*saved) if all(isinstance(x, Tensor) for x in saved) else None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def mixture(self, std: float | None = None, *, spread: float = 1.0) -> PrototypeMixture:
+        """The prior as a distribution: ``sample``, ``log_prob``, ``responsibilities``.
+
+        It is sum_k N(v_k, std^2 I) / K before :meth:`fit`, and also if ``std`` is given; None is the head's. After it,
+        it has the weights, centres and covariances of :meth:`fit`. ``spread`` multiplies every standard deviation.
+        """
+        check_number("spread", spread, above=0)
+        shapes = self.shapes if std is None else None
+        return PrototypeMixture(self.prototypes, (self.std if std is None else std) * spread, shapes, spread)
 
     @torch.no_grad()
     def sample(
@@ -203,27 +258,42 @@ class PrototypeHead(nn.Module):
         prototype: int | None = None,
         *,
         std: float | None = None,
+        spread: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw latents (num_samples, D) around one prototype. None draws prototypes uniformly.
+        """Draw latents (num_samples, D) around one prototype; None draws prototypes by the weights of the mixture.
 
-        ``std`` is the standard deviation around the prototype. None takes the head's, which training aims at; 0 gives
-        the prototype itself. Raises TypeError or ValueError for an argument out of its range.
+        After :meth:`fit` a draw has the shape of the prototype's cluster. Before it, or if ``std`` is given, it is from
+        N(v, std^2 I); None is the head's std, which training aims at, and 0 gives the prototype itself. ``spread``
+        multiplies the standard deviation in all directions. Raises TypeError or ValueError for an argument out of its
+        range.
         """
         check_positive_int("num_samples", num_samples)
-        device = self.prototypes.device
-        if prototype is None:
-            index = torch.randint(self.num_prototypes, (num_samples,), device=device, generator=generator)
-        else:
+        device, shapes = self.prototypes.device, self.shapes if std is None else None
+        if prototype is not None:
             index = torch.full((num_samples,), self.check_index(prototype), dtype=torch.int64, device=device)
-        return self.around(index, std, generator)
+        elif shapes is not None:
+            index = torch.multinomial(shapes.weights, num_samples, replacement=True, generator=generator)
+        else:
+            index = torch.randint(self.num_prototypes, (num_samples,), device=device, generator=generator)
+        return self.around(index, std, generator, spread=spread)
 
     @torch.no_grad()
-    def around(self, index: Tensor, std: float | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a latent (n, D) around each of the prototypes ``index`` (n,) int64; ``std`` as in :meth:`sample`."""
-        std = self.std if std is None else check_number("std", std, at_least=0)
+    def around(
+        self,
+        index: Tensor,
+        std: float | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        spread: float = 1.0,
+    ) -> Tensor:
+        """Draw a latent (n, D) around each of the prototypes ``index`` (n,) int64; options as in :meth:`sample`."""
+        check_number("spread", spread, at_least=0)
         v = self.prototypes[index]
-        return v + std * torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
+        if std is None and self.shapes is not None:
+            return (self.shapes.draw(index, spread, generator)).to(v.dtype)
+        std = self.std if std is None else check_number("std", std, at_least=0)
+        return v + std * spread * torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
 
     def check_index(self, prototype: int) -> int:
         """``prototype`` as an int in [0, K); TypeError or ValueError otherwise."""
@@ -239,64 +309,3 @@ class PrototypeHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.latent_dim}, {self.num_prototypes}, similarity={self.similarity!r}, std={self.std:g}"
-
-
-class PrototypeMixture(MixtureSameFamily):
-    """sum_k N(v_k, std^2 I) / K as a ``torch.distributions`` object.
-
-    ``-log_prob(z)`` is an out-of-distribution score. ``responsibilities(z)`` (..., K) is the posterior over prototypes.
-    """
-
-    def __init__(self, prototypes: Tensor, std: float = 1.0) -> None:
-        self.std = check_number("std", std, above=0)
-        weights = prototypes.new_ones(len(prototypes))
-        super().__init__(Categorical(weights), Independent(Normal(prototypes, self.std), 1))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """log sum_k N(value; v_k, std^2 I) / K, (...,) for ``value`` (..., D)."""
-        return self._joint(value).logsumexp(-1)
-
-    def responsibilities(self, value: Tensor) -> Tensor:
-        """Posterior probability (..., K) of each prototype given ``value`` (..., D)."""
-        return self._joint(value).softmax(-1)
-
-    def _joint(self, value: Tensor) -> Tensor:
-        """log of weight times density, (..., K), without the (..., K, D) tensor of the general mixture."""
-        mean = self.component_distribution.mean
-        check_floating("value", value)
-        if value.ndim == 0 or value.shape[-1] != mean.shape[-1]:
-            raise ValueError(
-                f"value: expected shape (..., {mean.shape[-1]}), got {tuple(value.shape)}. Put the latent axis last."
-            )
-        dtype = compute_dtype(torch.promote_types(value.dtype, mean.dtype))
-        mean, flat = mean.to(dtype), value.reshape(-1, mean.shape[-1]).to(dtype)
-        # By differences: the product form is not exact in float32 far from the origin.
-        distance = torch.cdist(flat, mean, compute_mode="donot_use_mm_for_euclid_dist")
-        log_density = self.component_distribution.log_prob(mean)  # at distance 0, the normalising constant
-        joint = log_density + self.mixture_distribution.logits - 0.5 * (distance / self.std).square()
-        return joint.reshape(*value.shape[:-1], len(mean))
-
-
-def kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None, centres: Tensor | None = None) -> Tensor:
-    """Indices (count,) of rows of ``z`` (N, D), by k-means++.
-
-    A row's probability is proportional to its squared distance from the nearest row that was drawn before, or from the
-    nearest of ``centres`` (M, D).
-    """
-    # Only ratios of distances matter. At unit size no distance overflows, in any dtype.
-    z = z.to(compute_dtype(z.dtype))
-    there = z[:0] if centres is None else centres.to(z.dtype)
-    top = torch.cat([z, there]).abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
-    z, there, chosen = z / top, there / top, []
-    if len(there) == 0:
-        chosen.append(torch.randint(len(z), (1,), device=z.device, generator=generator))
-        there = z[chosen[0]]
-    squared = torch.full_like(z[:, 0], torch.inf)
-    for centre in there:
-        squared = torch.minimum(squared, (z - centre).square().sum(1))
-    while len(chosen) < count:
-        # All latents on chosen points already: any row is as good as another.
-        weight = squared + (squared.sum() == 0)
-        chosen.append(torch.multinomial(weight, 1, generator=generator))
-        squared = torch.minimum(squared, (z - z[chosen[-1]]).square().sum(1))
-    return torch.cat(chosen)

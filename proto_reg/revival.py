@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from ._checks import check_number
 from ._distributed import broadcast_, is_sharded, local_part, sum_, whole
 from .functional.metrics import SEPARATION
-from .head import PrototypeHead, kmeans_plus_plus
+from .head import PrototypeHead
+from .mixture import kmeans_plus_plus
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

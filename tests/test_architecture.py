@@ -30,6 +30,7 @@ ROOMS = [
     "kernels",
     "functional",
     "_bench",
+    "mixture",
     "head",
     "assigner",
     "mmd",

@@ -1,0 +1,166 @@
+"""The shapes of clusters that a head learns from latents: weights, centres and covariances."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from proto_reg import PrototypeHead, PrototypicalRegularizer
+
+DIM, K, RANK = 6, 3, 2
+
+
+def clusters(counts: tuple[int, ...] = (4000, 2000, 1000)) -> tuple[PrototypeHead, Tensor, list[MultivariateNormal]]:
+    """A head, latents around its prototypes, and the normal distributions that they were drawn from."""
+    head = PrototypeHead(DIM, len(counts), similarity="euclidean")
+    normals, latents = [], []
+    with torch.no_grad():
+        head.prototypes.copy_(20 * torch.eye(len(counts), DIM))
+    for v, count in zip(head.prototypes.detach().double(), counts, strict=True):
+        factor = torch.randn(DIM, RANK, dtype=torch.float64)
+        covariance = factor @ factor.mT + torch.diag(torch.rand(DIM, dtype=torch.float64) + 0.1)
+        normals.append(MultivariateNormal(v + 0.5, covariance))
+        latents.append(normals[-1].sample((count,)))
+    return head, torch.cat(latents).float(), normals
+
+
+def covariance(head: PrototypeHead, k: int) -> Tensor:
+    shapes = head.shapes
+    return shapes.factors[k] @ shapes.factors[k].mT + torch.diag(shapes.diagonals[k])
+
+
+def test_it_finds_the_weights_centres_and_covariances() -> None:
+    head, z, normals = clusters()
+    assert head.shapes is None
+    head.fit(z, rank=RANK)
+    torch.testing.assert_close(head.shapes.weights, torch.tensor([4.0, 2.0, 1.0]) / 7)
+    for k, normal in enumerate(normals):
+        own = z[head(z).argmax(1) == k]
+        torch.testing.assert_close(head.shapes.centres[k], own.mean(0))
+        expected = normal.covariance_matrix.float()
+        assert (covariance(head, k) - expected).norm() < 0.12 * expected.norm()
+
+
+def test_samples_have_the_shape_and_spread_scales_it() -> None:
+    head, z, _ = clusters()
+    head.fit(z, rank=RANK)
+    for spread in (1.0, 0.5):
+        draws = head.sample(50_000, prototype=1, spread=spread)
+        torch.testing.assert_close(draws.mean(0), head.shapes.centres[1], rtol=0, atol=0.05)
+        expected = spread**2 * covariance(head, 1)
+        assert (draws.T.cov() - expected).norm() < 0.05 * expected.norm()
+    assert torch.equal(head.sample(3, prototype=1, spread=0.0), head.shapes.centres[[1, 1, 1]])
+    share = (head(head.sample(20_000)).argmax(1) == 0).float().mean()
+    torch.testing.assert_close(share, torch.tensor(4 / 7), rtol=0, atol=0.02)
+
+
+def test_a_given_std_is_the_round_distribution_still() -> None:
+    head, z, _ = clusters()
+    torch.manual_seed(1)
+    before = head.sample(5, prototype=2, std=0.7)
+    head.fit(z)
+    torch.manual_seed(1)
+    assert torch.equal(head.sample(5, prototype=2, std=0.7), before)
+    assert torch.equal(head.sample(2, prototype=2, std=0), head.prototypes[[2, 2]])
+    assert head.mixture(std=0.7).shapes is None
+
+
+@pytest.mark.parametrize("rank", [0, RANK, 50])
+def test_the_mixture_is_that_of_torchs_normals(rank: int) -> None:
+    head, z, _ = clusters()
+    head.double().fit(z.double(), rank=rank)
+    mixture = head.mixture(spread=1.3)
+    values = mixture.sample((4, 5))
+    normals = MultivariateNormal(head.shapes.centres, 1.3**2 * torch.stack([covariance(head, k) for k in range(K)]))
+    joint = normals.log_prob(values[..., None, :]) + head.shapes.weights.log()
+    torch.testing.assert_close(mixture.log_prob(values), joint.logsumexp(-1))
+    torch.testing.assert_close(mixture.responsibilities(values), joint.softmax(-1))
+    assert mixture.log_prob(values).mean() > head.mixture(std=1.0).log_prob(values).mean()
+
+
+def test_a_small_cluster_borrows_and_an_empty_one_is_never_drawn() -> None:
+    head, z, _ = clusters((4000, 2, 0))
+    head.fit(z, rank=RANK)
+    assert head.shapes.weights[2] == 0
+    assert all(torch.linalg.eigvalsh(covariance(head, k)).min() > 0.01 for k in range(K))
+    torch.testing.assert_close(covariance(head, 2), covariance(head, 0), rtol=0.1, atol=0.05)
+    assert torch.equal(head.shapes.centres[2], head.prototypes[2])
+    assert (head(head.sample(2000)).argmax(1) != 2).all()
+    assert head.mixture().log_prob(z).isfinite().all()
+
+
+def test_latents_that_coincide() -> None:
+    head, z, _ = clusters()
+    head.fit(z[:1].repeat(20, 1))
+    assert head.sample(10).isfinite().all()
+    assert head.mixture().log_prob(z).isfinite().logical_or(head.mixture().log_prob(z) == -torch.inf).all()
+
+
+def test_the_state_has_them_and_a_state_without_has_none() -> None:
+    head, z, _ = clusters()
+    plain = copy.deepcopy(head.state_dict())
+    head.fit(z)
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), PrototypeHead(DIM, K, similarity="euclidean")):
+        twin.load_state_dict(head.state_dict())
+        for ours, theirs in zip(twin.shapes, head.shapes, strict=True):
+            assert torch.equal(ours, theirs)
+    head.load_state_dict(plain)
+    assert head.shapes is None
+    layer = PrototypicalRegularizer(DIM, K)
+    layer.head.fit(z)
+    again = PrototypicalRegularizer(DIM, K)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.head.shapes.factors, layer.head.shapes.factors)
+    again.head.reset_parameters()
+    assert again.head.shapes is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_samples_have_the_dtype_of_the_prototypes(dtype: torch.dtype) -> None:
+    head, z, _ = clusters()
+    head.fit(z)
+    head.to(dtype)
+    assert head.sample(4).dtype == dtype
+    assert head.sample(4).isfinite().all()
+    head.fit(z.to(dtype))
+    assert head.sample(4).dtype == dtype
+
+
+def test_training_goes_on_with_the_shapes_in_the_head() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    twin = copy.deepcopy(layer)
+    z = torch.randn(30, DIM)
+    layer.head.fit(z)
+    found = []
+    for each in (layer, twin):
+        leaf = z.clone().requires_grad_()
+        each(leaf)[0].square().sum().backward()
+        found.append([leaf.grad, each.head.prototypes.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"z": torch.zeros(5, DIM + 1)}, ValueError, "z: expected 6 columns"),
+        ({"z": torch.zeros(0, DIM)}, ValueError, "z: expected a non-empty"),
+        ({"z": torch.full((5, DIM), torch.nan)}, ValueError, "z: expected finite latents"),
+        ({"z": torch.zeros(5, DIM), "rank": -1}, ValueError, "rank: expected an int >= 0"),
+        ({"z": [[1.0] * DIM]}, TypeError, "z: expected"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments: dict, error: type, words: str) -> None:
+    head, _, _ = clusters()
+    with pytest.raises(error, match=words):
+        head.fit(**arguments)
+    assert head.shapes is None
+    with pytest.raises(ValueError, match="spread: expected"):
+        head.sample(3, spread=-1.0)
+    with pytest.raises(ValueError, match="spread: expected"):
+        head.mixture(spread=0.0)
