@@ -169,6 +169,10 @@ def metrics_and_initialisation() -> None:
     expected = latent_metrics(z, whole, labels)
     for name, value in latent_metrics(own(z, split), parts, own(labels, split), group="default").items():
         torch.testing.assert_close(value, expected[name], equal_nan=True, msg=name)
+    whole.fit(z, rank=2, group=None)
+    parts.fit(own(z, split), rank=2)
+    for ours, expected_shape in zip(parts.shapes, whole.shapes, strict=True):
+        assert torch.equal(ours, expected_shape)
     with pytest.raises(ValueError, match="at least 5 latents"):
         parts.init_from(z[:1])
 
