@@ -85,15 +85,15 @@ class SinkhornAssigner(WideState):
         self.register_buffer("marginals", marginals)
 
     def _options(self) -> dict[str, Any]:
+        marginals = self.marginals
         return {
             "tol": self.tol,
-            "marginals": snapshot(self.marginals) if self.marginals is not None and self.adaptive else self.marginals,
+            "marginals": snapshot(marginals) if marginals is not None and self.adaptive else marginals,
             "nan_policy": self.nan_policy,
             "backend": self.backend,
             "group": self.ranks.active(self.training),
         }
 
-    @torch.no_grad()
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes like ``scores`` (..., B, K): rows sum to 1, no gradient. ``mask`` (..., B) bool leaves rows out."""
         return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, **self._options())

@@ -254,3 +254,12 @@ def test_module_hands_over_its_options() -> None:
     torch.testing.assert_close(module(scores), sinkhorn(scores, 0.1, 5, tol=1e-3, marginals=marginals))
     assert "marginals" in module.state_dict()
     assert not module(scores.requires_grad_()).requires_grad
+
+
+def test_the_modules_codes_carry_no_gradient(backend: str) -> None:
+    scores = cosines(40, 6).requires_grad_()
+    mask = torch.arange(40) > 3
+    for assigner in (SinkhornAssigner(), SinkhornAssigner(tol=1e-3, nan_policy="isolate", marginals=[1 / 6] * 6)):
+        for codes in (assigner(scores), assigner(scores, mask)):
+            assert not codes.requires_grad
+            assert codes.grad_fn is None
