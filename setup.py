@@ -1,8 +1,8 @@
-"""Puts compiled kernels into the wheel where PROTO_REG_BUILD=cpu|cuda|all asks for them, and makes the package's page.
+"""Puts compiled kernels into the wheel if PROTO_REG_BUILD=cpu|cuda|all asks for them, and makes the package's page.
 
 Everything else is in pyproject.toml.
 
-Needs the torch that the library will run with: PROTO_REG_BUILD=cpu pip install --no-build-isolation .
+It needs the torch that the library will run with: PROTO_REG_BUILD=cpu pip install --no-build-isolation .
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def wanted() -> tuple[str, ...]:
 
 
 def page() -> str:
-    """README.md for a package index, which has no files beside it: links inside the source become their text, pictures
+    """README.md for a package index, which has no other files. Links into the source become their text, and pictures
     their description. Code stays as it is."""
     parts = re.split(r"(```.*?```)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     for i in range(0, len(parts), 2):
@@ -72,8 +72,9 @@ class BuildPackage(build_py):
 class InstallEditable(editable_wheel):
     """Makes the root of the source a plain path in a .pth file, which type checkers and editors follow.
 
-    That needs the packages to lie as they are imported, so ``proto_reg/integrations`` becomes a link. Where a system
-    allows no links, setuptools installs an import hook instead: imports work, type checkers find nothing.
+    For that the packages must lie as they are imported, so ``proto_reg/integrations`` becomes a link. If a system
+    allows
+    no links, setuptools installs an import hook instead: imports work, but type checkers find nothing.
     """
 
     def run(self) -> None:

@@ -23,7 +23,7 @@ from .kernels import backends
 EPSILON, NUM_ITERS = 0.05, 3
 SHAPES = ((256, 30), (4096, 300), (2048, 3000))
 SETTING = f"float32 cosine scores, epsilon {EPSILON}, {NUM_ITERS} iterations; medians of interleaved rounds"
-BOUND = 1e-6  # the largest absolute error that we promise, codes being in [0, 1]
+BOUND = 1e-6  # the largest absolute error that we promise; codes lie in [0, 1]
 HEADER, WRONG = ("scores", "backend", "ms", "x torch", "error"), "wrong"
 
 
@@ -52,7 +52,7 @@ def cosine_scores(rows: int, columns: int, device: str | torch.device = "cpu") -
 
 
 def reference(scores: Tensor, epsilon: float = EPSILON, num_iters: int = NUM_ITERS) -> Tensor:
-    """(B, K) float64 codes by the definition of the iterate, in the log domain: what every backend is judged by."""
+    """(B, K) float64 codes by the definition of the iterate, in the log domain. They judge every backend."""
     x = scores.double() / epsilon
     f = x.new_zeros(len(x), 1)
     for _ in range(num_iters):
@@ -67,16 +67,16 @@ def usable_backends(device: torch.device) -> list[str]:
 
 
 def medians(calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median seconds of each call, from interleaved rounds, each in an order of its own.
+    """Median seconds of each call, from interleaved rounds in random order.
 
     The rounds take about ``seconds`` in all. There are at least five.
     """
-    # Milliseconds at least for each measurement: clocks and the first cache misses are then nothing.
+    # Each measurement takes milliseconds, so that clocks and first cache misses do not matter.
     once = {name: clock(call, 1, device) for name, call in calls.items()}
     times = {name: max(1, min(1000, math.ceil(2e-3 / took))) for name, took in once.items()}
     round_seconds = sum(times[name] * took for name, took in once.items())
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    # Not merely rotated: nobody always runs in the wake of the same other one.
+    # In random order: no call always follows the same other one.
     shuffle = random.Random(0).sample
     for _ in range(max(5, min(99, math.ceil(seconds / max(round_seconds, 1e-9))))):
         for name in shuffle(list(calls), len(calls)):
@@ -119,7 +119,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def environment(device: torch.device) -> str:
-    """What the figures hold for: device, threads, versions and how busy the machine was."""
+    """What the figures hold for: device, threads, versions and the load of the machine."""
     try:
         ours = version("proto_reg")
     except PackageNotFoundError:

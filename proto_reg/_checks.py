@@ -1,4 +1,4 @@
-"""Argument checks shared by every room: each names the argument, what was expected, what came, and the cure."""
+"""Argument checks. Each message names the argument, what was expected, what came, and the cure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PrototypeWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """A :class:`PrototypeWarning` at the line that the reader wrote."""
+    """Give a :class:`PrototypeWarning` that points to the user's own line."""
     warnings.warn(message, PrototypeWarning, stacklevel=_callers_level())
 
 
@@ -58,7 +58,7 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r}). Pass a Python float.")
     bound = f" > {above:g}" if above is not None else f" >= {at_least:g}" if at_least is not None else ""
     too_low = (above is not None and not value > above) or (at_least is not None and not value >= at_least)
-    if too_low or not -math.inf < value < math.inf:  # math.isfinite takes no number that is being traced
+    if too_low or not -math.inf < value < math.inf:  # math.isfinite does not take traced numbers
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}. Choose a value in that range.")
     return float(value)
 
@@ -97,7 +97,7 @@ def check_floating(name: str, value: Tensor) -> Tensor:
 
 
 def check_matrix(name: str, value: Tensor, columns: int | None = None, *, axes: str, empty: bool = False) -> Tensor:
-    """Return ``value`` if it is a floating-point matrix of ``columns`` columns with rows, or without if ``empty``.
+    """Return ``value`` if it is a floating-point matrix with ``columns`` columns. ``empty``: it may have no rows.
 
     ``axes`` names its axes.
     """
@@ -133,5 +133,5 @@ def check_mask(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tenso
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype arithmetic is done in: float64 stays, everything below float32 is widened to it."""
+    """The dtype of the computation: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a counter: the user's random stream is left alone, and resuming is exact."""
+"""Random numbers as functions of a counter. They leave the user's random stream alone, and resuming is exact."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class BatchShard(NamedTuple):
     """This process's shard of a batch: rows ``start`` to ``start`` + N of the ``total`` rows of its group.
 
-    ``tokens``: (N, D) latents. ``mask``: (N,) bool, True where a row counts; None where all count. ``counts``: N of
+    ``tokens``: (N, D) latents. ``mask``: (N,) bool, True where a row counts; None if all count. ``counts``: N of
     every process. ``whole``: the rows of all processes as one batch, if they were gathered.
     """
 
@@ -114,7 +114,7 @@ def _exchange(
 
 
 def _by_two_exchanges(tokens: Tensor, mask: Tensor | None, group: ProcessGroup, gather_limit: int) -> BatchShard:
-    """:meth:`Gatherer.shard` with an exchange of its own for the counts, past the device where the group can."""
+    """:meth:`Gatherer.shard` with a separate exchange for the counts, which passes no device if it can."""
     counts, masked = _counts(row_counts(_entry(tokens, mask), group, tokens.device))
     shard = BatchShard.of_group(tokens, mask, group, counts)
     if shard.total > gather_limit:

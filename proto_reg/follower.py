@@ -66,7 +66,7 @@ class PrototypeFollower(Record):
             like = prototypes.detach().to(compute_dtype(prototypes.dtype))
             self.register_buffer("sums", torch.zeros_like(like))
             self.register_buffer("weight_sums", torch.zeros_like(like[:, 0]))
-            # At the first step whatever the prototypes are counts as moved, and there are no latents yet.
+            # At the first step the prototypes count as moved, and there are no latents yet.
             self.register_buffer("last_prototypes", torch.zeros_like(like))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the latent space looks like, in pictures (extra ``plots``: matplotlib and scikit-learn)."""
+"""Pictures of the latent space (extra ``plots``: matplotlib and scikit-learn)."""
 
 from __future__ import annotations
 
@@ -37,21 +37,20 @@ def prototypes(
     blocks: int = 1,
     generator: torch.Generator | None = None,
 ) -> Figure:
-    """Each row: a decoded prototype and, right of it, decoded samples of N(v_k, std^2 I).
+    """Each row: a decoded prototype and, right of it, decoded samples around it, as :meth:`PrototypeHead.sample` draws.
 
     Args:
         decode: latents (n, D) -> images (n, C, H, W) in [0, 1], or (n, C*H*W) with ``image_shape`` (C, H, W).
-        std: None: the head's.
+        std: standard deviation of the samples. None takes the head's, or the shapes of :meth:`PrototypeHead.fit`.
         indices: which prototypes, all by default.
-        blocks: columns of rows, to keep many prototypes on one screen.
+        blocks: number of columns, so that many prototypes fit on one screen.
 
     Raises:
-        TypeError, ValueError: an argument out of its range, or images that are not, named.
+        TypeError, ValueError: an argument is out of its range, or ``decode`` returns no images.
     """
     check_head(head)
     check_positive_int("num_samples", num_samples, minimum=0)
     check_positive_int("blocks", blocks)
-    std = head.std if std is None else std
     chosen = [head.check_index(k) for k in (range(head.num_prototypes) if indices is None else indices)]
     if not chosen:
         raise ValueError("indices: expected at least one prototype, got none. Leave it out to draw all.")
@@ -78,7 +77,7 @@ def prototypes(
     for axes in rows[::height]:
         axes[0].set_title("v", fontsize=9)
         if num_samples:
-            axes[1 + (num_samples - 1) // 2].set_title("N(v, I)" if std == 1 else f"N(v, {std:g}² I)", fontsize=9)
+            axes[1 + (num_samples - 1) // 2].set_title(_name(head, std), fontsize=9)
     return figure
 
 
@@ -139,8 +138,16 @@ def latent_map(z: Tensor, head: PrototypeHead, labels: Tensor | None = None, *, 
     return figure
 
 
+def _name(head: PrototypeHead, std: float | None) -> str:
+    """The distribution around a prototype v."""
+    if std is None and head.shapes is not None:
+        return "N(c, S)"
+    std = head.std if std is None else std
+    return "N(v, I)" if std == 1 else f"N(v, {std:g}² I)"
+
+
 def _one_colour_each(count: int) -> dict[str, Any]:
-    """Arguments of ``scatter`` for values 0 to ``count`` - 1: each a colour, and a field of the colour bar."""
+    """Arguments of ``scatter`` for values 0 to ``count`` - 1: each has a colour and a field of the colour bar."""
     if count > 20:  # a circle of hues
         colours = matplotlib.colormaps["hsv"].resampled(count)
     else:

@@ -61,7 +61,7 @@ class UsageMeter(Record):
 
     @property
     def usage(self) -> Tensor:
-        """(K,) float32 share of the latents at each prototype; zeros where none was counted."""
+        """(K,) float32 share of the latents at each prototype; zeros if none was counted."""
         return self.counts.to(torch.float32) / self.counts.sum().clamp_min(1)
 
     @torch.no_grad()

@@ -50,3 +50,13 @@ def test_bad_arguments() -> None:
         plots.latent_map(torch.randn(8, 6), head, torch.zeros(3))
     with pytest.raises(ValueError, match="method: expected one of 'tsne', 'pca'"):
         plots.latent_map(torch.randn(8, 6), head, method="umap")
+
+
+def test_samples_of_a_fitted_head_are_named_as_such() -> None:
+    head = PrototypeHead(12, 3)
+    titles = []
+    for _ in range(2):
+        figure = plots.prototypes(lambda z: z.sigmoid().reshape(-1, 3, 2, 2), head, num_samples=1)
+        titles.append([axis.get_title() for axis in figure.axes][1])
+        head.fit(torch.randn(40, 12))
+    assert titles == ["N(v, I)", "N(c, S)"]

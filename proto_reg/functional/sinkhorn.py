@@ -267,7 +267,7 @@ def _hardened(codes: Tensor) -> Tensor:
 
 
 def _into(out: Tensor, given: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """Codes written into ``out``, which is like the ``given`` scores, by whatever computes them."""
+    """Write the codes of ``solve`` into ``out``, which is like the ``given`` scores."""
     fits = isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (given.shape, given.dtype, given.device)
     if not fits or not out.is_contiguous() or out.requires_grad:
         came = type(out).__name__

@@ -1,4 +1,4 @@
-"""What the Sinkhorn functions are given, checked and put into the operators' form."""
+"""Checks the arguments of the Sinkhorn functions, and brings them into the operators' form."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SinkhornKeywords(TypedDict, total=False):
 
 
 class SinkhornOptions(NamedTuple):
-    """What the Sinkhorn functions can be told beside the scores; see :func:`proto_reg.functional.sinkhorn`."""
+    """The options of the Sinkhorn functions; see :func:`proto_reg.functional.sinkhorn`."""
 
     epsilon: float
     num_iters: int
@@ -66,12 +66,12 @@ def operator_arguments(
 ) -> tuple[Tensor, Arguments]:
     """The scores, (B, K) or (G, B, K), and the other arguments, as ``proto_reg::sinkhorn`` takes them.
 
-    Every call comes through here: what is in order passes within a microsecond. In a ``group`` the rows may be none.
+    Every call comes through here. Valid arguments pass within a microsecond. In a ``group`` there may be no rows.
     Leading axes become one axis of groups. Marginals and weights keep their graph only if ``differentiable``.
     ``entropy``: the scores also go into a softmax, which ``prototype_mask`` restricts too.
 
     Raises:
-        TypeError, ValueError: an argument that is not in order, named.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
     epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, _ = options
     if not (isinstance(scores, Tensor) and scores.ndim > 1 and scores.numel() and scores.dtype in DTYPES):
@@ -101,10 +101,10 @@ def operator_arguments(
 
 
 def reachable(tol: float, dtype: torch.dtype, num_prototypes: int) -> float:
-    """``tol``, or the least that the dtype of the computation can tell; a warning says so.
+    """``tol``, or the least that the dtype of the computation can tell, with a warning.
 
-    Sums of K terms differ by this much from one iteration to the next however long one goes on: measured on every
-    backend, up to K = 300,000.
+    Sums of K terms differ by this much from one iteration to the next, however many there are. This was measured on
+    every backend, up to K = 300,000.
     """
     computed = compute_dtype(dtype)
     least = torch.finfo(computed).eps * max(16.0, num_prototypes / 256)
@@ -120,7 +120,7 @@ def reachable(tol: float, dtype: torch.dtype, num_prototypes: int) -> float:
 
 
 def _check_scores(scores: Tensor, group: ProcessGroup | None) -> None:
-    """What is wrong with the scores, if anything: a process without rows still takes part in its group."""
+    """TypeError or ValueError for wrong scores. In a group a process may have no rows."""
     check_floating("scores", scores)
     shape = tuple(scores.shape)
     if len(shape) < 2:
@@ -160,10 +160,10 @@ def _target(
 
 
 def _overwritten(scores: Tensor, prototype_mask: Tensor, target: Tensor, entropy: bool) -> Tensor:
-    """Scores whose columns outside ``prototype_mask`` hold nothing of what stood there, be it NaN.
+    """Scores without the old entries of the columns outside ``prototype_mask``, which may be NaN.
 
-    A column of the ``target`` stands in: infinities would take the kernels off their fast paths. Codes there are 0 all
-    the same, for so is their share. A softmax needs -inf.
+    A column of the ``target`` replaces them: infinities would take the kernels off their fast paths. The codes there
+    are 0, because the shares are 0. For a softmax -inf replaces them.
     """
     kept = prototype_mask.to(scores.device)
     kept = kept if kept.ndim == 1 else kept.unsqueeze(-2)
@@ -193,7 +193,7 @@ def _row_weights(
                 f"weights: expected finite numbers >= 0, got some between {low:.6g} and {high:.6g}. Use 0 to leave a "
                 "row out."
             )
-    # Only ratios matter; weights far from 1 would take sums out of float32's range.
+    # Only ratios matter. Weights far from 1 would take sums out of float32's range.
     weights = (weights if differentiable else weights.detach()).to(scores.device, torch.float64)
     weights = weights if counted is None else torch.where(counted, weights, 0.0)
     none = weights.shape[-1] == 0
@@ -202,7 +202,7 @@ def _row_weights(
 
 
 def as_marginals(marginals: Tensor | Sequence[float]) -> Tensor:
-    """A tensor of its own, float64 unless it was one already. Raises TypeError for what is no sequence of numbers."""
+    """A new tensor, float64 unless ``marginals`` is a tensor. Raises TypeError unless it is a sequence of numbers."""
     if isinstance(marginals, Tensor) and marginals.is_floating_point():
         return marginals.detach().clone()
     try:
@@ -219,7 +219,7 @@ def check_marginals(
 ) -> None:
     """ValueError unless ``marginals`` is a (K,) distribution, or one for each of ``groups``.
 
-    ``values=False`` looks at the shape alone.
+    With ``values=False`` it checks the shape only.
     """
     shape = tuple(marginals.shape)
     known = shape[-1] if num_prototypes is None and shape else num_prototypes
@@ -248,8 +248,8 @@ def check_no_nan(
 ) -> None:
     """ValueError, on all ranks of the group, if a row of ``value`` holds a NaN or +inf, or only -inf on any of them.
 
-    Only columns with a share in ``target`` (..., K) can save a row of -inf, and only rows of some weight are looked
-    at; None: all. Reads one number from the device.
+    ``target`` (..., K): only columns with a share save a row from being all -inf; None for all. Rows without weight are
+    not checked. It reads one number from the device.
     """
     lost = value == -torch.inf
     lost = lost if target is None else lost | (target == 0).unsqueeze(-2)
@@ -266,10 +266,10 @@ def check_no_nan(
 
 
 def usable(rows: Tensor, mask: Tensor | None, nan_policy: str, group: ProcessGroup | None) -> Tensor | None:
-    """Which of ``rows`` (N, D) count under a policy other than ``"propagate"``, of those where ``mask`` (N,) is True.
+    """Which of ``rows`` (N, D) count under a policy other than ``"propagate"``: some of those of ``mask`` (N,).
 
     Raises:
-        ValueError: under ``"raise"``, on all ranks, if one that counts is not finite.
+        ValueError: under ``"raise"``, on all ranks, if a row that counts is not finite.
     """
     if nan_policy == "raise":
         check_no_nan("z", rows if mask is None else rows[mask], group)

@@ -1,14 +1,14 @@
 """The three kernels of the anchored MMD and their expectations under N(0, I), in closed form.
 
-Everything is written for residuals r = z - v against y, y' ~ N(0, I) in D dimensions and, the kernels being
-functions of squared distances, returns a value together with its derivative by that squared distance:
+Everything is written for residuals r = z - v against y, y' ~ N(0, I) in D dimensions. The kernels are functions of
+squared distances. So each function returns a value and its derivative by the squared distance:
 
 * ``pair``: k and k' at squared distances |r_i - r_j|^2;
 * ``attraction``: a(r) = E_y k(r, y) and its derivative by |r|^2;
 * ``self_term``: b = E k(y, y'), a number.
 
 Gaussian: exp(-d^2 / (2 s^2)) with s^2 = D * scale.  IMQ: C / (C + d^2) with C = 2 D * scale.  Both are averaged over
-the scales.  Energy: -d, which has none.
+the scales.  Energy: -d, which has no scales.
 """
 
 from __future__ import annotations
