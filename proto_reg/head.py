@@ -196,7 +196,7 @@ class PrototypeHead(nn.Module):
             prototypes[index] = points.to(prototypes.dtype)
 
     @torch.no_grad()
-    def fit(self, z: Tensor, *, rank: int = 32, group: Group = "default") -> None:
+    def fit(self, z: Tensor, *, rank: int = 16, group: Group = "default") -> None:
         """Learn the shape of each prototype's cluster from latents ``z`` (N, D), after training or between epochs.
 
         From then on :meth:`sample`, :meth:`around` and :meth:`mixture` use a weight, a centre and a covariance for each
