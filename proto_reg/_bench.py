@@ -104,6 +104,7 @@ def clock(call: Callable[[], object], times: int, device: torch.device) -> float
 
 
 def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -15,6 +15,9 @@ from .functional.prototypes import SIMILARITIES, prototype_scores
 from .kernels.scores import scores_and_pull_back
 from .mixture import ClusterShapes, PrototypeMixture, fit_shapes, kmeans_plus_plus
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class PrototypeHead(nn.Module):
     """K prototypes in a latent space of D dimensions, and the normal distribution N(v, std^2 I) around each.
@@ -171,18 +174,23 @@ class PrototypeHead(nn.Module):
             ValueError: fewer than K latents, another D, or latents that are not finite.
         """
         ranks = resolve(group)
-        check_matrix("z", z, self.latent_dim, axes="(N, D)", empty=ranks is not None)
-        z, _ = gather_rows(z.to(self.prototypes.device), ranks)
+        z = self._latents_of_all(z, ranks)
         if len(z) < self.num_prototypes:
             raise ValueError(
                 f"z: expected at least {self.num_prototypes} latents, one for each prototype, got {len(z)}. "
                 "Encode more of the data."
             )
-        if not bool(z.isfinite().all()):
-            raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
         chosen = z[kmeans_plus_plus(z, self.num_prototypes, generator)]
         chosen = broadcast_(chosen, ranks)
         self.place(slice(None), chosen)
+
+    def _latents_of_all(self, z: Tensor, ranks: ProcessGroup | None) -> Tensor:
+        """The latents ``z`` (N, D) of all ranks, finite, on the device of the prototypes. ValueError otherwise."""
+        check_matrix("z", z, self.latent_dim, axes="(N, D)", empty=ranks is not None)
+        z, _ = gather_rows(z.to(self.prototypes.device), ranks)
+        if not bool(z.isfinite().all()):
+            raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
+        return z
 
     @torch.no_grad()
     def place(self, index: Tensor | slice, points: Tensor) -> None:
@@ -213,14 +221,14 @@ class PrototypeHead(nn.Module):
             TypeError, ValueError: no latents, another D, latents that are not finite, or a rank below 0.
         """
         check_positive_int("rank", rank, minimum=0)
-        ranks = resolve(group)
-        check_matrix("z", z, self.latent_dim, axes="(N, D)", empty=ranks is not None)
-        z, _ = gather_rows(z, ranks)
-        if not bool(z.isfinite().all()):
-            raise ValueError("z: expected finite latents, got NaN or infinity. Look for the overflow upstream.")
+        z = self._latents_of_all(z, resolve(group))
+        if len(z) == 0:
+            raise ValueError("z: expected latents in one process of the group at least, got none. Encode some data.")
         prototypes = whole(self.prototypes.detach())
-        nearest = prototype_scores(z, prototypes.to(z.device), self.similarity, std=self.std).argmax(1)
-        self._set_shapes(fit_shapes(z, nearest, prototypes.to(z.device), min(rank, self.latent_dim - 1)))
+        # Between FSDP2's passes the head holds shards, with which it computes no scores.
+        sharded = is_sharded(self.prototypes)
+        scores = prototype_scores(z, prototypes, self.similarity, std=self.std) if sharded else self(z)
+        self._set_shapes(fit_shapes(z, scores.argmax(1), prototypes, min(rank, self.latent_dim - 1)))
 
     @property
     def shapes(self) -> ClusterShapes | None:
@@ -236,9 +244,10 @@ class PrototypeHead(nn.Module):
             setattr(self, f"shape_{name}", value)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take over the shapes of the state, or have none if it has none."""
+        """Make room for the shapes of the state, or have none if it has none."""
         saved: list[Any] = [state_dict.get(f"{prefix}shape_{name}") for name in ClusterShapes._fields]
-        self._set_shapes(ClusterShapes(*saved) if all(isinstance(x, Tensor) for x in saved) else None)
+        there = all(isinstance(value, Tensor) for value in saved)
+        self._set_shapes(ClusterShapes(*map(torch.empty_like, saved)) if there else None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def mixture(self, std: float | None = None, *, spread: float = 1.0) -> PrototypeMixture:
@@ -249,7 +258,9 @@ class PrototypeHead(nn.Module):
         """
         check_number("spread", spread, above=0)
         shapes = self.shapes if std is None else None
-        return PrototypeMixture(self.prototypes, (self.std if std is None else std) * spread, shapes, spread)
+        if shapes is not None:
+            return PrototypeMixture(self.prototypes, shapes=shapes.scaled(spread))
+        return PrototypeMixture(self.prototypes, (self.std if std is None else std) * spread)
 
     @torch.no_grad()
     def sample(
@@ -289,9 +300,9 @@ class PrototypeHead(nn.Module):
     ) -> Tensor:
         """Draw a latent (n, D) around each of the prototypes ``index`` (n,) int64; options as in :meth:`sample`."""
         check_number("spread", spread, at_least=0)
-        v = self.prototypes[index]
-        if std is None and self.shapes is not None:
-            return (self.shapes.draw(index, spread, generator)).to(v.dtype)
+        v, shapes = self.prototypes[index], self.shapes if std is None else None
+        if shapes is not None:
+            return shapes.scaled(spread).draw(index, generator).to(v.dtype)
         std = self.std if std is None else check_number("std", std, at_least=0)
         return v + std * spread * torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
 

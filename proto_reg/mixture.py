@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,17 @@ class ClusterShapes(NamedTuple):
     factors: Tensor
     diagonals: Tensor
 
-    def draw(self, index: Tensor, spread: float, generator: torch.Generator | None) -> Tensor:
-        """A draw (n, D) of each of the distributions ``index`` (n,), with ``spread`` times its standard deviation."""
+    def scaled(self, spread: float) -> ClusterShapes:
+        """The same with ``spread`` times the standard deviation in all directions."""
+        return self._replace(factors=spread * self.factors, diagonals=spread**2 * self.diagonals)
+
+    def draw(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A draw (n, D) of each of the distributions ``index`` (n,)."""
         factors, deviations = self.factors[index], self.diagonals[index].sqrt()
         dtype, device = deviations.dtype, deviations.device
         along = torch.randn(len(index), factors.shape[2], 1, dtype=dtype, device=device, generator=generator)
         across = torch.randn(deviations.shape, dtype=dtype, device=device, generator=generator)
-        return self.centres[index] + spread * ((factors @ along)[..., 0] + deviations * across)
+        return self.centres[index] + (factors @ along)[..., 0] + deviations * across
 
 
 def fit_shapes(z: Tensor, nearest: Tensor, prototypes: Tensor, rank: int) -> ClusterShapes:
@@ -75,19 +79,15 @@ class PrototypeMixture(MixtureSameFamily):
         prototypes: (K, D).
         std: without ``shapes`` the mixture is sum_k N(v_k, std^2 I) / K.
         shapes: a weight, a centre and a covariance for each prototype, as :meth:`PrototypeHead.fit` learns them.
-        spread: factor of all standard deviations of ``shapes``, > 0.
     """
 
-    def __init__(
-        self, prototypes: Tensor, std: float = 1.0, shapes: ClusterShapes | None = None, spread: float = 1.0
-    ) -> None:
+    def __init__(self, prototypes: Tensor, std: float = 1.0, shapes: ClusterShapes | None = None) -> None:
         self.std, self.shapes = check_number("std", std, above=0), shapes
         if shapes is None:
             weights = prototypes.new_ones(len(prototypes))
             super().__init__(Categorical(weights), Independent(Normal(prototypes, self.std), 1))
             return
-        components = LowRankMultivariateNormal(shapes.centres, spread * shapes.factors, spread**2 * shapes.diagonals)
-        super().__init__(Categorical(shapes.weights), components)
+        super().__init__(Categorical(shapes.weights), LowRankMultivariateNormal(*shapes[1:]))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density (...,) of ``value`` (..., D)."""
@@ -108,20 +108,16 @@ class PrototypeMixture(MixtureSameFamily):
         dtype = compute_dtype(torch.promote_types(value.dtype, mean.dtype))
         mean, flat = mean.to(dtype), value.reshape(-1, mean.shape[-1]).to(dtype)
         if self.shapes is not None:
-            joint = self._log_densities(flat) + self.mixture_distribution.logits.to(dtype)
+            # One prototype at a time, without an (N, K, D) tensor.
+            parts = (part.to(dtype) for part in self.shapes[1:])
+            densities = [LowRankMultivariateNormal(*of_one).log_prob(flat) for of_one in zip(*parts, strict=True)]
+            joint = torch.stack(densities, -1) + self.mixture_distribution.logits.to(dtype)
             return joint.reshape(*value.shape[:-1], len(mean))
         # By differences: the product form is not exact in float32 far from the origin.
         distance = torch.cdist(flat, mean, compute_mode="donot_use_mm_for_euclid_dist")
         log_density = self.component_distribution.log_prob(mean)  # at distance 0, the normalising constant
         joint = log_density + self.mixture_distribution.logits - 0.5 * (distance / self.std).square()
         return joint.reshape(*value.shape[:-1], len(mean))
-
-    def _log_densities(self, value: Tensor) -> Tensor:
-        """log N(value; c_k, S_k) of ``value`` (N, D), (N, K), one prototype at a time: without an (N, K, D) tensor."""
-        found = cast(LowRankMultivariateNormal, self.component_distribution)
-        parts = found.loc.to(value.dtype), found._unbroadcasted_cov_factor, found._unbroadcasted_cov_diag
-        components = (LowRankMultivariateNormal(c, f.to(c), d.to(c)) for c, f, d in zip(*parts, strict=True))
-        return torch.stack([component.log_prob(value) for component in components], -1)
 
 
 def kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None, centres: Tensor | None = None) -> Tensor:

@@ -173,7 +173,10 @@ class PrototypicalRegularizer(nn.Module):
             pulled = self._pull(batch, factors, counting)
             z, output = self._attached(z, batch, pulled), pulled.output
         else:
-            output = self._losses(batch, factors, counting, learning)
+            if counting:
+                follow(self.head, self.follower)
+            with torch.set_grad_enabled(learning):
+                output = self._losses(batch, factors, counting)
         if counting:
             self._look(batch, output)
         return z, self._restored(output, z)
@@ -188,11 +191,9 @@ class PrototypicalRegularizer(nn.Module):
         )
 
     def _counted_losses(self, counting: bool, z: Tensor, mask: Tensor | None) -> RegularizerOutput:
-        batch, factors = self._batch(z, mask), self._factors()
-        with torch.autocast(z.device.type, enabled=False):
-            output = self._with_derivatives(batch, self._gradients(batch, factors), factors)
+        batch = self._batch(z, mask)
+        output = self._losses(batch, self._factors(), counting)
         if counting:
-            self._record(batch, output, factors)
             self._look(batch, output)
         return self._restored(output, z)
 
@@ -260,11 +261,9 @@ class PrototypicalRegularizer(nn.Module):
         parameters, steps = zip(*pulled.steps, strict=True)
         return AttachDirection.apply(batch.group, z, direction, mask, *steps, *parameters)
 
-    def _losses(self, batch: BatchShard, factors: StepFactors, counting: bool, learning: bool) -> RegularizerOutput:
-        """Prototypes follow; both losses, with their derivatives if ``learning``; the step is recorded."""
-        if counting:
-            follow(self.head, self.follower)
-        with torch.autocast(batch.tokens.device.type, enabled=False), torch.set_grad_enabled(learning):
+    def _losses(self, batch: BatchShard, factors: StepFactors, counting: bool) -> RegularizerOutput:
+        """Both losses, with their derivatives if gradients are enabled; the step is recorded."""
+        with torch.autocast(batch.tokens.device.type, enabled=False):
             output = self._with_derivatives(batch, self._gradients(batch, factors), factors)
         if counting:
             self._record(batch, output, factors)

@@ -62,8 +62,8 @@ class Schedule:
         for name in ("warmup_steps", "mmd_steps", "ramp_steps", "temperature_steps"):
             check_positive_int(name, getattr(self, name), minimum=0)
         check_number("mmd_weight", self.mmd_weight, at_least=0)
-        pair = _pair(self.temperature)
-        if (pair[0] != pair[1]) != (self.temperature_steps > 0):
+        start, end = self._temperatures
+        if (start != end) != (self.temperature_steps > 0):
             raise ValueError(
                 "temperature_steps: expected an int > 0 with two temperatures and 0 with one, got "
                 f"{self.temperature_steps} with temperature={self.temperature!r}. Pass both temperature=(start, end) "
@@ -84,7 +84,17 @@ class Schedule:
     @cached_property
     def final_temperature(self) -> float:
         """The temperature after ``temperature_steps`` steps."""
-        return _pair(self.temperature)[1]
+        return self._temperatures[1]
+
+    @cached_property
+    def _temperatures(self) -> tuple[float, float]:
+        """Start and end of the temperature. TypeError or ValueError for anything but a number or a pair of them."""
+        given = self.temperature
+        pair = tuple(given) if isinstance(given, Sequence) else (given, given)
+        if len(pair) != 2:
+            raise ValueError(f"temperature: expected a number or (start, end), got {given!r}. Pass one or two.")
+        start, end = (check_number("temperature", value, above=0) for value in pair)
+        return start, end
 
     def at(self, now: Callable[[], Tensor], reached: float, mmd_weight: float) -> StepFactors:
         """What the schedule says of this step.
@@ -111,7 +121,7 @@ class Schedule:
 
     def temperature_at(self, step: Tensor) -> Tensor:
         """() float32: the temperature at ``step`` ()."""
-        start, end = _pair(self.temperature)
+        start, end = self._temperatures
         left = 1 - ((step - self.begin).to(torch.float32) / max(self.temperature_steps, 1)).clamp(0, 1)
         return end + (start - end) * left
 
@@ -129,12 +139,3 @@ class Schedule:
 
 
 NEVER = -math.inf  # ``reached`` where nobody knows
-
-
-def _pair(temperature: float | Sequence[float]) -> tuple[float, float]:
-    """Start and end of the temperature. TypeError or ValueError for anything but a number or a pair of them."""
-    pair = tuple(temperature) if isinstance(temperature, Sequence) else (temperature, temperature)
-    if len(pair) != 2:
-        raise ValueError(f"temperature: expected a number or (start, end), got {temperature!r}. Pass one or two.")
-    start, end = (check_number("temperature", value, above=0) for value in pair)
-    return start, end

@@ -173,6 +173,8 @@ def metrics_and_initialisation() -> None:
     parts.fit(own(z, split), rank=2)
     for ours, expected_shape in zip(parts.shapes, whole.shapes, strict=True):
         assert torch.equal(ours, expected_shape)
+    with pytest.raises(ValueError, match="in one process of the group at least"):
+        parts.fit(z[:0])
     with pytest.raises(ValueError, match="at least 5 latents"):
         parts.init_from(z[:1])
 

@@ -131,6 +131,24 @@ def test_samples_have_the_dtype_of_the_prototypes(dtype: torch.dtype) -> None:
     assert head.sample(4).dtype == dtype
 
 
+def test_a_head_of_ones_own_says_whose_a_latent_is() -> None:
+    class Last(PrototypeHead):
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.arange(K).expand(len(z), K).to(z)
+
+    head = Last(DIM, K)
+    head.fit(torch.randn(40, DIM))
+    assert head.shapes.weights.tolist() == [0, 0, 1]
+
+
+def test_a_loaded_head_has_memory_of_its_own() -> None:
+    head, z, _ = clusters()
+    head.fit(z)
+    twin = PrototypeHead(DIM, K)
+    twin.load_state_dict(head.state_dict())
+    assert twin.shapes.factors.data_ptr() != head.shapes.factors.data_ptr()
+
+
 def test_training_goes_on_with_the_shapes_in_the_head() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     twin = copy.deepcopy(layer)

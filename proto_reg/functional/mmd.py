@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..kernels import backends
 from ..kernels.closed_forms import KERNELS
 from ..kernels.first_order import transforming, with_slopes
 from ..kernels.mmd import (
+    Form,
     anchored_mmd_loss_reference,
     anchored_mmd_loss_without_graph,
     anchored_mmd_reference,
@@ -39,9 +40,6 @@ TARGETS = ("analytic", "sampled")
 STATISTICS = ("unbiased", "biased")
 REDUCTIONS = ("mean", "sum")
 BACKENDS = ("auto", "torch", "cpu")
-
-# Kernel and scales; whether the statistic is unbiased; whether a cluster weighs as many latents as it has.
-Form: TypeAlias = tuple[str, list[float], bool, bool]
 
 
 class MMDOptions(NamedTuple):
@@ -185,15 +183,15 @@ def _together(
     ranks: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """The MMD of the latents of all ranks by assignments (B,). Latents are gathered, or their ``features`` summed."""
-    kernel, scales, unbiased, by_mass = options.form()
     inside = (assignments >= 0) & (assignments < len(anchors))
     index = torch.where(inside, assignments, 0)
     residuals, members = z - anchors[index], torch.where(inside, index, -1)
     rows = residuals.detach(), members, len(anchors)
     if options.features is None:
         sampled = options.target == "sampled"
-        loss, gradient = gathered_mmd(*rows, kernel, scales, unbiased, by_mass, sampled, generator, compiled, ranks)
+        loss, gradient = gathered_mmd(*rows, options.form(), sampled, generator, compiled, ranks)
     else:
+        _, scales, unbiased, by_mass = options.form()
         values, gradient, counts = feature_mmd(*rows, scales, unbiased, options.features, options.seed, ranks)
         weights = counts / counts.sum().clamp_min(1) if by_mass else torch.ones_like(values)
         loss, gradient = (values * weights).sum(), gradient * weights[index, None]
@@ -206,7 +204,7 @@ def _weighted(
 ) -> tuple[Tensor, Tensor]:
     """The MMD by weights (B, K) of each latent in each cluster."""
     if ranks is not None:
-        loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, *form, ranks)
+        loss, gradient, by_anchors = gathered_weighted_mmd(z.detach(), anchors.detach(), weights, form, ranks)
         gradient = gradient * size(ranks)
         return with_gradients(loss, [z, anchors], [gradient, by_anchors]), gradient
     if transforming():

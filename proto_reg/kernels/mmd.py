@@ -7,6 +7,7 @@ that of one slab of tiles. Gradients are first order only. ``anchored_mmd_loss``
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from . import closed_forms
 from .first_order import without_graph
 from .mmd_pairs import pair_sums, per_row, sum_by_group, weighted_pair_sums
+
+# Kernel and scales; whether the statistic is unbiased; whether a cluster weighs as many latents as it has.
+Form: TypeAlias = tuple[str, list[float], bool, bool]
 
 
 def anchored_mmd_reference(

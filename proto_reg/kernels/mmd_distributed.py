@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._distributed import broadcast_, gather_rows
-from .mmd import anchored_mmd_loss_reference, anchored_mmd_loss_without_graph
+from .mmd import Form, anchored_mmd_loss_reference, anchored_mmd_loss_without_graph
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -18,10 +18,7 @@ def gathered_mmd(
     residuals: Tensor,
     groups: Tensor,
     num_groups: int,
-    kernel: str,
-    scales: list[float],
-    unbiased: bool,
-    by_mass: bool,
+    form: Form,
     sampled: bool,
     generator: torch.Generator | None,
     compiled: bool,
@@ -31,6 +28,7 @@ def gathered_mmd(
 
     The first rank draws the sampled target for all: ranks with equal seeds would draw equal samples.
     """
+    kernel, scales, unbiased, by_mass = form
     with torch.autocast(residuals.device.type, enabled=False):
         own = torch.nonzero((groups >= 0) & (groups < num_groups))[:, 0]
         # One gather takes rows and indices. As floats indices are exact below 2^24.
@@ -57,10 +55,7 @@ def gathered_weighted_mmd(
     z: Tensor,
     anchors: Tensor,
     weights: Tensor,
-    kernel: str,
-    scales: list[float],
-    unbiased: bool,
-    by_mass: bool,
+    form: Form,
     group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``proto_reg::weighted_mmd`` of all ranks' rows: loss (), gradients by own z (N, D) and by anchors (K, D)."""
@@ -71,7 +66,5 @@ def gathered_weighted_mmd(
         if len(rows) == 0:
             return z.new_zeros(()), gradient, torch.zeros_like(anchors)
         everything, members = (part.contiguous() for part in rows.split([z.shape[1], len(anchors)], 1))
-        loss, by_rows, by_anchors = torch.ops.proto_reg.weighted_mmd(
-            everything, anchors, members, kernel, scales, unbiased, by_mass
-        )
+        loss, by_rows, by_anchors = torch.ops.proto_reg.weighted_mmd(everything, anchors, members, *form)
         return loss, gradient.index_copy_(0, own, by_rows[start : start + len(own)]), by_anchors
