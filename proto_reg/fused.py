@@ -47,10 +47,11 @@ def fused_pull(
     if backends.choose("auto", z) != "cpu":
         return None
     prototypes, marginals = head.prototypes, assigner.marginals
-    sums = weight_sums = last_prototypes = usage = totals = steps = None
+    sums = weight_sums = last_prototypes = usage = totals = steps = recent = None
     rate, follower = 0.0, None
     if records is not None:
         usage, totals, steps = records.meter.counts, records.meter.totals, records.steps
+        recent = None if head.clusters is None else head.clusters.recent
         if records.follower.rate:
             if not prototype_weight:
                 return None
@@ -91,6 +92,9 @@ def fused_pull(
         usage,
         totals,
         steps,
+        None if recent is None else recent.latents,
+        None if recent is None else recent.count,
+        0 if recent is None else recent.at_once,
     )
     pulled = Pull(direction, [(prototypes, step)], RegularizerOutput._make(results))
     if follower is not None and prototypes.requires_grad:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ._checks import check_choice, check_floating, check_matrix, check_number, check_positive_int, compute_dtype, warn
 from ._distributed import Group, broadcast_, gather_rows, is_sharded, local_part, resolve, whole
+from .clusters import Clusters
 from .functional.prototypes import SIMILARITIES, prototype_scores
 from .kernels.scores import scores_and_pull_back
-from .mixture import ClusterShapes, PrototypeMixture, fit_shapes, kmeans_plus_plus
+from .mixture import COVARIANCES, ClusterShapes, PrototypeMixture, kmeans, kmeans_plus_plus
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,6 +33,11 @@ class PrototypeHead(nn.Module):
             part of the state: ``load_state_dict`` sets it, and warns if another one was given here.
         init_std: standard deviation of the initial coordinates. The default is std / 2: prototypes then lie .7 std
             sqrt(D) apart.
+        covariance: of the normal distribution that samples around a prototype are drawn from. ``"low_rank"`` (default):
+            ``rank`` leading directions and a diagonal. ``"full"``, ``"diagonal"``. These are learned from the latents;
+            ``"isotropic"`` is std^2 I and learns nothing.
+        rank: number of leading directions. 16 by default; on MNIST and Fashion-MNIST 8 left out variety, and 32 added
+            noise.
 
     Attributes:
         prototypes: Parameter (K, D), the points themselves: ``decoder(head.prototypes)`` shows them.
@@ -42,6 +48,8 @@ class PrototypeHead(nn.Module):
     """
 
     _std_given = False  # in heads that were pickled without it
+    clusters: Clusters | None
+    _drawn: Tensor | None = None  # the first prototypes; None in heads that were pickled without
     shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
 
     def __init__(
@@ -52,6 +60,8 @@ class PrototypeHead(nn.Module):
         similarity: str = "cosine",
         std: float | None = None,
         init_std: float | None = None,
+        covariance: str = "low_rank",
+        rank: int = 16,
     ) -> None:
         super().__init__()
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
@@ -61,8 +71,9 @@ class PrototypeHead(nn.Module):
         self._std_given = std is not None
         self.init_std = None if init_std is None else check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
-        for name in ClusterShapes._fields:
-            self.register_buffer(f"shape_{name}", None)
+        # None is registered too: a state with shapes loads into a head without.
+        shaped = check_choice("covariance", covariance, COVARIANCES) != "isotropic"
+        self.register_module("clusters", Clusters(latent_dim, covariance, rank) if shaped else None)
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -112,9 +123,11 @@ class PrototypeHead(nn.Module):
         return own
 
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew from N(0, init_std^2 I), and forget :meth:`fit`."""
-        self._set_shapes(None)
+        """Draw the prototypes anew from N(0, init_std^2 I), and forget the shapes of their clusters."""
+        if self.clusters is not None:
+            self.clusters.reset_parameters()
         nn.init.normal_(self.to_write_to(), std=self.std / 2 if self.init_std is None else self.init_std)
+        self._drawn = self.prototypes.detach().clone()
 
     def forward(self, z: Tensor) -> Tensor:
         """Scores (..., K) of latents ``z`` (..., D). TypeError or ValueError for integer latents or another D."""
@@ -132,7 +145,7 @@ class PrototypeHead(nn.Module):
 
     def in_closed_form(self) -> bool:
         """Whether scores and gradients are those of the formulas. A subclass may compute others."""
-        alone = list(self._parameters) == ["prototypes"] and not self._modules
+        alone = list(self._parameters) == ["prototypes"] and list(self._modules) == ["clusters"]
         return type(self).forward is PrototypeHead.forward and alone
 
     def scores_and_pull_back(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor]]]]:
@@ -204,57 +217,70 @@ class PrototypeHead(nn.Module):
             prototypes[index] = points.to(prototypes.dtype)
 
     @torch.no_grad()
-    def fit(self, z: Tensor, *, rank: int = 16, group: Group = "default") -> None:
-        """Learn the shape of each prototype's cluster from latents ``z`` (N, D), after training or between epochs.
+    def fit(
+        self, z: Tensor | Iterable[Tensor], generator: torch.Generator | None = None, *, group: Group = "default"
+    ) -> None:
+        """Learn the shape of each prototype's cluster from latents ``z``: (N, D), or batches of them.
 
-        From then on :meth:`sample`, :meth:`around` and :meth:`mixture` use a weight, a centre and a covariance for each
-        prototype instead of N(v, std^2 I). A latent belongs to the prototype with its highest score. The weight is the
-        share of the latents, the centre their mean. The covariance has ``rank`` leading directions and a diagonal
-        remainder; a small cluster borrows from the covariance of all clusters. All of it is part of ``state_dict``.
-        Fit again after more training: the latents have moved. It works for any encoder, trained with our layer or not.
+        After training with the layer it is not needed: shapes then come from the last latents of training. More latents
+        give better samples, and those of other encoders are known only to you. Any encoder will do, trained with our
+        layer or not. Prototypes that are still where they were drawn first go to the centres of k-means.
+
+        A latent belongs to the prototype with its highest score. The weight of a prototype is the share of its latents,
+        the centre their mean. The covariance is of the kind that the head was built with; a small cluster borrows from
+        the covariance of all clusters. All of it is part of ``state_dict``. After more training the shapes come from
+        the last latents again, as soon as these are as many as ``z`` or fill their ring.
 
         Args:
-            rank: at most D - 1. 0 fits a diagonal covariance.
+            generator: of the start of k-means.
             group: a ProcessGroup, or ``"default"``: the latents of all its ranks. All must call; N may differ and be 0.
 
         Raises:
-            TypeError, ValueError: no latents, another D, latents that are not finite, or a rank below 0.
+            TypeError, ValueError: no latents, another D, latents that are not finite, or ``covariance="isotropic"``.
         """
-        check_positive_int("rank", rank, minimum=0)
-        z = self._latents_of_all(z, resolve(group))
+        if self.clusters is None:
+            raise ValueError(
+                "fit: expected a head with covariance='low_rank', 'full' or 'diagonal', got 'isotropic', which has no "
+                "shape to learn. Build the head with one of them."
+            )
+        ranks = resolve(group)
+        z = self._latents_of_all(z if isinstance(z, Tensor) else self._joined(z), ranks)
         if len(z) == 0:
             raise ValueError("z: expected latents in one process of the group at least, got none. Encode some data.")
+        if self._as_drawn() and len(z) >= self.num_prototypes:
+            self.place(slice(None), broadcast_(kmeans(z, self.num_prototypes, generator), ranks))
         prototypes = whole(self.prototypes.detach())
-        # Between FSDP2's passes the head holds shards, with which it computes no scores.
-        sharded = is_sharded(self.prototypes)
-        scores = prototype_scores(z, prototypes, self.similarity, std=self.std) if sharded else self(z)
-        self._set_shapes(fit_shapes(z, scores.argmax(1), prototypes, min(rank, self.latent_dim - 1)))
+        self.clusters.fit(z, self._scores(z), prototypes, compute_dtype(prototypes.dtype))
+
+    def _joined(self, batches: Iterable[Tensor]) -> Tensor:
+        """The rows of all ``batches`` (n, D). TypeError or ValueError for one that is no such matrix."""
+        return torch.cat([check_matrix("z", part, self.latent_dim, axes="(N, D)", empty=True) for part in batches])
+
+    def _as_drawn(self) -> bool:
+        """Whether the prototypes are still where :meth:`reset_parameters` drew them."""
+        now, drawn = whole(self.prototypes.detach()), self._drawn
+        return drawn is not None and torch.equal(now, drawn.to(now))
 
     @property
     def shapes(self) -> ClusterShapes | None:
-        """What :meth:`fit` learned; None before."""
-        found: list[Any] = [getattr(self, f"shape_{name}") for name in ClusterShapes._fields]
-        return None if found[0] is None else ClusterShapes(*found)
+        """The newest shapes: of :meth:`fit`, or of the last latents of training. None if there are none yet."""
+        if self.clusters is None:
+            return None
+        prototypes = whole(self.prototypes.detach())
+        with torch.no_grad():
+            return self.clusters.shapes(prototypes, self._scores, compute_dtype(prototypes.dtype))
 
-    def _set_shapes(self, shapes: ClusterShapes | None) -> None:
-        """Keep ``shapes`` on the device of the prototypes, in float32 or wider."""
-        dtype = compute_dtype(self.prototypes.dtype)
-        for name in ClusterShapes._fields:
-            value = None if shapes is None else getattr(shapes, name).to(self.prototypes.device, dtype)
-            setattr(self, f"shape_{name}", value)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Make room for the shapes of the state, or have none if it has none."""
-        saved: list[Any] = [state_dict.get(f"{prefix}shape_{name}") for name in ClusterShapes._fields]
-        there = all(isinstance(value, Tensor) for value in saved)
-        self._set_shapes(ClusterShapes(*map(torch.empty_like, saved)) if there else None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _scores(self, z: Tensor) -> Tensor:
+        """:meth:`forward`, also between FSDP2's passes, when the head holds shards."""
+        if is_sharded(self.prototypes):
+            return prototype_scores(z, whole(self.prototypes.detach()), self.similarity, std=self.std)
+        return self(z)
 
     def mixture(self, std: float | None = None, *, spread: float = 1.0) -> PrototypeMixture:
         """The prior as a distribution: ``sample``, ``log_prob``, ``responsibilities``.
 
-        It is sum_k N(v_k, std^2 I) / K before :meth:`fit`, and also if ``std`` is given; None is the head's. After it,
-        it has the weights, centres and covariances of :meth:`fit`. ``spread`` multiplies every standard deviation.
+        It has the weights, centres and covariances of :attr:`shapes`. If there are none, or if ``std`` is given, it is
+        sum_k N(v_k, std^2 I) / K; None is the head's. ``spread`` multiplies every standard deviation.
         """
         check_number("spread", spread, above=0)
         shapes = self.shapes if std is None else None
@@ -274,10 +300,10 @@ class PrototypeHead(nn.Module):
     ) -> Tensor:
         """Draw latents (num_samples, D) around one prototype; None draws prototypes by the weights of the mixture.
 
-        After :meth:`fit` a draw has the shape of the prototype's cluster. Before it, or if ``std`` is given, it is from
-        N(v, std^2 I); None is the head's std, which training aims at, and 0 gives the prototype itself. ``spread``
-        multiplies the standard deviation in all directions. Raises TypeError or ValueError for an argument out of its
-        range.
+        A draw has the shape of the prototype's cluster; see :attr:`shapes`. If there is none yet, or if ``std`` is
+        given, it is from N(v, std^2 I); None is the head's std, which training aims at, and 0 gives the prototype
+        itself. ``spread`` multiplies the standard deviation in all directions: .7 gives more typical samples, 1 has the
+        variety of the data. Raises TypeError or ValueError for an argument out of its range.
         """
         check_positive_int("num_samples", num_samples)
         device, shapes = self.prototypes.device, self.shapes if std is None else None

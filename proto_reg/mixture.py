@@ -6,10 +6,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Independent, LowRankMultivariateNormal, MixtureSameFamily, Normal
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
 from ._checks import check_floating, check_number, compute_dtype
 
+COVARIANCES = ("low_rank", "full", "diagonal", "isotropic")
 FLOOR = 1e-4  # of a cluster's mean variance: no direction has less
 
 
@@ -17,6 +26,7 @@ class ClusterShapes(NamedTuple):
     """A weight and a normal distribution N(c_k, F_k F_k^T + diag(d_k)) for each of K prototypes.
 
     ``weights`` (K,) sum to 1. ``centres`` c: (K, D). ``factors`` F: (K, D, r), r >= 1. ``diagonals`` d: (K, D), > 0.
+    Of a full covariance the factors are (K, D, D), lower triangular, and the diagonals are 0.
     """
 
     weights: Tensor
@@ -27,6 +37,13 @@ class ClusterShapes(NamedTuple):
     def scaled(self, spread: float) -> ClusterShapes:
         """The same with ``spread`` times the standard deviation in all directions."""
         return self._replace(factors=spread * self.factors, diagonals=spread**2 * self.diagonals)
+
+    def normals(self) -> Distribution:
+        """The K normal distributions."""
+        _, centres, factors, diagonals = self
+        if 1 < factors.shape[1] == factors.shape[2]:
+            return MultivariateNormal(centres, scale_tril=factors)
+        return LowRankMultivariateNormal(centres, factors, diagonals)
 
     def draw(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """A draw (n, D) of each of the distributions ``index`` (n,)."""
@@ -42,8 +59,8 @@ def fit_shapes(z: Tensor, nearest: Tensor, prototypes: Tensor, rank: int) -> Clu
 
     A covariance is ``(n_k C_k + n_0 C) / (n_k + n_0)``: C_k that of the cluster, C that within all clusters, and
     n_0 = D / 2. On held-out latents of the digits and MNIST n_0 = D / 2 was better than 0, D / 8 and 2 D. The ``rank``
-    leading directions are kept, and what they leave of the diagonal. A prototype without latents has weight 0 and the
-    covariance C.
+    leading directions are kept, and what they leave of the diagonal; with rank D all of it. A prototype without latents
+    has weight 0 and the covariance C.
 
     Args:
         nearest: (N,) int64, the prototype of each latent.
@@ -56,18 +73,33 @@ def fit_shapes(z: Tensor, nearest: Tensor, prototypes: Tensor, rank: int) -> Clu
     centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
     residuals = z - centres[nearest]
     within, prior = residuals.mT @ residuals / len(z), dim / 2
-    # With rank 0 one column of zeros: torch's distribution needs a column.
-    factors, diagonals = centres.new_zeros(groups, dim, max(rank, 1)), torch.zeros_like(centres)
+    parts = []
     for k in range(groups):
         own = residuals[nearest == k]
         covariance = (own.mT @ own + prior * within) / (counts[k] + prior)
-        values, vectors = torch.linalg.eigh(covariance)
-        factors[k, :, :rank] = vectors[:, dim - rank :] * values[dim - rank :].clamp_min(0).sqrt()
-        variances = covariance.diagonal()
-        # Latents that all coincide have no variance: the smallest normal number stands in.
-        floor = (FLOOR * variances.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        diagonals[k] = torch.maximum(variances - factors[k].square().sum(1), floor)
+        parts.append(_full(covariance) if rank == dim > 1 else _low_rank(covariance, min(rank, dim - 1)))
+    factors, diagonals = map(torch.stack, zip(*parts, strict=True))
     return ClusterShapes(counts / counts.sum(), centres, factors, diagonals)
+
+
+def _low_rank(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (D, r) and diagonal (D,) of ``covariance`` (D, D); with rank 0 one column of zeros, as torch asks."""
+    factors, variances = torch.zeros_like(covariance[:, : max(rank, 1)]), covariance.diagonal()
+    if rank:
+        values, vectors = torch.linalg.eigh(covariance)
+        factors = vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
+    return factors, torch.maximum(variances - factors.square().sum(1), _least(variances))
+
+
+def _full(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor (D, D) of ``covariance`` (D, D), and zeros (D,)."""
+    variances = covariance.diagonal()
+    return torch.linalg.cholesky(covariance + _least(variances).diag_embed()), torch.zeros_like(variances)
+
+
+def _least(variances: Tensor) -> Tensor:
+    """(D,) the least variance that a direction has. Latents that all coincide have none: a tiny one stands in."""
+    return (FLOOR * variances.mean()).clamp_min(torch.finfo(torch.float32).tiny).expand_as(variances)
 
 
 class PrototypeMixture(MixtureSameFamily):
@@ -87,7 +119,7 @@ class PrototypeMixture(MixtureSameFamily):
             weights = prototypes.new_ones(len(prototypes))
             super().__init__(Categorical(weights), Independent(Normal(prototypes, self.std), 1))
             return
-        super().__init__(Categorical(shapes.weights), LowRankMultivariateNormal(*shapes[1:]))
+        super().__init__(Categorical(shapes.weights), shapes.normals())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density (...,) of ``value`` (..., D)."""
@@ -109,8 +141,9 @@ class PrototypeMixture(MixtureSameFamily):
         mean, flat = mean.to(dtype), value.reshape(-1, mean.shape[-1]).to(dtype)
         if self.shapes is not None:
             # One prototype at a time, without an (N, K, D) tensor.
-            parts = (part.to(dtype) for part in self.shapes[1:])
-            densities = [LowRankMultivariateNormal(*of_one).log_prob(flat) for of_one in zip(*parts, strict=True)]
+            parts = ClusterShapes(*(part.to(dtype) for part in self.shapes))
+            one_by_one = (ClusterShapes(*(part[k : k + 1] for part in parts)) for k in range(len(mean)))
+            densities = [one.normals().log_prob(flat) for one in one_by_one]
             joint = torch.stack(densities, -1) + self.mixture_distribution.logits.to(dtype)
             return joint.reshape(*value.shape[:-1], len(mean))
         # By differences: the product form is not exact in float32 far from the origin.
@@ -118,6 +151,20 @@ class PrototypeMixture(MixtureSameFamily):
         log_density = self.component_distribution.log_prob(mean)  # at distance 0, the normalising constant
         joint = log_density + self.mixture_distribution.logits - 0.5 * (distance / self.std).square()
         return joint.reshape(*value.shape[:-1], len(mean))
+
+
+def kmeans(z: Tensor, count: int, generator: torch.Generator | None, iterations: int = 50) -> Tensor:
+    """Centres (count, D) of ``z`` (N, D) by k-means (Lloyd, 1982), from k-means++. A centre without rows stays."""
+    z = z.to(compute_dtype(z.dtype))
+    centres, nearest = z[kmeans_plus_plus(z, count, generator)], z.new_full((len(z),), -1, dtype=torch.int64)
+    for _ in range(iterations):
+        before, nearest = nearest, torch.cdist(z, centres).argmin(1)
+        if torch.equal(before, nearest):
+            break
+        counts = torch.bincount(nearest, minlength=count)[:, None]
+        means = torch.zeros_like(centres).index_add_(0, nearest, z) / counts.clamp_min(1)
+        centres = torch.where(counts > 0, means, centres)
+    return centres
 
 
 def kmeans_plus_plus(z: Tensor, count: int, generator: torch.Generator | None, centres: Tensor | None = None) -> Tensor:

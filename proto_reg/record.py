@@ -53,6 +53,8 @@ def record(
         at_work = followed(output.prototype_loss, factors.shares, mask)
         follower.observe(tokens, output.assignments, head.prototypes.detach(), at_work, head.std)
         adapt(batch, output, factors, assigner, temperature)
+    if head.clusters is not None:
+        head.clusters.recent.push(tokens, mask)
     meter.observe(tokens, output.scores, head.prototypes, (output.prototype_loss, output.mmd_loss), mask)
     if queue is not None:
         queue.push(tokens, mask)

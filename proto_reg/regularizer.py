@@ -461,7 +461,7 @@ class PrototypicalRegularizer(nn.Module):
         """
         group, std = options.get("group", "default"), options.get("std")
         choices: dict[str, Any] = {
-            "head": PrototypeHead(latent_dim, num_prototypes, similarity="dot", std=std),
+            "head": PrototypeHead(latent_dim, num_prototypes, similarity="dot", std=std, covariance="isotropic"),
             "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum", group=group),
             "mode": "weighted",
             "prototype_weight": 1.0,

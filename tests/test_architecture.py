@@ -31,6 +31,8 @@ ROOMS = [
     "functional",
     "_bench",
     "mixture",
+    "recent",
+    "clusters",
     "head",
     "assigner",
     "mmd",

@@ -169,8 +169,8 @@ def metrics_and_initialisation() -> None:
     expected = latent_metrics(z, whole, labels)
     for name, value in latent_metrics(own(z, split), parts, own(labels, split), group="default").items():
         torch.testing.assert_close(value, expected[name], equal_nan=True, msg=name)
-    whole.fit(z, rank=2, group=None)
-    parts.fit(own(z, split), rank=2)
+    whole.fit(z, group=None)
+    parts.fit(own(z, split))
     for ours, expected_shape in zip(parts.shapes, whole.shapes, strict=True):
         assert torch.equal(ours, expected_shape)
     with pytest.raises(ValueError, match="in one process of the group at least"):
@@ -271,8 +271,10 @@ def adaptive(group: str | None) -> SinkhornAssigner:
 
 
 def stay_equal(model: nn.Module) -> None:
-    """Check that every entry of the state is equal on both ranks, bit for bit."""
+    """Check that every entry of the state is equal on both ranks, bit for bit. Each rank keeps its own last latents."""
     for name, value in model.state_dict().items():
+        if "clusters.recent" in name:
+            continue
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         both = [torch.empty_like(value) for _ in range(2)]
         dist.all_gather(both, value.contiguous())

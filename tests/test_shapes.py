@@ -15,9 +15,11 @@ from proto_reg import PrototypeHead, PrototypicalRegularizer
 DIM, K, RANK = 6, 3, 2
 
 
-def clusters(counts: tuple[int, ...] = (4000, 2000, 1000)) -> tuple[PrototypeHead, Tensor, list[MultivariateNormal]]:
+def clusters(
+    counts: tuple[int, ...] = (4000, 2000, 1000), **options
+) -> tuple[PrototypeHead, Tensor, list[MultivariateNormal]]:
     """A head, latents around its prototypes, and the normal distributions that they were drawn from."""
-    head = PrototypeHead(DIM, len(counts), similarity="euclidean")
+    head = PrototypeHead(DIM, len(counts), similarity="euclidean", **options)
     normals, latents = [], []
     with torch.no_grad():
         head.prototypes.copy_(20 * torch.eye(len(counts), DIM))
@@ -35,9 +37,9 @@ def covariance(head: PrototypeHead, k: int) -> Tensor:
 
 
 def test_it_finds_the_weights_centres_and_covariances() -> None:
-    head, z, normals = clusters()
+    head, z, normals = clusters(rank=RANK)
     assert head.shapes is None
-    head.fit(z, rank=RANK)
+    head.fit(z)
     torch.testing.assert_close(head.shapes.weights, torch.tensor([4.0, 2.0, 1.0]) / 7)
     for k, normal in enumerate(normals):
         own = z[head(z).argmax(1) == k]
@@ -47,8 +49,8 @@ def test_it_finds_the_weights_centres_and_covariances() -> None:
 
 
 def test_samples_have_the_shape_and_spread_scales_it() -> None:
-    head, z, _ = clusters()
-    head.fit(z, rank=RANK)
+    head, z, _ = clusters(rank=RANK)
+    head.fit(z)
     for spread in (1.0, 0.5):
         draws = head.sample(50_000, prototype=1, spread=spread)
         torch.testing.assert_close(draws.mean(0), head.shapes.centres[1], rtol=0, atol=0.05)
@@ -70,10 +72,12 @@ def test_a_given_std_is_the_round_distribution_still() -> None:
     assert head.mixture(std=0.7).shapes is None
 
 
-@pytest.mark.parametrize("rank", [0, RANK, 50])
-def test_the_mixture_is_that_of_torchs_normals(rank: int) -> None:
-    head, z, _ = clusters()
-    head.double().fit(z.double(), rank=rank)
+@pytest.mark.parametrize(
+    "options", [{"covariance": "diagonal"}, {"covariance": "full"}, {"rank": RANK}, {"rank": 50}], ids=str
+)
+def test_the_mixture_is_that_of_torchs_normals(options: dict) -> None:
+    head, z, _ = clusters(**options)
+    head.double().fit(z.double())
     mixture = head.mixture(spread=1.3)
     values = mixture.sample((4, 5))
     normals = MultivariateNormal(head.shapes.centres, 1.3**2 * torch.stack([covariance(head, k) for k in range(K)]))
@@ -84,8 +88,8 @@ def test_the_mixture_is_that_of_torchs_normals(rank: int) -> None:
 
 
 def test_a_small_cluster_borrows_and_an_empty_one_is_never_drawn() -> None:
-    head, z, _ = clusters((4000, 2, 0))
-    head.fit(z, rank=RANK)
+    head, z, _ = clusters((4000, 2, 0), rank=RANK)
+    head.fit(z)
     assert head.shapes.weights[2] == 0
     assert all(torch.linalg.eigvalsh(covariance(head, k)).min() > 0.01 for k in range(K))
     torch.testing.assert_close(covariance(head, 2), covariance(head, 0), rtol=0.1, atol=0.05)
@@ -150,9 +154,9 @@ def test_a_loaded_head_has_memory_of_its_own() -> None:
 
 
 def test_training_goes_on_with_the_shapes_in_the_head() -> None:
-    layer = PrototypicalRegularizer(DIM, K)
+    layer, z = PrototypicalRegularizer(DIM, K), torch.randn(30, DIM)
+    layer.head.init_from(z)
     twin = copy.deepcopy(layer)
-    z = torch.randn(30, DIM)
     layer.head.fit(z)
     found = []
     for each in (layer, twin):
@@ -163,13 +167,138 @@ def test_training_goes_on_with_the_shapes_in_the_head() -> None:
         assert torch.equal(ours, theirs)
 
 
+def trained(steps: int, layer: PrototypicalRegularizer | None = None) -> PrototypicalRegularizer:
+    torch.manual_seed(9)
+    layer = layer or PrototypicalRegularizer(DIM, K)
+    torch.manual_seed(int(layer.steps))
+    for _ in range(steps):
+        layer(torch.randn(40, DIM, requires_grad=True))
+    return layer
+
+
+def test_after_training_there_are_shapes() -> None:
+    layer = PrototypicalRegularizer(DIM, K)
+    assert layer.head.shapes is None
+    recent = layer.head.clusters.recent
+    trained(5, layer)
+    torch.manual_seed(0)
+    z = torch.randn(200, DIM)
+    torch.testing.assert_close(recent.filled(), z)
+    twin = PrototypeHead(DIM, K)
+    twin.load_state_dict(layer.head.state_dict())
+    twin.clusters.recent.reset_parameters()
+    twin.fit(z)
+    for ours, fitted in zip(layer.head.shapes, twin.shapes, strict=True):
+        torch.testing.assert_close(ours, fitted)
+    weights = torch.bincount(layer.head(z).argmax(1), minlength=K) / 200
+    torch.testing.assert_close(layer.head.shapes.weights, weights)
+    assert layer.head.sample(8, prototype=1).shape == (8, DIM)
+
+
+def test_the_shapes_follow_the_training() -> None:
+    layer = trained(5)
+    before = layer.head.shapes
+    assert layer.head.shapes is before  # computed once
+    trained(1, layer)
+    assert not torch.equal(layer.head.shapes.centres, before.centres)
+    now = layer.head.shapes
+    layer.head.place(0, torch.ones(1, DIM))  # so do latents' prototypes
+    assert not torch.equal(layer.head.shapes.weights, now.weights)
+    layer.eval()
+    after = layer.head.shapes
+    layer(torch.randn(40, DIM))
+    assert layer.head.shapes is after
+
+
+def test_the_last_latents_replace_a_fit_when_they_are_as_many() -> None:
+    layer = trained(3)
+    layer.head.fit(torch.randn(100, DIM))
+    fitted = layer.head.shapes
+    assert layer.head.clusters.recent.is_empty
+    trained(2, layer)
+    assert torch.equal(layer.head.shapes.centres, fitted.centres)
+    trained(1, layer)
+    assert not torch.equal(layer.head.shapes.centres, fitted.centres)
+
+
+def test_masked_rows_and_maps() -> None:
+    layer = PrototypicalRegularizer(DIM, K, layout="b n d")
+    z, mask = torch.randn(8, 5, DIM), torch.rand(8, 5) < 0.5
+    layer(z.clone().requires_grad_(), mask)
+    torch.testing.assert_close(layer.head.clusters.recent.filled(), z[mask])
+    recent = layer.head.clusters.recent
+    recent.reset_parameters()
+    many = torch.arange(1.0, 3 * recent.at_once + 1)[:, None].expand(-1, DIM)
+    for _ in range(3):
+        recent.push(many, None)
+    assert len(recent.filled()) == 3 * recent.at_once  # a third of each batch, another third each time
+    assert len(recent.filled()[:, 0].unique()) == 3 * recent.at_once
+
+
+def test_the_ring_overwrites_the_oldest_and_has_a_bound() -> None:
+    recent = PrototypeHead(512, K).clusters.recent
+    slots = len(recent.latents)
+    assert slots * 512 == 1 << 22
+    for i in range(18):
+        recent.push(torch.full((recent.at_once, 512), i + 1.0), None)
+    assert recent.filled()[:, 0].unique().tolist() == list(range(3, 19))
+
+
+def test_a_resumed_training_has_the_same_shapes() -> None:
+    straight = trained(4, trained(4))
+    half = trained(4)
+    assert "head.clusters.recent.latents" in half.state_dict()
+    resumed = PrototypicalRegularizer(DIM, K)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    trained(4, resumed)
+    for ours, theirs in zip(resumed.head.shapes, straight.head.shapes, strict=True):
+        assert torch.equal(ours, theirs)
+    resumed.half()
+    assert resumed.head.clusters.recent.latents.dtype == torch.float32
+    with torch.device("meta"):
+        bare = PrototypicalRegularizer(DIM, K)
+    bare.load_state_dict(straight.state_dict(), assign=True)
+    assert torch.equal(bare.head.shapes.centres, straight.head.shapes.centres)
+
+
+def test_a_round_head_learns_no_shape() -> None:
+    for layer in (
+        PrototypicalRegularizer.paper(DIM, K),
+        PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, covariance="isotropic")),
+    ):
+        trained(4, layer)
+        assert layer.head.shapes is None
+        with pytest.raises(ValueError, match="covariance='low_rank'"):
+            layer.head.fit(torch.randn(50, DIM))
+        layer.load_state_dict(trained(4).state_dict(), strict=layer.follower.rate > 0)
+        assert layer.head.shapes is None
+    with pytest.raises(ValueError, match="covariance: expected one of"):
+        PrototypeHead(DIM, K, covariance="round")
+    with pytest.raises(ValueError, match="rank: expected an int >= 1"):
+        PrototypeHead(DIM, K, rank=0)
+
+
+def test_a_head_that_nobody_has_trained_goes_to_the_clusters() -> None:
+    centres = 20 * torch.randn(K, DIM)
+    z = (centres[:, None] + torch.randn(K, 300, DIM)).flatten(0, 1)
+    head = PrototypeHead(DIM, K, similarity="euclidean")
+    torch.manual_seed(1)
+    head.fit(z.split(100))
+    torch.testing.assert_close(head.shapes.weights, torch.full((K,), 1 / K))
+    nearest = torch.cdist(centres, head.prototypes.detach()).amin(1)
+    assert nearest.max() < 1
+    before = head.prototypes.detach().clone()
+    head.fit(z + 1)  # no longer where they were drawn
+    assert torch.equal(head.prototypes, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
         ({"z": torch.zeros(5, DIM + 1)}, ValueError, "z: expected 6 columns"),
         ({"z": torch.zeros(0, DIM)}, ValueError, "z: expected a non-empty"),
         ({"z": torch.full((5, DIM), torch.nan)}, ValueError, "z: expected finite latents"),
-        ({"z": torch.zeros(5, DIM), "rank": -1}, ValueError, "rank: expected an int >= 0"),
+        ({"z": [torch.zeros(5, DIM), torch.zeros(5)]}, ValueError, "z: expected shape"),
         ({"z": [[1.0] * DIM]}, TypeError, "z: expected"),
     ],
 )

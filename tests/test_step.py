@@ -57,6 +57,9 @@ def case(count: int, groups: int, dim: int, similarity: str = "cosine", **change
         "usage": torch.arange(groups),
         "totals": torch.rand(4),
         "steps": torch.tensor(7),
+        "ring": torch.zeros(64, dim),
+        "written": torch.tensor(50),
+        "at_once": 32,
     } | changes
 
 
@@ -133,6 +136,9 @@ def test_small_and_large_products(shape: tuple[int, int, int], similarity: str) 
         {"last_prototypes": None},
         {"sums": None, "weight_sums": None, "last_prototypes": None},
         {"usage": None, "totals": None, "steps": None},
+        {"ring": None, "written": None},
+        {"at_once": 64, "mask": torch.arange(BATCH) % 3 > 0},
+        {"written": torch.tensor(3 * 32), "at_once": 20},
     ],
     ids=lambda changes: "-".join(changes),
 )

@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
     std::optional<double> tol, bool isolate, double temperature, std::vector<double> scales, bool unbiased,
     bool by_mass, double prototype_weight, double mmd_weight, OptionalTensor sums, OptionalTensor weight_sums,
     OptionalTensor last_prototypes, double follow_rate, OptionalTensor usage, OptionalTensor totals,
-    OptionalTensor steps) {
+    OptionalTensor steps, OptionalTensor ring, OptionalTensor written, int64_t at_once) {
   const Matrix z(z_), prototypes(prototypes_);
   const Flags flags(mask_, z.rows);
   const OptionalTensor marginals = as_contiguous(marginals_);
@@ -218,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
   STD_TORCH_CHECK(!last_prototypes || (sums && prototypes_.is_contiguous()),
       "expected contiguous prototypes and their sums");
   const std::array<double, 2> shares = shares_of(shares_);
-  STD_TORCH_CHECK(!sums == !weight_sums && !usage == !totals && !usage == !steps,
+  const int64_t slots = ring && dim > 0 ? ring->numel() / dim : 0;
+  STD_TORCH_CHECK(!sums == !weight_sums && !usage == !totals && !usage == !steps && !ring == !written,
       "expected a state's tensors together");
   Tensor direction = z.like(), step = prototypes.like(), codes = empty(z_, {rows, groups}, ScalarType::Float),
          found = empty(z_, {rows, groups}, ScalarType::Float), assignments = empty(z_, {rows}, ScalarType::Long),
@@ -229,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
       rows, groups, dim, similarity_of(similarity), std, sharpness ? scalar(*sharpness) : 1.0, epsilon, num_iters,
       tol.value_or(-1.0), isolate, temperature, std::move(scales), unbiased, by_mass, prototype_weight, mmd_weight,
       follow_rate, {shares[0], shares[1]}, state(sums, groups * dim), state(weight_sums, groups),
-      state(last_prototypes, groups * dim), integers(usage, groups), integers(steps, 1), state(totals, 4), data(direction),
+      state(last_prototypes, groups * dim), integers(usage, groups), integers(steps, 1), state(totals, 4),
+      state(ring, slots * dim), integers(written, 1), slots, at_once, data(direction),
       data(step), data(loss), data(prototype_loss), data(mmd_loss), data(found), data(codes),
       integers(assignments, rows)};
   step_cpu(problem, aten_parallel_for, aten_multiply);

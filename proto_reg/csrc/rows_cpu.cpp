@@ -76,6 +76,21 @@ void tally_cpu(const float* x, const float* scores, const float* prototypes, Cou
   totals[3] += static_cast<float>(total / dim);
 }
 
+void remember_cpu(const float* x, Counted counted, int64_t rows, int64_t dim, float* ring, int64_t slots, int64_t at_once,
+                  int64_t* written) {
+  const int64_t stride = rows > at_once ? rows / at_once : 1, taken = std::min(rows, at_once);
+  const int64_t first = rows > at_once ? *written / at_once % stride : 0;
+  for (int64_t i = 0; i < taken; ++i) {
+    const int64_t row = first + i * stride;
+    float* slot = ring + (*written + i) % slots * dim;
+    if (counted.row(row) && cpu_kernels().finite(x + row * dim, dim))
+      std::memcpy(slot, x + row * dim, sizeof(float) * dim);
+    else
+      std::memset(slot, 0, sizeof(float) * dim);
+  }
+  *written += taken;
+}
+
 void argmax_cpu(const float* x, int64_t rows, int64_t columns, int64_t* index) {
   for (int64_t i = 0; i < rows; ++i, x += columns) index[i] = std::max_element(x, x + columns) - x;
 }

@@ -40,6 +40,11 @@ void add_typical_cpu(const float* x, const int64_t* index, Counted counted, cons
 void tally_cpu(const float* x, const float* scores, const float* prototypes, Counted counted, int64_t rows, int64_t dim,
                int64_t num_prototypes, float prototype_loss, float mmd_loss, int64_t* counts, float* totals);
 
+// Writes rows of x (rows, dim) over the oldest of `ring` (slots, dim). Rows that are not finite or do not count become 0.
+// Row number n is in slot n % slots; *written counts them. Of more than `at_once` rows every n-th one is taken.
+void remember_cpu(const float* x, Counted counted, int64_t rows, int64_t dim, float* ring, int64_t slots, int64_t at_once,
+                  int64_t* written);
+
 // The column of the largest entry of each row (rows, columns), the first of several.
 void argmax_cpu(const float* x, int64_t rows, int64_t columns, int64_t* index);
 

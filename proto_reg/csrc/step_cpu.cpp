@@ -137,6 +137,9 @@ struct BalancedStep {
       tally_cpu(problem.z, problem.scores, problem.prototypes, counted, problem.rows, problem.dim, problem.groups,
                 *problem.prototype_loss, *problem.mmd_loss, problem.usage, problem.totals);
     if (problem.steps) *problem.steps += 1;
+    if (problem.ring)
+      remember_cpu(problem.z, counted, problem.rows, problem.dim, problem.ring, problem.slots, problem.at_once,
+                   problem.written);
   }
 };
 

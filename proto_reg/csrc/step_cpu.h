@@ -48,6 +48,8 @@ struct StepProblem {
   float *sums, *weight_sums, *last_prototypes;  // the follower's, (groups, dim), (groups,) and (groups, dim)
   int64_t *usage, *steps;     // the meter's, (groups,), and the layer's, ()
   float* totals;              // the meter's, (4,)
+  float* ring;                // the last latents, (slots, dim)
+  int64_t *written, slots, at_once;
 
   // Out.
   float* direction;                        // (rows, dim)

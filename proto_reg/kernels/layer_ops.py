@@ -117,6 +117,23 @@ def tally_reference(
     totals += torch.stack([prototype_loss, mmd_loss, torch.ones_like(distance), distance]).to(totals.dtype)
 
 
+def remember_reference(ring: Tensor, written: Tensor, x: Tensor, mask: Tensor | None, at_once: int) -> None:
+    """Write rows of ``x`` (N, D) over the oldest of ``ring`` (Q, D), in place. Zeros stand for one that does not count.
+
+    Args:
+        written: () int64 number of rows written so far, which is added to. Row number n is in slot n % Q.
+        mask: (N,) bool, True where a row counts; None for all.
+        at_once: of more rows every n-th one is taken, beginning with another one at each call.
+    """
+    if x.shape[0] > at_once:
+        stride = x.shape[0] // at_once
+        chosen = torch.arange(at_once, device=x.device) * stride + written // at_once % stride
+        x, mask = x[chosen], None if mask is None else mask[chosen]
+    slots = (torch.arange(x.shape[0], device=x.device) + written) % ring.shape[0]
+    ring.index_copy_(0, slots, torch.where(_usable(x, mask)[:, None], x, 0.0).to(ring.dtype))
+    written.add_(x.shape[0])
+
+
 def _usable(x: Tensor, mask: Tensor | None) -> Tensor:
     finite = x.isfinite().all(1)
     return finite if mask is None else finite & mask

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from .follow import follow_reference, followed
-from .layer_ops import add_at_weights, loss_of_shares, tally_reference, times_share, typical_sums_reference
+from .layer_ops import (
+    add_at_weights,
+    loss_of_shares,
+    remember_reference,
+    tally_reference,
+    times_share,
+    typical_sums_reference,
+)
 from .mmd import anchored_mmd_loss_reference, anchored_mmd_reference
 from .scores import scores_and_pull_back
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference
@@ -42,6 +49,9 @@ def balanced_step_reference(
     usage: Tensor | None,
     totals: Tensor | None,
     steps: Tensor | None,
+    ring: Tensor | None,
+    written: Tensor | None,
+    at_once: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Prototypes follow; then both losses of ``z`` (N, D) and the direction in which they pull; then all is counted.
 
@@ -60,6 +70,7 @@ def balanced_step_reference(
         last_prototypes, follow_rate: see :func:`~.follow.follow_reference`; None: nothing follows.
         usage, totals: (K,) int64 and (4,), to which :func:`~.layer_ops.tally_reference` adds; None: not kept.
         steps: () int64, to which 1 is added; None: not kept.
+        ring, written, at_once: see :func:`~.layer_ops.remember_reference`; None: not kept.
 
     Returns:
         direction: (N, D) to be multiplied with |g| and added to the gradient g at ``z``.
@@ -93,6 +104,8 @@ def balanced_step_reference(
     if usage is not None and totals is not None and steps is not None:
         tally_reference(usage, totals, z, found, prototypes, mask, prototype_loss, mmd_loss)
         steps.add_(1)
+    if ring is not None and written is not None:
+        remember_reference(ring, written, z, mask, at_once)
     return direction, step, loss, prototype_loss, mmd_loss, found, codes, assignments
 
 
@@ -102,7 +115,7 @@ torch.library.define(
     "str similarity, float std, float epsilon, int num_iters, float? tol, bool isolate, float temperature, "
     "float[] scales, bool unbiased, bool by_mass, float prototype_weight, float mmd_weight, Tensor(b!)? sums, "
     "Tensor(c!)? weight_sums, Tensor(d!)? last_prototypes, float follow_rate, Tensor(e!)? usage, Tensor(f!)? totals, "
-    "Tensor(g!)? steps) -> "
+    "Tensor(g!)? steps, Tensor(h!)? ring, Tensor(i!)? written, int at_once) -> "
     "(Tensor direction, Tensor step, Tensor loss, Tensor prototype_loss, Tensor mmd_loss, Tensor scores, "
     "Tensor codes, Tensor assignments)",
 )
