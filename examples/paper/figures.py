@@ -14,11 +14,13 @@ from .results import NAMES, Run, Study, base, fitted
 FOUR = ("balanced", "algorithm-1-paper", "kmeans")  # the methods that have a figure 4
 FROM_ARRAYS = ("figure-2", "figure-3", "figure-5", "limit-cycle", *(f"figure-4-{method}" for method in FOUR))
 
+Drawer = tuple[str, str, Callable[[], Figure | None]]  # name, caption, drawing
+
 
 def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str, str, Figure | None]]:
     """The name, caption and figure of every picture. The figure is None if these runs cannot show it."""
     paper = [run for run in runs if not fitted(run)]
-    drawers: list[tuple[str, str, Callable[[], Figure | None]]] = [
+    drawers: list[Drawer] = [
         (
             "spreads",
             "Control against recall, when each method samples from its best prior. Along a curve the spread of the "
@@ -63,20 +65,21 @@ def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str
             lambda: bandwidth(runs),
         ),
     ]
-    for method in FOUR:
-        shaped = base(runs, f"{method}-clusters", 30)
-        some = shaped or base(runs, method, 30)
-        drawn_from = "of its cluster's normal distribution (`head.fit`)" if shaped else "of N(v, I) around each"
-        drawers.append(
-            (
-                f"figure-4-{method}",
-                f"{NAMES[method]}: decoded prototypes in red frames, and samples {drawn_from}. All K = 30 are shown, "
-                "none is picked. The paper's figure 4 shows ten that were picked by hand.",
-                lambda some=some: noise(some, results),
-            )
-        )
+    drawers += [_figure_4(method, runs, results) for method in FOUR]
     for name, caption, draw in drawers:
         figure = draw()
         if figure is not None:
             figure.suptitle(str(study), fontsize=9, color="0.4")
         yield name, caption, figure
+
+
+def _figure_4(method: str, runs: list[Run], results: Path) -> Drawer:
+    """Samples of the fitted clusters, or of N(v, I) if no run of the method has fitted them."""
+    shaped = base(runs, f"{method}-clusters", 30)
+    some = shaped or base(runs, method, 30)
+    drawn_from = "of its cluster's normal distribution (`head.fit`)" if shaped else "of N(v, I) around each"
+    caption = (
+        f"{NAMES[method]}: decoded prototypes in red frames, and samples {drawn_from}. All K = 30 are shown, none is "
+        "picked. The paper's figure 4 shows ten that were picked by hand."
+    )
+    return f"figure-4-{method}", caption, lambda: noise(some, results)
