@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     runs = runs_of(config, args.split, args.seeds, args.only)
     out = args.out or (RESULTS if args.split == "test" else RESULTS / "work" / "validation")
-    session = Session(out, torch.device(args.device), args.retry, args.again)
+    session = Session(out, torch.device(args.device), args.retry, args.again, args.far_dir)
     print(
         f"{config.name}: {len(runs)} runs, {len(session.pending(runs))} to do, seeds {sorted({r.seed for r in runs})}"
     )
@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     runner = which.add_parser("run", help="train and judge the runs that are not done")
     runner.add_argument("--config", required=True, help="a name in configs/, or a YAML file")
     runner.add_argument("--data-dir", type=Path, help="folder of IDX files or CIFAR's python version")
+    runner.add_argument("--far-dir", type=Path, help="another data set, which priors should tell apart (AUROC)")
     runner.add_argument("--only", nargs="+", metavar="METHOD", help="methods or labels to run")
     runner.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1; default: the config's")
     runner.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(Path(__file__).parents[2])}")

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
+from . import rivals
 from .results import CURVES, PLAIN, PROTOTYPICAL, SHORT, Mean, Run, arrays_of, base, mean_of, rows, value
 from .verdicts import bandwidths, control_of
 
@@ -31,8 +32,9 @@ COLOURS = {
     "algorithm-1-paper": "tab:red",
     "algorithm-1": "tab:orange",
     "balanced": "tab:blue",
+    "rae": "tab:green",
 }
-MARKERS = dict(zip(COLOURS, "oPsdDXpHv<>*", strict=True))
+MARKERS = dict(zip(COLOURS, "oPsdDXpHv<>*^", strict=True))
 
 
 def curves(runs: list[Run]) -> Figure | None:
@@ -119,6 +121,29 @@ def frontier(runs: list[Run]) -> Figure | None:
     parts = [axis.get_legend_handles_labels() for axis in (left, right_axis)]
     entries = {label: handle for handles, labels in parts for handle, label in zip(handles, labels, strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def spreads(runs: list[Run]) -> Figure | None:
+    """Control over recall along the spread of the draw: a curve for each method with its best prior."""
+    curves = {method: rivals.frontier(base(runs, method)) for method in (rivals.OURS, *rivals.RIVALS)}
+    curves = {method: points for method, points in curves.items() if points}
+    if not curves:
+        return None
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for method, points in curves.items():
+        colour, ours = COLOURS[method.split("-")[0]], method == rivals.OURS
+        recall, right = zip(*points, strict=True)
+        axis.plot(recall, right, color=colour, marker="o", markersize=3, linewidth=2.5 if ours else 1.3)
+        usual = rivals.frontier_at(base(runs, method), 1.0)
+        if usual is not None:
+            axis.plot(*usual, color=colour, marker="*" if ours else "s", markersize=14 if ours else 8, linestyle="")
+        axis.plot([], [], color=colour, marker="o", markersize=3, label=SHORT[method])
+    axis.set(xlabel="recall", ylabel="control")
+    axis.set_title("upper right is best; the large mark is the draw with spread 1", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 

@@ -12,6 +12,7 @@ import yaml
 from .data import NAMES
 from .methods import METHODS, Plan, build_method
 from .models import MODELS, build_network
+from .priors import PRIORS
 
 FOLDER = Path(__file__).parent / "configs"
 TINY = 4  # maps and width of the small network that tries the options
@@ -27,6 +28,9 @@ class RunConfig:
         seeds: a smaller number than the config's, for long sweeps. None takes the config's number.
         trace_steps: the number of additional steps after training. In them, the error of a fixed batch is recorded
             before and after each step of each optimizer.
+        prior: None samples as the paper does. Otherwise the run is judged with this prior of ``priors``, which is
+            fitted to the training latents. It shares its training with the run without a prior.
+        components: the number of normals in the prior "gmm".
     """
 
     method: str
@@ -34,6 +38,8 @@ class RunConfig:
     options: dict[str, Any] = field(default_factory=dict)
     seeds: int | None = None
     trace_steps: int = 0
+    prior: str | None = None
+    components: int = 30
 
 
 @dataclass(frozen=True)
@@ -175,3 +181,15 @@ def _check(place: str, config: Config) -> None:
             build_method(run.method, network, plan, run.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{place}: {run.label}: {error}") from error
+        _check_prior(f"{place}: {run.label}", run)
+
+
+def _check_prior(place: str, run: RunConfig) -> None:
+    if run.prior not in (None, *PRIORS):
+        raise ValueError(f"{place}: prior: expected one of {sorted(PRIORS)}, got {run.prior!r}. Choose one.")
+    if run.prior == "clusters" and "num_prototypes" not in run.options:
+        raise ValueError(
+            f"{place}: prior: expected a method with prototypes for 'clusters', got {run.method}. Use 'gmm', or kmeans."
+        )
+    if not isinstance(run.components, int) or run.components < 1:
+        raise ValueError(f"{place}: components: expected a whole number > 0, got {run.components!r}. Change it.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from examples.image_data import Images, load, load_digits
 
@@ -40,6 +42,23 @@ def load_images(data: str, data_dir: Path | None) -> Images:
     if data in FIRST_LABELS and images.train_labels[:5].tolist() != FIRST_LABELS[data]:
         name += " (JPEG copy)"
     return images._replace(name=name)
+
+
+@lru_cache(maxsize=1)
+def load_far(data_dir: Path, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+    """The name and the test images (M, C*H*W) of another data set, which lies in ``data_dir``.
+
+    Raises ValueError if its images do not have this ``shape``, or if it is none of ours.
+    """
+    images = load(data_dir)
+    mean = images.train.mean().item()
+    names = [NAMES[name] for name, known in MEAN_PIXEL.items() if abs(mean - known) <= 0.002]
+    if not names or images.shape != shape:
+        raise ValueError(
+            f"--far-dir: expected one of {sorted(NAMES.values())} with images of {shape}, got {images.shape} with a "
+            f"mean pixel of {mean:.4f} in {data_dir}. Name another folder."
+        )
+    return names[0], images.test
 
 
 def split(

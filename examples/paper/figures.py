@@ -1,4 +1,4 @@
-"""All figures of a study with their captions: the paper's figures 2 to 6, and three of ours."""
+"""All figures of a study with their captions: the paper's figures 2 to 6, and four of ours."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .charts import bandwidth, curves, frontier, limit_cycle
+from .charts import bandwidth, curves, frontier, limit_cycle, spreads
 from .pictures import decoded, latent_maps, noise, reconstructions
-from .results import NAMES, Run, Study, base
+from .results import NAMES, Run, Study, base, fitted
 
 FOUR = ("balanced", "algorithm-1-paper", "kmeans")  # the methods that have a figure 4
 FROM_ARRAYS = ("figure-2", "figure-3", "figure-5", "limit-cycle", *(f"figure-4-{method}" for method in FOUR))
 
+Drawer = tuple[str, str, Callable[[], Figure | None]]  # name, caption, drawing
+
 
 def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str, str, Figure | None]]:
     """The name, caption and figure of every picture. The figure is None if these runs cannot show it."""
-    drawers: list[tuple[str, str, Callable[[], Figure | None]]] = [
+    paper = [run for run in runs if not fitted(run)]
+    drawers: list[Drawer] = [
+        (
+            "spreads",
+            "Control against recall, when each method samples from its best prior. Along a curve the spread of the "
+            "draw grows: the covariance of each component is multiplied by the square of the spread. Mean over seeds.",
+            lambda: spreads(runs),
+        ),
         (
             "frontier",
             "Reconstruction, control and regularity of every method, K = 30, mean and deviation over seeds. "
             "Standardised MMD: how far held-out latents are from the normal distributions that samples are drawn from, "
             "in standard deviations of the null. Hollow: no prototypes of its own; samples are drawn around k-means "
             "centres, with the better of unit noise and the clusters' own spread.",
-            lambda: frontier(runs),
+            lambda: frontier(paper),
         ),
         ("figure-2", "Decoded prototypes for each K (the paper's figure 2).", lambda: decoded(runs, results)),
         (
@@ -56,17 +65,21 @@ def draw_all(study: Study, runs: list[Run], results: Path) -> Iterator[tuple[str
             lambda: bandwidth(runs),
         ),
     ]
-    for method in FOUR:
-        drawers.append(
-            (
-                f"figure-4-{method}",
-                f"{NAMES[method]}: decoded prototypes in red frames and samples of N(v, I) around each; all K = 30 "
-                "shown, none picked (the paper's figure 4 shows ten picked by hand).",
-                lambda method=method: noise(base(runs, method, 30), results),
-            )
-        )
+    drawers += [_figure_4(method, runs, results) for method in FOUR]
     for name, caption, draw in drawers:
         figure = draw()
         if figure is not None:
             figure.suptitle(str(study), fontsize=9, color="0.4")
         yield name, caption, figure
+
+
+def _figure_4(method: str, runs: list[Run], results: Path) -> Drawer:
+    """Samples of the fitted clusters, or of N(v, I) if no run of the method has fitted them."""
+    shaped = base(runs, f"{method}-clusters", 30)
+    some = shaped or base(runs, method, 30)
+    drawn_from = "of its cluster's normal distribution (`head.fit`)" if shaped else "of N(v, I) around each"
+    caption = (
+        f"{NAMES[method]}: decoded prototypes in red frames, and samples {drawn_from}. All K = 30 are shown, none is "
+        "picked. The paper's figure 4 shows ten that were picked by hand."
+    )
+    return f"figure-4-{method}", caption, lambda: noise(some, results)

@@ -33,6 +33,13 @@ NAMES = {
     "algorithm-1-paper": "Algorithm 1, as the paper has it",
     "algorithm-1": "Algorithm 1, our defaults",
     "balanced": "balanced layer (ours)",
+    # Those that sample from their best prior.
+    "balanced-clusters": "ours",
+    "kmeans-clusters": "autoencoder + k-means + covariances",
+    "autoencoder-gmm": "autoencoder + GMM",
+    "rae-gmm": "RAE-L2 + GMM",
+    "vae-gmm": "VAE-KL + GMM",
+    "wae-gmm": "WAE-MMD from the first step + GMM",
 }
 SHORT = NAMES | {
     "algorithm-1-paper": "Algorithm 1 (paper)",
@@ -88,7 +95,7 @@ def named(run: Run) -> Run:
     """The run, with its method's name in tables.
 
     A VAE with a beta other than 1 is a beta-VAE. Algorithm 1 has two presets. WAE-MMD is three methods: with a warm-up,
-    without one, and without one but with the noise of ours.
+    without one, and without one but with the noise of ours. A run with a fitted prior is a method of its own.
     """
     options = run.get("options") or {}
     method = run["method"]
@@ -98,9 +105,16 @@ def named(run: Run) -> Run:
         method = "wae-noise" if options.get("noise") else "wae-first"
     if method == "algorithm1":
         method = "algorithm-1-paper" if options.get("preset", "paper") == "paper" else "algorithm-1"
+    if "prior" in options:
+        method = f"{run['method']}-{options['prior']}"
     K = run.get("num_prototypes", options.get("num_prototypes"))
     others = {name: value for name, value in options.items() if name != "num_prototypes"}
     return run | {"method": method, "num_prototypes": K, "options": others}
+
+
+def fitted(run: Run) -> bool:
+    """Whether the run samples from its best prior, and not as the paper does."""
+    return "prior" in run["options"]
 
 
 def identity(run: Run) -> str:

@@ -19,10 +19,12 @@ from tqdm import tqdm
 import proto_reg
 
 from .config import Config, RunConfig
-from .data import load_images, split
+from .data import load_far, load_images, split
 from .methods import METHODS, Method, Plan, build_method
 from .metrics import evaluate
 from .models import build_network
+from .prior_metrics import evaluate_prior
+from .priors import fit_prior
 from .records import KEY, Records, held
 from .train import history_of, train, trained_run
 from .trained import ImageData
@@ -48,7 +50,13 @@ class Run:
     @property
     def id(self) -> str:
         """A digest of the settings. After an edit of the config, it differs and the run is new."""
-        return _digest(self.training() | {"method": self.spec.method, "options": self.spec.options})
+        return _digest(self.training() | {"method": self.spec.method, "options": self.spec.options} | self.prior())
+
+    def prior(self) -> dict[str, Any]:
+        """The options of the prior. They do not change the training. Empty for a run that samples as the paper does."""
+        spec = self.spec
+        gmm = {"num_prototypes": spec.components} if spec.prior == "gmm" else {}
+        return {} if spec.prior is None else {"prior": spec.prior} | gmm
 
     @property
     def checkpoint(self) -> str:
@@ -94,12 +102,14 @@ class Session:
 
     Attributes:
         retry: train failed runs again. again: evaluate finished runs again, from their checkpoints.
+        far_dir: the folder of another data set. Runs with a prior are also judged on telling it apart.
     """
 
     out: Path
     device: torch.device
     retry: bool = False
     again: bool = False
+    far_dir: Path | None = None
 
     @property
     def work(self) -> Path:
@@ -128,6 +138,7 @@ class Session:
         pending = self.pending(runs)
         if pending:
             data = self._data(pending[0], data_dir)
+            self._far(data)  # a wrong folder fails here, and not after the first training
             with tqdm(total=sum(run.config.epochs for run in pending), unit="epoch", smoothing=0.05) as bar:
                 for number, (run, record) in enumerate(self._claimed(pending, data, bar), 1):
                     bar.write(f"[{number}/{len(pending)}] {run.spec.label}, seed {run.seed}: {_summary(record)}")
@@ -159,6 +170,9 @@ class Session:
         tensors = {name: x.to(self.device) for name, x in vars(data).items() if isinstance(x, torch.Tensor)}
         return ImageData(data.name, data.shape, **tensors)
 
+    def _far(self, data: ImageData) -> tuple[str, torch.Tensor] | None:
+        return None if self.far_dir is None else load_far(self.far_dir, data.shape)
+
     def _record(self, run: Run, data: ImageData, bar: tqdm) -> dict[str, Any]:
         """Train and judge one run and write its line, also after a failure."""
         bar.set_description(f"{run.spec.label}, seed {run.seed}")
@@ -168,8 +182,8 @@ class Session:
             "data": data.name,
             "model": run.config.model_name,
             "method": run.spec.method,
-            "options": run.spec.options,
-            "num_prototypes": run.spec.options.get("num_prototypes"),
+            "options": (options := run.spec.options | run.prior()),
+            "num_prototypes": options.get("num_prototypes"),
             "epochs": run.config.epochs,
             "status": "done",
             "error": None,
@@ -202,8 +216,7 @@ class Session:
         checkpoint = self.work / run.checkpoint
         progress = train(method, data, run.config, checkpoint, run.spec.trace_steps, on_epoch)
         torch.manual_seed(run.seed)
-        K = run.spec.options.get("num_prototypes", 30)
-        metrics, arrays = evaluate(trained_run(run.spec.method, method, data), num_prototypes=K, cache=self.work)
+        metrics, arrays = self._judged(run, method, data)
         if progress["trace"] is not None:
             arrays["trace"] = progress["trace"].numpy()
             arrays["trace_steps"] = np.array(["before", *method.optimizers])
@@ -216,6 +229,16 @@ class Session:
             "seconds": sum(progress["epoch_seconds"]),
             "arrays": self._keep(run, arrays),
         }
+
+    def _judged(self, run: Run, method: Method, data: ImageData) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The metrics and arrays of the trained ``method``."""
+        spec, trained = run.spec, trained_run(run.spec.method, method, data)
+        if spec.prior is None:
+            K = spec.options.get("num_prototypes", 30)
+            return evaluate(trained, num_prototypes=K, cache=self.work)
+        z = trained.encode(data.train_images)
+        prior = fit_prior(spec.prior, z, trained.head, spec.components, run.seed)
+        return evaluate_prior(trained, prior, cache=self.work, far=self._far(data))
 
     def _keep(self, run: Run, arrays: dict[str, np.ndarray]) -> str:
         path = self.out / "arrays" / f"{run.name}.npz"

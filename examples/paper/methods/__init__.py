@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..models import Network
-from .baselines import VAE, VQVAE, WAE, Autoencoder, InfoVAE, KMeans
+from .baselines import RAE, VAE, VQVAE, WAE, Autoencoder, InfoVAE, KMeans
 from .method import Method, Plan, inference
 from .prototypical import Algorithm1, Balanced
 
@@ -18,6 +18,7 @@ __all__ = ["METHODS", "Method", "Plan", "build_method", "inference"]
 METHODS: dict[str, type[Method]] = {
     "autoencoder": Autoencoder,
     "kmeans": KMeans,
+    "rae": RAE,
     "vae": VAE,
     "infovae": InfoVAE,
     "wae": WAE,

@@ -46,6 +46,28 @@ class KMeans(Autoencoder):
         return self.head.sample(n, generator=generator)
 
 
+class RAE(Method):
+    """RAE-L2 (Ghosh et al., 2020): an L2 penalty on the latents, and weight decay on the decoder, from the first step.
+
+    ``beta`` and ``decay`` are in the units of their program: the error is a mean over pixels, the penalty is
+    ``beta`` times the mean of z^2 over D, and ``decay`` multiplies the decoder's summed squared weights, without
+    biases. Their values are 1e-4 and 1e-7 on MNIST, 1e-3 and 1e-6 on CIFAR-10. Our error is summed over pixels, so
+    both are multiplied by the number of pixels here. It is a cross-entropy in place of their squared error.
+    """
+
+    trained_as = "rae"
+
+    def __init__(self, network: Network, plan: Plan, *, beta: float = 1e-4, decay: float = 1e-7) -> None:
+        super().__init__(network, plan)
+        self.beta, self.decay = float(beta), float(decay)
+
+    def loss(self, x: Tensor) -> Tensor:
+        z = self.network.encode(x)
+        weights = sum(p.square().sum() for p in self.network.decoder.parameters() if p.ndim > 1)
+        penalty = self.beta * z.square().mean() + self.decay * weights
+        return reconstruction(self.network.decoder(z), x) + self.network.pixels * penalty
+
+
 class StandardPrior(Method):
     """Methods that sample from N(0, I)."""
 

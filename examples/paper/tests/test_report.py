@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.paper import results, verdicts
+from examples.paper import results, rivals, verdicts
 from examples.paper.__main__ import RESULTS, main
 from examples.paper.report import build
 from examples.paper.verdicts import FAILS, HOLDS, UNMEASURED
@@ -26,7 +26,7 @@ def a_run(method: str, K: int | None = None, seed: int = 0, data: str = "MNIST",
     return {
         "config": "handmade",
         "split": "test",
-        "label": results.NAMES[method] + (f", K = {K}" if K else ""),
+        "label": results.NAMES.get(method, method) + (f", K = {K}" if K else ""),
         "seed": seed,
         "data": data,
         "model": "conv-32",
@@ -185,7 +185,7 @@ def test_targets_at_thirty_prototypes() -> None:
 WITHOUT_PROTOTYPES = ("vae", "infovae", "wae", "wae-first", "wae-noise")
 
 
-def rivals(**changed: float) -> list[Run]:
+def paper_rivals(**changed: float) -> list[Run]:
     worse = {"test_mse": 0.01, "control": 0.7, "control_fitted": 0.8} | changed
     return [
         *(a_run(method, **worse) for method in WITHOUT_PROTOTYPES),
@@ -199,15 +199,105 @@ def test_the_frontier_takes_every_rival() -> None:
     def outcome(runs: list[Run]) -> str:
         return verdicts.frontier(read(*runs), read(ours)).outcome
 
-    assert outcome(rivals()) == HOLDS
-    assert outcome(rivals()[1:]) == UNMEASURED  # one is missing
-    assert outcome(rivals(test_mse=0.009)) == FAILS
+    assert outcome(paper_rivals()) == HOLDS
+    assert outcome(paper_rivals()[1:]) == UNMEASURED  # one is missing
+    assert outcome(paper_rivals(test_mse=0.009)) == FAILS
     # For rivals without prototypes the better noise counts. For Algorithm 1 and ours it is N(v, I).
-    assert outcome(rivals(control_fitted=0.9)) == FAILS
+    assert outcome(paper_rivals(control_fitted=0.9)) == FAILS
     others = len(WITHOUT_PROTOTYPES)
-    assert outcome([*rivals()[:others], *rivals(control_fitted=0.9)[others:]]) == HOLDS
+    assert outcome([*paper_rivals()[:others], *paper_rivals(control_fitted=0.9)[others:]]) == HOLDS
     # A rival that ours does not beat decides, even if others are missing.
-    assert outcome(rivals(control=0.9)[1:]) == FAILS
+    assert outcome(paper_rivals(control=0.9)[1:]) == FAILS
+
+
+def with_prior(method: str, seed: int = 0, data: str = "MNIST", **metrics: float) -> Run:
+    """A run that samples from its best prior: ``method`` is one of ``rivals``."""
+    base, prior = method.rsplit("-", 1)
+    curve = {"recall@0.5": 0.5, "control@0.5": 0.95, "recall@1": 0.8, "control@1": 0.85}
+    values = {"test_mse": 0.01, "fid": 8.0, "recall": 0.8, "control": 0.85, "ceiling_fid": 3.0, "fid_real": 2.0}
+    run = a_run(base, 30, seed, data, **(curve | values | metrics))
+    return run | {"label": results.NAMES[method], "options": {"num_prototypes": 30, "prior": prior}}
+
+
+def outcomes(*runs: Run) -> dict[str, str]:
+    return {goal.name: goal.outcome for goal in rivals.goals(read(*runs))}
+
+
+GOOD = {"fid": 8.9, "recall": 0.78, "test_mse": 0.0089, "control@1": 0.89}
+
+
+def test_a_fitted_prior_is_a_method_of_its_own() -> None:
+    runs = read(a_run("balanced", 30), with_prior("balanced-clusters"), a_run("autoencoder"), with_prior("vae-gmm"))
+    assert [run["method"] for run in runs] == ["balanced", "balanced-clusters", "autoencoder", "vae-gmm"]
+    assert results.base(runs, "balanced", 30) == [runs[0]]
+    assert [results.fitted(run) for run in runs] == [False, True, False, True]
+
+
+def test_goals_against_the_best_rival() -> None:
+    others = [with_prior(method, fid=20.0, recall=0.95) for method in rivals.RIVALS[1:]]
+    best = with_prior("kmeans-clusters")
+    assert rivals.best_rival(read(*others, best)) == "kmeans-clusters"
+    good = with_prior("balanced-clusters", **GOOD)
+    assert set(outcomes(good, best, *others).values()) == {rivals.REACHED}
+    for name, worse in (
+        ("FID", {"fid": 9.1}),
+        ("recall", {"recall": 0.77}),
+        ("control", {"control@1": 0.87}),
+        ("control", {"recall@1": 0.79}),  # it never has the rival's recall
+        ("error", {"test_mse": 0.0091}),
+    ):
+        found = outcomes(with_prior("balanced-clusters", **(GOOD | worse)), best, *others)
+        assert {goal for goal, outcome in found.items() if outcome == rivals.MISSED} == {name}
+    assert set(outcomes(best, *others).values()) == set(outcomes(good).values()) == {rivals.UNMEASURED}
+
+
+def test_goals_wait_for_every_rival_unless_one_decides() -> None:
+    best, bad = with_prior("autoencoder-gmm"), with_prior("balanced-clusters", **(GOOD | {"fid": 9.1}))
+    assert outcomes(bad, best) == {
+        "FID": rivals.MISSED,
+        "recall": rivals.UNMEASURED,
+        "control": rivals.UNMEASURED,
+        "error": rivals.REACHED,
+    }
+
+
+def test_the_goal_for_the_error_depends_on_the_data() -> None:
+    for error, data, outcome in (
+        (0.0095, "MNIST", rivals.MISSED),
+        (0.0095, "digits", rivals.REACHED),
+        (0.0103, "digits", rivals.MISSED),
+    ):
+        ours = with_prior("balanced-clusters", data=data, test_mse=error)
+        assert outcomes(ours, with_prior("autoencoder-gmm", data=data))["error"] == outcome
+
+
+def test_control_at_equal_recall_is_read_off_the_curve() -> None:
+    curve = [(0.2, 0.9), (0.4, 0.8), (0.8, 0.6), (0.7, 0.5)]
+    assert rivals.control_at(curve, 0.4) == 0.8
+    assert rivals.control_at(curve, 0.6) == pytest.approx(0.7)
+    assert rivals.control_at(curve, 0.1) == 0.9  # less spread has more recall than this
+    assert rivals.control_at(curve, 0.9) is None
+    runs = read(*(with_prior("vae-gmm", seed, **{"control@1": c}) for seed, c in enumerate((0.8, 0.9))))
+    assert rivals.frontier(runs) == [(0.5, 0.95), (0.8, pytest.approx(0.85))]
+
+
+def test_the_first_screen_says_what_is_reached_and_what_is_not(tmp_path: Path) -> None:
+    runs = [with_prior(m, s, ceiling_recall=0.9) for m in rivals.RIVALS for s in (0, 1)]
+    auroc = {"auroc: Fashion-MNIST": 0.98, "auroc, N(v, I): Fashion-MNIST": 0.93}
+    runs += [with_prior("balanced-clusters", seed, **(GOOD | auroc | {"fid": 9.5})) for seed in (0, 1)]
+    runs += [a_run("balanced", 30, control=0.9), a_run("autoencoder")]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    page = build(tmp_path, tmp_path / "out").read_text()
+    assert "Ours reaches 3 of 4 goals against its best rivals. It does not reach: FID on MNIST." in page
+    assert "**not reached**: 9.5, the rival 8.0" in page
+    assert page.index("Ours reaches") < page.index("## The paper's claims") < page.index("| C1 |")
+    assert "| **ours** | 2 | 9.5 |" in page
+    assert "| *ceiling of autoencoder* | 2 | 3.0 |" in page
+    assert page.count("*ceiling of autoencoder*") == 1
+    assert "| ours, N(v, I) around each prototype | 0.9300 |" in page
+    assert "mnist-conv-32-3-spreads.png" in page
+    paper = page.split("### Reconstruction and cost")[1].split("### What ours promises")[0]
+    assert "GMM" not in paper.split("All on images")[0]
 
 
 def with_arrays(run: Run, folder: Path, shape: tuple[int, int, int], phases: list[str]) -> Run:

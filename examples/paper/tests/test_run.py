@@ -19,7 +19,7 @@ import torch
 from examples.image_data import load, load_digits
 from examples.paper.__main__ import main
 from examples.paper.config import FOLDER, load_config
-from examples.paper.data import load_images, split
+from examples.paper.data import load_far, load_images, split
 from examples.paper.methods import Plan, baselines, build_method
 from examples.paper.models import build_network
 from examples.paper.records import Records, held
@@ -71,7 +71,9 @@ def test_the_miniature_trains_and_judges_every_method(miniature: Path) -> None:
         assert (record["status"], record["error"]) == ("done", None)
         assert [row["epoch"] for row in record["history"]] == list(range(1, config.epochs + 1))
         assert record["history"][-1]["test_mse"] == pytest.approx(record["metrics"]["test_mse"], rel=1e-5)
-        assert {"test_mse", "control", "standardised_mmd", "r2_per_dim", "fid"} <= set(record["metrics"])
+        assert {"test_mse", "control", "fid"} <= set(record["metrics"])
+        own = {"whitened_r2", "log_likelihood"} if "prior" in record["options"] else {"standardised_mmd", "r2_per_dim"}
+        assert own <= set(record["metrics"])
         if record["method"] not in ("vae", "infovae"):  # at first, noise and KL cost more than training gains
             assert record["history"][-1]["test_mse"] < record["history"][0]["test_mse"]
         assert (miniature / record["arrays"]).stat().st_size < 300_000
@@ -95,6 +97,22 @@ def test_kmeans_takes_the_autoencoder_that_is_there(miniature: Path) -> None:
     plain, prototypes = found["autoencoder"], found["autoencoder + k-means"]
     assert plain["history"] == prototypes["history"]
     assert plain["metrics"]["test_mse"] == prototypes["metrics"]["test_mse"]
+
+
+def test_a_prior_takes_the_training_that_is_there(miniature: Path) -> None:
+    found = records(miniature)
+    for plain, fitted in (
+        ("autoencoder", "autoencoder + GMM"),
+        ("autoencoder + k-means", "autoencoder + k-means + covariances"),
+        ("VAE, beta = 1", "VAE-KL + GMM"),
+        ("ours, K = 10", "ours + head.fit"),
+    ):
+        assert one(plain).checkpoint == one(fitted).checkpoint
+        assert one(plain).id != one(fitted).id
+        assert found[plain]["history"] == found[fitted]["history"]
+        assert found[fitted]["num_prototypes"] == 10
+    trained = {path.name for path in (miniature / "work").glob("*-s0-*.pt")}
+    assert len(trained) == len({one(spec.label).checkpoint for spec in load_config("digits-mini").runs})
 
 
 def test_killed_and_started_again_it_ends_the_same(miniature: Path, tmp_path: Path) -> None:
@@ -221,13 +239,20 @@ def test_every_config_loads(name: str) -> None:
         assert {spec.method for spec in config.runs} == {*rivals, "balanced"}
         return
     assert {spec.method for spec in config.runs} == {
-        *("autoencoder", "kmeans", "vae", "infovae", "wae", "vq-vae", "algorithm1", "balanced")
+        *("autoencoder", "kmeans", "rae", "vae", "infovae", "wae", "vq-vae", "algorithm1", "balanced")
     }
     if name != "digits-mini":
         for method in ("balanced", "algorithm1"):
             counts = {s.options["num_prototypes"] for s in config.runs if s.method == method}
             assert counts == {1, 2, 5, 10, 20, 30, 50}
         assert 1 in {spec.options.get("sigma") for spec in config.runs}
+        penalty = {
+            (s.options.get("beta", 1e-4), s.options.get("decay", 1e-7)) for s in config.runs if s.method == "rae"
+        }
+        assert penalty == {(1e-3, 1e-6) if name.startswith("cifar") else (1e-4, 1e-7)}
+    fitted = {(spec.method, spec.prior) for spec in config.runs if spec.prior}
+    gmm = {(method, "gmm") for method in ("autoencoder", "rae", "vae", "wae")}
+    assert fitted == {("balanced", "clusters"), ("kmeans", "clusters")} | gmm
 
 
 def written(folder: Path, end: str) -> str:
@@ -313,6 +338,38 @@ def test_warm_ups(method: str, options: dict, steps: tuple | list) -> None:
     assert warm == steps
 
 
+def test_rae_adds_what_its_program_adds() -> None:
+    plan = Plan(epochs=9, warmup_epochs=3, steps_per_epoch=5, batch_size=4, learning_rate=1e-3, seed=0)
+    network, x = build_network("mlp", (1, 8, 8), 4, 4, 4), torch.rand(4, 64)
+    plain, rae = (build_method(m, network, plan, o) for m, o in (("autoencoder", {}), ("rae", {"beta": 2, "decay": 3})))
+    weights = sum(layer.weight.square().sum() for layer in network.decoder if isinstance(layer, torch.nn.Linear))
+    added = 64 * (2 * network.encode(x).square().mean() + 3 * weights)
+    torch.testing.assert_close(rae.loss(x), plain.loss(x) + added)
+
+
+def test_another_data_set_is_told_apart(tmp_path: Path) -> None:
+    for name, value in (("near", 33), ("far", 72)):
+        for part, count in (("train", 300), ("t10k", 60)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            images = torch.full((count, 28, 28), value, dtype=torch.uint8) + torch.randint(2, (count, 1, 1))
+            write_idx(tmp_path / name / f"{part}-images-idx3-ubyte", images.byte().numpy())
+            write_idx(tmp_path / name / f"{part}-labels-idx1-ubyte", (torch.arange(count) % 2).byte().numpy())
+    config = tmp_path / "tiny.yaml"
+    start = (
+        "data: mnist\nmodel: conv\nmaps: 4\nlatent_dim: 4\nepochs: 1\nwarmup_epochs: 0\nvalidation_images: 9\nseeds: 1"
+    )
+    config.write_text(
+        f"{start}\nruns:\n  - {{method: balanced, label: a, prior: clusters, options: {{num_prototypes: 2}}}}\n"
+    )
+    far = ["--far-dir", str(tmp_path / "far")]
+    assert run(config, tmp_path, "--data-dir", str(tmp_path / "near"), *far) == 0
+    found = records(tmp_path)["a"]["metrics"]
+    assert found["auroc: Fashion-MNIST"] > 0.9
+    assert 0 <= found["auroc, N(v, I): Fashion-MNIST"] <= 1
+    with pytest.raises(ValueError, match=r"--far-dir: expected one of .* with images of \(1, 8, 8\)"):
+        load_far(tmp_path / "far", (1, 8, 8))
+
+
 @pytest.mark.parametrize(("batch_size", "options", "size"), [(59, {}, 1024), (60, {}, 0), (9, {"queue_size": 0}, 0)])
 def test_small_batches_have_a_queue(batch_size: int, options: dict, size: int) -> None:
     plan = Plan(epochs=9, warmup_epochs=1, steps_per_epoch=1, batch_size=batch_size, learning_rate=1e-3, seed=0)
@@ -335,6 +392,12 @@ def test_small_batches_have_a_queue(batch_size: int, options: dict, size: int) -
         (
             "base: digits-mini\nruns: [{method: balanced, label: x, options: {num_prototypes: 2, warmup: long}}]",
             "warmup: expected one of .*'mmd', 'none', 'reconstruction'.*, got 'long'",
+        ),
+        ("base: digits-mini\nruns: [{method: wae, label: x, prior: gm}]", "x: prior: expected one of .* got 'gm'"),
+        ("base: digits-mini\nruns: [{method: wae, label: x, prior: clusters}]", "a method with prototypes .* got wae"),
+        (
+            "base: digits-mini\nruns: [{method: wae, label: x, prior: gmm, components: 0}]",
+            "components: expected a whole",
         ),
         ("base: digits-mini\nruns: [{method: wae, label: x}, {method: vae, label: x}]", "expected different labels"),
         ("data: digits", r"expected \['epochs', 'model', 'runs'\], which are missing"),
