@@ -187,9 +187,11 @@ def _check(place: str, config: Config) -> None:
 def _check_prior(place: str, run: RunConfig) -> None:
     if run.prior not in (None, *PRIORS):
         raise ValueError(f"{place}: prior: expected one of {sorted(PRIORS)}, got {run.prior!r}. Choose one.")
-    if run.prior == "clusters" and "num_prototypes" not in run.options:
+    if run.prior in ("clusters", "trained") and "num_prototypes" not in run.options:
         raise ValueError(
-            f"{place}: prior: expected a method with prototypes for 'clusters', got {run.method}. Use 'gmm', or kmeans."
+            f"{place}: prior: expected a method with prototypes for {run.prior!r}, got {run.method}. Use kmeans or gmm."
         )
+    if run.prior == "trained" and run.method == "kmeans":
+        raise ValueError(f"{place}: prior: expected a method with our layer for 'trained', got kmeans. Use 'clusters'.")
     if not isinstance(run.components, int) or run.components < 1:
         raise ValueError(f"{place}: components: expected a whole number > 0, got {run.components!r}. Change it.")

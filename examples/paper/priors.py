@@ -14,8 +14,7 @@ from torch import Tensor
 
 from proto_reg import PrototypeHead
 
-PRIORS = ("clusters", "gmm")
-RANK = 16  # of the covariance of each cluster
+PRIORS = ("clusters", "trained", "gmm")
 # On MNIST (D = 256, K = 30) EM has converged after three iterations: nine more change the held-out likelihood by .02
 # nats. 20,000 latents have 14 nats more than 10,000. Their fit takes 40 s of one core. 40,000 would take 98 s.
 GMM_LATENTS = 20_000
@@ -78,17 +77,21 @@ class Mixture:
 
 
 def fit_prior(prior: str, z: Tensor, head: PrototypeHead | None, components: int, seed: int) -> Mixture:
-    """The prior "clusters" (around ``head``) or "gmm" (of ``components`` normals), fitted to latents ``z`` (N, D)."""
+    """The prior "clusters" (around ``head``) or "gmm" (of ``components`` normals), fitted to latents ``z`` (N, D).
+
+    The prior "trained" is that of ``head`` after training, which nobody has fitted to anything.
+    """
     if prior == "gmm":
         return fit_gmm(z.cpu(), components, seed)
     assert head is not None  # the config is checked
-    return fit_clusters(z.cpu(), head)
+    return of_head(head, z.cpu() if prior == "clusters" else None)
 
 
-def fit_clusters(z: Tensor, head: PrototypeHead) -> Mixture:
-    """The mixture of :meth:`proto_reg.PrototypeHead.fit`: a weight, a centre and a covariance for each cluster."""
+def of_head(head: PrototypeHead, z: Tensor | None) -> Mixture:
+    """A weight, a centre and a covariance for each cluster of ``head``; of latents ``z`` (N, D) if they are given."""
     head = deepcopy(head).cpu()
-    head.fit(z, rank=RANK)
+    if z is not None:
+        head.fit(z)
     shapes = head.shapes
     assert shapes is not None
     factors, diagonals = shapes.factors.double(), shapes.diagonals.double()

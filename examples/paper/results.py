@@ -35,6 +35,7 @@ NAMES = {
     "balanced": "balanced layer (ours)",
     # Those that sample from their best prior.
     "balanced-clusters": "ours",
+    "balanced-trained": "ours as trained",
     "kmeans-clusters": "autoencoder + k-means + covariances",
     "autoencoder-gmm": "autoencoder + GMM",
     "rae-gmm": "RAE-L2 + GMM",

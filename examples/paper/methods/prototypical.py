@@ -67,10 +67,10 @@ class Prototypical(Method):
         return self.regularizer.head
 
     def prepare(self, z: Tensor) -> None:
-        """Nothing is fitted. The prior is the mixture around the prototypes."""
+        """Nothing is fitted. The prior is that of the paper: sum_k N(v_k, std^2 I) / K."""
 
     def prior(self, n: int, generator: Generator) -> Tensor:
-        return deepcopy(self.head).cpu().sample(n, generator=generator)
+        return deepcopy(self.head).cpu().sample(n, std=self.head.std, generator=generator)
 
 
 class Balanced(Prototypical):

@@ -45,9 +45,9 @@ def test_a_fitted_prior_is_that_of_the_clusters(latents: Tensor, prior: str) -> 
 
 def test_the_density_and_the_clusters_are_those_of_the_head(latents: Tensor) -> None:
     head = head_at(latents)
-    found = priors.fit_clusters(latents, head)
+    found = priors.of_head(head, latents)
     assert head.shapes is None  # a copy was fitted
-    head.fit(latents, rank=priors.RANK)
+    head.fit(latents)
     torch.testing.assert_close(found.log_prob(latents), head.mixture().log_prob(latents.double()))
     assert torch.equal(found.belonging(latents).argmax(1), head(latents).argmax(1))
     plain = priors.isotropic(head)
@@ -63,7 +63,7 @@ def test_a_gmm_shares_latents_out_by_responsibility(latents: Tensor) -> None:
 
 
 def test_draws_have_the_shape_times_the_spread(latents: Tensor) -> None:
-    found = priors.fit_clusters(latents, head_at(latents))
+    found = priors.of_head(head_at(latents), latents)
     index = torch.ones(20_000, dtype=torch.int64)
     drawn = found.draw(index, Generator().manual_seed(0), spread=0.5).double()
     covariance = found.factors[1] @ found.factors[1].mT / 4
@@ -78,7 +78,7 @@ def test_draws_have_the_shape_times_the_spread(latents: Tensor) -> None:
 def test_an_empty_cluster_has_no_class_and_no_draws(latents: Tensor) -> None:
     head = PrototypeHead(D, K + 1, similarity="euclidean")
     head.place(slice(None), torch.cat([head_at(latents).prototypes.detach(), torch.full((1, D), 1e3)]))
-    found = priors.fit_clusters(latents, head)
+    found = priors.of_head(head, latents)
     assert found.weights[K] == 0
     assert found.components(1000, Generator().manual_seed(0)).max() < K
     assert found.log_prob(latents).isfinite().all()
@@ -108,7 +108,7 @@ def pixels_as_latents(data: ImageData, method: str = "kmeans") -> TrainedRun:
 
 def test_evaluation_of_a_prior(digits: ImageData) -> None:
     run = pixels_as_latents(digits)
-    found, arrays = prior_metrics.evaluate_prior(run, priors.fit_clusters(digits.train_images, run.head))
+    found, arrays = prior_metrics.evaluate_prior(run, priors.of_head(run.head, digits.train_images))
     assert all(math.isfinite(value) for value in found.values())
     assert found["test_mse"] == 0
     assert found["control"] > 0.85
@@ -126,7 +126,7 @@ def test_evaluation_of_a_prior(digits: ImageData) -> None:
 
 def test_draws_that_forget_the_class_have_no_control(digits: ImageData) -> None:
     run = pixels_as_latents(digits)
-    fitted = priors.fit_clusters(digits.train_images, run.head)
+    fitted = priors.of_head(run.head, digits.train_images)
     mixed = priors.Mixture(fitted.weights, fitted.centres.roll(1, 0), fitted.factors @ fitted.factors.mT, run.head)
     found, _ = prior_metrics.evaluate_prior(run, mixed)
     assert found["control"] < 0.1
@@ -135,7 +135,7 @@ def test_draws_that_forget_the_class_have_no_control(digits: ImageData) -> None:
 
 def test_another_data_set_has_a_lower_density(digits: ImageData) -> None:
     run = pixels_as_latents(digits, "balanced")
-    prior = priors.fit_clusters(digits.train_images, run.head)
+    prior = priors.of_head(run.head, digits.train_images)
     noise = torch.rand(500, 64, generator=Generator().manual_seed(0))
     found = prior_metrics.out_of_distribution(run, prior, digits.test_images, "noise", noise)
     assert found["auroc: noise"] > 0.99
