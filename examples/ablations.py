@@ -156,6 +156,7 @@ def scale_variants(pixels: int, args: argparse.Namespace) -> dict[str, Callable[
     """Cures for a reconstruction that leaves latents much closer to each other than N(v, I)."""
     return {
         "autoencoder": lambda: LinearOutput(pixels, args, on=None),
+        "std = None": lambda: LinearOutput(pixels, args),  # follows the scale of the latents
         **{f"std = {std:g}": lambda std=std: LinearOutput(pixels, args, std=std) for std in (1, 0.5, 0.25, 0.125)},
         "mmd_weight = 1": lambda: LinearOutput(pixels, args, mmd_weight=1.0),
     }

@@ -44,7 +44,7 @@ class PrototypicalAEConfig(AEConfig):
 
     num_prototypes: int = 30
     similarity: str = "cosine"
-    std: float = 1.0
+    std: float | None = None
     mode: str = "balanced"
     prototype_weight: float = 0.03
     mmd_weight: float = 0.1

@@ -39,13 +39,20 @@ class LayerWatch:
         self._behind: tuple[weakref.ref, Tensor] | None = None  # a parameter of the encoder, and what it was then
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
         self.active_steps = -math.inf  # after the warm-up, at the last look that has arrived
+        self.steps: int | None = None  # what the host knows of the layer's count
+        self.follows = False  # whether the std follows the scale of the latents
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"said": set(self.said), "_last": None, "_behind": None, "_pending": None}
 
     def forget(self) -> None:
         """Forget the step: the layer's count was changed."""
-        self._pending, self.active_steps = None, -math.inf
+        self._pending, self.active_steps, self.steps = None, -math.inf, None
+
+    def count(self, steps: Tensor) -> int:
+        """The value of ``steps`` (). Call it once for each training step: it waits for a GPU only the first time."""
+        self.steps = int(steps) if steps.is_cpu or self.steps is None else self.steps + 1
+        return self.steps
 
     def say(self, key: str, message: str) -> None:
         """Warn with ``message`` unless this watch already spoke of ``key``."""
@@ -126,10 +133,12 @@ class LayerWatch:
         temperature: Tensor,
         kernel: str,
         active_steps: Tensor,
+        follows: bool = False,
     ) -> None:
         """Look at a training step on ``batch``, at ``temperature`` (), ``active_steps`` () after the warm-up.
 
         ``std`` is the deviation of the distribution around each of ``prototypes`` (K, D), ``kernel`` the MMD's.
+        ``follows``: the std will follow the scale of the latents.
         """
         tokens = batch.tokens
         if not tokens.requires_grad:
@@ -138,7 +147,7 @@ class LayerWatch:
                 "The latents carry no gradient: the encoder learns nothing from the layer. Pass them without "
                 "detach(), unless the encoder is to stay as it is.",
             )
-        self.std, self.kernel = std, kernel
+        self.std, self.kernel, self.follows = std, kernel, follows
         figures = output.scores.detach() / temperature, output.assignments, output.prototype_loss.detach()
         idle = self._no_optimizer_steps(tokens)
         self._measure(tokens.detach(), batch.mask, prototypes, *figures, temperature, active_steps, idle)
@@ -264,6 +273,10 @@ class LayerWatch:
 
     def _judge_distances(self, radius: float, separation: float, active_steps: float) -> None:
         """Warn with the std that fits, if r^2/D is far from 1 or prototypes are too close."""
+        if self.follows:  # only what is wrong when the std has followed
+            if active_steps >= 4 * SETTLED and separation < SEPARATION:
+                self.say("separation", self._close(separation, "Use fewer prototypes"))
+            return
         factor = max(radius, 1e-6) ** 0.5
         std = f"std={self.std * factor:.2g}"
         gaussian = self.kernel == "gaussian"
@@ -290,10 +303,11 @@ class LayerWatch:
             )
         elif separation < SEPARATION:
             cure = f"Build the layer with {std}, or use" if separation / factor > SEPARATION else "Use"
-            self.say(
-                "separation",
-                f"Two prototypes are {separation:.2f} std apart, inside each other's noise. {cure} fewer prototypes.",
-            )
+            self.say("separation", self._close(separation, f"{cure} fewer prototypes"))
+
+    @staticmethod
+    def _close(separation: float, cure: str) -> str:
+        return f"Two prototypes are {separation:.2f} std apart, inside each other's noise. {cure}."
 
     def _measured(self, radius: float, steps: float) -> str:
         target = "N(v, I)" if self.std == 1 else f"N(v, {self.std:g}^2 I)"

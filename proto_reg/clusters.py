@@ -83,7 +83,8 @@ class Clusters(WideState):
 
     def _fit(self, z: Tensor, scores: Tensor, prototypes: Tensor) -> ClusterShapes:
         dim = prototypes.shape[1]
-        rank = {"low_rank": min(self.rank, dim - 1), "full": dim, "diagonal": 0}[self.covariance]
+        # What the leading directions leave is a diagonal. It has room for more than half of the directions only.
+        rank = {"low_rank": min(self.rank, dim // 2), "full": dim, "diagonal": 0}[self.covariance]
         return fit_shapes(z, scores.argmax(1), prototypes, rank)
 
     def reset_parameters(self) -> None:

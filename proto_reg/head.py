@@ -28,26 +28,27 @@ class PrototypeHead(nn.Module):
         num_prototypes: K. With K = 1 the prototype loss has no gradient: only the layer's follower moves the prototype.
         similarity: ``"cosine"`` (default), ``"dot"`` (paper, eq. 10) or ``"euclidean"``; see
             :func:`proto_reg.functional.prototype_scores`.
-        std: standard deviation of the distribution around each prototype that training aims at, 1 by default.
-            The reconstruction decides how far apart an encoder puts latents; docs/scale.md tells which std fits. It is
-            part of the state: ``load_state_dict`` sets it, and warns if another one was given here.
+        std: standard deviation of the distribution around each prototype that training aims at. By default it begins
+            with 1, and a layer's training lets it follow the scale of the latents; see docs/scale.md. It is part of the
+            state: ``load_state_dict`` sets it, and warns if another one was given here.
         init_std: standard deviation of the initial coordinates. The default is std / 2: prototypes then lie .7 std
             sqrt(D) apart.
         covariance: of the normal distribution that samples around a prototype are drawn from. ``"low_rank"`` (default):
             ``rank`` leading directions and a diagonal. ``"full"``, ``"diagonal"``. These are learned from the latents;
             ``"isotropic"`` is std^2 I and learns nothing.
-        rank: number of leading directions. 16 by default; on MNIST and Fashion-MNIST 8 left out variety, and 32 added
+        rank: number of leading directions, at most D / 2. 16 by default; on MNIST and Fashion-MNIST 8 left out variety, and 32 added
             noise.
 
     Attributes:
         prototypes: Parameter (K, D), the points themselves: ``decoder(head.prototypes)`` shows them.
         std: float, see above.
+        follows_scale: bool, whether training may change ``std``: True if none was given.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
     """
 
-    _std_given = False  # in heads that were pickled without it
+    _std_given = follows_scale = False  # in heads that were pickled without them
     clusters: Clusters | None
     _drawn: Tensor | None = None  # the first prototypes; None in heads that were pickled without
     shards: Any = None  # the DTensor that the prototypes are gathered from, while FSDP2 has them gathered
@@ -68,7 +69,7 @@ class PrototypeHead(nn.Module):
         self.num_prototypes = check_positive_int("num_prototypes", num_prototypes)
         self.similarity = check_choice("similarity", similarity, SIMILARITIES)
         self.std = 1.0 if std is None else check_number("std", std, above=0)
-        self._std_given = std is not None
+        self._std_given, self.follows_scale = std is not None, std is None
         self.init_std = None if init_std is None else check_number("init_std", init_std, above=0)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, latent_dim))
         # None is registered too: a state with shapes loads into a head without.

@@ -31,6 +31,7 @@ from .queue import LatentQueue
 from .record import Records, follow, record
 from .replay import Buffers, Replay
 from .revival import revive
+from .scale import due, follow_scale
 from .schedule import NEVER, Schedule, StepFactors
 from .usage import UsageMeter
 
@@ -57,8 +58,8 @@ class PrototypicalRegularizer(nn.Module):
         latent_dim: D.
         num_prototypes: K.
         std: standard deviation of the normal distribution around each prototype that training aims at, in the units of
-            the latents: 1 or, if a head is given, the head's. The layer warns if latents lie too close together for
-            it; the warning says which one fits.
+            the latents. None begins with 1 and follows the scale of the latents; a number stays, and the layer warns
+            if latents lie too close together for it. If a head is given, the head's.
         head, assigner, mmd: components to use instead of the default ones. They keep their own options and groups.
         prototype_weight, mmd_weight: lambda_p and lambda_r, >= 0: the size of each regularising gradient relative to
             the reconstruction's (balanced) or the factor of each loss (weighted).
@@ -179,6 +180,7 @@ class PrototypicalRegularizer(nn.Module):
                 output = self._losses(batch, factors, counting)
         if counting:
             self._look(batch, output)
+            self._follow_scale(batch, output)
         return z, self._restored(output, z)
 
     def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
@@ -308,7 +310,15 @@ class PrototypicalRegularizer(nn.Module):
         moving = head.shards is None and self.prototype_weight
         prototypes = head.prototypes if moving else head.prototypes.detach()
         temperature = self.schedule.temperature_at(self.steps)
-        self.watch.look(batch, output, prototypes, head.std, temperature, self.mmd.options.kernel, self.steps - begin)
+        at, kernel = self.steps - begin, self.mmd.options.kernel
+        self.watch.look(batch, output, prototypes, head.std, temperature, kernel, at, head.follows_scale)
+
+    def _follow_scale(self, batch: BatchShard, output: RegularizerOutput) -> None:
+        """Every few hundred steps a std that was not given goes to that of the latents."""
+        if self.head.follows_scale and not torch.compiler.is_compiling():
+            step = self.watch.count(self.steps) - self.schedule.begin
+            if due(step):
+                follow_scale(self.head, batch, output.assignments, step)
 
     def _restored(self, output: RegularizerOutput, z: Tensor) -> RegularizerOutput:
         """``output`` in the layout of ``z``."""
@@ -457,11 +467,13 @@ class PrototypicalRegularizer(nn.Module):
         """The paper's own choices: dot scores, a sampled target, the biased statistic, a sum over prototypes.
 
         Bandwidth s^2 = 2 D (the paper leaves it open). Losses have weight 1, to be added or stepped on (Algorithm 1).
-        There is no phase of the MMD alone. Every option of the constructor overrides.
+        There is no phase of the MMD alone, and std stays 1. Every option of the constructor overrides.
         """
         group, std = options.get("group", "default"), options.get("std")
+        head = PrototypeHead(latent_dim, num_prototypes, similarity="dot", std=std, covariance="isotropic")
+        head.follows_scale = False
         choices: dict[str, Any] = {
-            "head": PrototypeHead(latent_dim, num_prototypes, similarity="dot", std=std, covariance="isotropic"),
+            "head": head,
             "mmd": AnchoredMMDLoss(scales=(2.0,), target="sampled", statistic="biased", reduction="sum", group=group),
             "mode": "weighted",
             "prototype_weight": 1.0,

@@ -46,6 +46,7 @@ ROOMS = [
     "fused",
     "revival",
     "_warnings",
+    "scale",
     "regularizer",
     "training",
     "plots",

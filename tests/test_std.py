@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
-from proto_reg import AnchoredMMDLoss, LatentQueue, PrototypeHead, PrototypeWarning, PrototypicalRegularizer, attach
+from proto_reg import (
+    AnchoredMMDLoss,
+    LatentQueue,
+    PrototypeHead,
+    PrototypeWarning,
+    PrototypicalRegularizer,
+    Schedule,
+    attach,
+)
 from proto_reg.functional import anchored_mmd, latent_metrics, prototype_scores
 
 DIM, K, BATCH = 12, 5, 64
@@ -213,3 +222,66 @@ def test_a_state_without_a_std_that_could_be_one() -> None:
         with pytest.raises(ValueError, match="std: expected a finite number > 0"):
             head.load_state_dict(state | {"_extra_state": torch.tensor(value)})
         assert head.std == 0.5
+
+
+def trained(layer: PrototypicalRegularizer, scale: float, steps: int) -> PrototypicalRegularizer:
+    """Latents of a fixed ``scale`` around the prototypes, which do not learn."""
+    layer.head.prototypes.requires_grad_(False)
+    v = layer.head.prototypes.detach()
+    for step in range(int(layer.steps), int(layer.steps) + steps):
+        torch.manual_seed(step)
+        layer((v[torch.randint(K, (BATCH,))] + scale * torch.randn(BATCH, DIM)).requires_grad_())
+    return layer
+
+
+def far_apart(**options) -> PrototypicalRegularizer:
+    layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(mmd_steps=10), **options)
+    layer.head.place(slice(None), 30 * torch.eye(K, DIM))
+    return layer
+
+
+@pytest.mark.parametrize("scale", [0.1, 5.0])
+def test_a_std_that_was_not_given_follows_the_latents(scale: float) -> None:
+    layer = trained(far_apart(), scale, 409)
+    assert layer.head.std == 1
+    trained(layer, scale, 1)
+    assert layer.head.std == pytest.approx(scale, rel=0.1)
+    given = far_apart(std=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained(given, scale, 410)
+    assert given.head.std == 1
+
+
+def test_what_may_be_a_start_is_left_until_the_latents_have_a_scale() -> None:
+    layer = trained(far_apart(), 0.6, 1609)
+    assert layer.head.std == 1
+    trained(layer, 0.6, 1)
+    assert layer.head.std == pytest.approx(0.6, rel=0.1)
+
+
+def test_a_resumed_training_follows_as_it_would_have() -> None:
+    straight = trained(far_apart(), 0.1, 410)
+    resumed = far_apart()
+    resumed.load_state_dict(trained(far_apart(), 0.1, 300).state_dict())
+    trained(resumed, 0.1, 110)
+    assert resumed.head.std == straight.head.std != 1
+    again = far_apart()
+    again.load_state_dict(straight.state_dict())
+    assert again.head.std == straight.head.std
+    assert again.head.follows_scale
+
+
+def test_the_papers_preset_aims_at_1() -> None:
+    assert not PrototypicalRegularizer.paper(DIM, K).head.follows_scale
+
+
+def test_masked_latents_have_no_scale() -> None:
+    layer = far_apart()
+    layer.head.prototypes.requires_grad_(False)
+    mask = torch.arange(BATCH) < 40
+    v = layer.head.prototypes.detach()[torch.arange(BATCH) % K]
+    for _ in range(410):
+        z = torch.where(mask[:, None], v + 0.1 * torch.randn(BATCH, DIM), torch.full((), 1e6))
+        layer(z.requires_grad_(), mask)
+    assert layer.head.std == pytest.approx(0.1, rel=0.15)

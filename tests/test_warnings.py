@@ -76,19 +76,26 @@ def test_latents_that_are_never_negative() -> None:
 
 
 def test_latents_far_from_their_prototypes() -> None:
-    text = one_of(PrototypicalRegularizer(DIM, K), 20 * torch.randn(64, DIM), 210, "squared distance")
+    text = one_of(PrototypicalRegularizer(DIM, K, std=1.0), 20 * torch.randn(64, DIM), 210, "squared distance")
     assert "AnchoredMMDLoss('energy')" in text
 
 
 def test_prototypes_inside_each_others_noise() -> None:
-    layer = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, init_std=0.1), follow_rate=0.0)
+    layer = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, std=1.0, init_std=0.1), follow_rate=0.0)
     assert "inside each other's noise" in one_of(layer, torch.randn(64, DIM), SETTLED + 1, "Two prototypes are")
+
+
+def test_a_std_that_follows_the_latents_is_no_matter_of_warnings() -> None:
+    layer = PrototypicalRegularizer(DIM, K, head=PrototypeHead(DIM, K, init_std=0.01), follow_rate=0.0)
+    z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.05 * torch.randn(64, DIM)
+    texts = spoken(lambda: walk(layer, z, SETTLED + 1))
+    assert not any("std" in text for text in texts)
 
 
 def test_a_std_is_named_where_it_is_a_cure() -> None:
     """If r^2/D is near 1, another std would not fit the latents."""
     for radius, cure in ((0.5, "Build the layer with std=0.5"), (1.0, "noise. Use fewer prototypes")):
-        layer = PrototypicalRegularizer(DIM, K, follow_rate=0.0, prototype_weight=0.0)
+        layer = PrototypicalRegularizer(DIM, K, std=1.0, follow_rate=0.0, prototype_weight=0.0)
         layer.head.prototypes.data.copy_(1.2 * torch.eye(DIM)[:K])
         z = layer.head.prototypes.detach().repeat(40, 1) + radius * torch.randn(40 * K, DIM)
         assert cure in one_of(layer, z, SETTLED + 1, "1.70 std apart")
@@ -150,7 +157,7 @@ def test_a_last_smaller_batch_is_nothing_to_speak_of() -> None:
 
 
 def test_latents_that_stay_near_their_prototypes() -> None:
-    layer = PrototypicalRegularizer(DIM, K)
+    layer = PrototypicalRegularizer(DIM, K, std=1.0)
     z = layer.head.prototypes.detach()[torch.arange(64) % K] + 0.1 * torch.randn(64, DIM)
     text = one_of(layer, z, 410, "where N(v, I) has 1")
     std = float(re.search(r"with std=([\d.]+)\.", text).group(1))
@@ -173,7 +180,7 @@ def test_latents_wider_than_aimed_at() -> None:
 
 def test_latents_on_their_prototypes_and_none_at_all() -> None:
     """A radius of 0 has no finite scale as its cure. Without latents there is no radius and no warning."""
-    layer = PrototypicalRegularizer(DIM, K, mmd_weight=0.0)
+    layer = PrototypicalRegularizer(DIM, K, std=1.0, mmd_weight=0.0)
     z = layer.head.prototypes.detach()[torch.arange(64) % K].requires_grad_()
     assert "std=" in one_of(layer, z, 410, "where N(v, I) has 1")
     layer, nothing = PrototypicalRegularizer(DIM, K), torch.zeros(64, dtype=torch.bool)
