@@ -4,7 +4,8 @@ python -m examples.clusters                                        # scikit-lear
 python -m examples.clusters --data mnist --data-dir DIR            # or fashion; ten minutes
 
 It trains the network of the comparison (examples/paper, with its requirements) with several numbers of prototypes K. It
-merges the prototypes to as many groups as the data have classes. It prints ACC and NMI on test images. It trains as
+merges the prototypes to as many groups as the data have classes. It prints ACC and NMI on test images. "Fitted" gives an
+image to its most probable prototype after ``head.fit``, the other rows to that with the highest score. It trains as
 the comparison does for tuning: on MNIST and Fashion-MNIST with 50,000 of the training images. It draws
 clusters-counts.png, clusters-hierarchy.png and clusters-nearest.png.
 """
@@ -94,13 +95,14 @@ def main() -> None:
         model = trained(CONFIGS[args.data], f"ours, K = {count}", data, args.seed)
         z, found = model.encode(data.train_images), model.head(model.encode(images.test)).argmax(1)
         show(f"K = {count}", agreement(images.test_labels, found))
+        model.head.fit(z)
+        found = model.head.mixture().responsibilities(model.encode(images.test)).argmax(1)
+        show(f"K = {count}, fitted", agreement(images.test_labels, found))
         if count <= classes:
             continue
-        model.head.fit(z)
         tree = functional.prototype_hierarchy(model.head)
         groups = torch.from_numpy(cut_tree(tree, classes)[:, 0])
-        found = model.head.mixture().responsibilities(model.encode(images.test)).argmax(1)
-        show(f"K = {count}, merged to {classes}", agreement(images.test_labels, groups[found]))
+        show(f"K = {count}, fitted, merged to {classes}", agreement(images.test_labels, groups[found]))
         if count == DRAWN:
             draw(model, z, tree, classes, args.out)
 
