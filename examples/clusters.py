@@ -3,11 +3,11 @@
 python -m examples.clusters                                        # scikit-learn's digits, a minute on a CPU core
 python -m examples.clusters --data mnist --data-dir DIR            # or fashion; ten minutes
 
-It trains the network of the comparison (examples/paper, with its requirements) with several numbers of prototypes K. It
-merges the prototypes to as many groups as the data have classes. It prints ACC and NMI on test images. "Fitted" gives an
-image to its most probable prototype after ``head.fit``, the other rows to that with the highest score. It trains as
-the comparison does for tuning: on MNIST and Fashion-MNIST with 50,000 of the training images. It draws
-clusters-counts.png, clusters-hierarchy.png and clusters-nearest.png.
+It trains the network of the comparison (examples/paper, with its requirements) with several numbers of prototypes K,
+as the comparison does for tuning: on MNIST and Fashion-MNIST with 50,000 of the training images. It merges the
+prototypes to as many groups as the data have classes. It prints ACC and NMI on test images. "Fitted" gives an image to
+its most probable prototype after ``head.fit``; the other rows go by the highest score. It draws clusters-counts.png,
+clusters-hierarchy.png and clusters-nearest.png.
 """
 
 from __future__ import annotations
