@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_floating, check_head, check_matrix, check_positive_int
+from .functional import PrototypeCounts
 from .head import PrototypeHead
 
 try:
@@ -51,33 +53,122 @@ def prototypes(
     check_head(head)
     check_positive_int("num_samples", num_samples, minimum=0)
     check_positive_int("blocks", blocks)
-    chosen = [head.check_index(k) for k in (range(head.num_prototypes) if indices is None else indices)]
-    if not chosen:
-        raise ValueError("indices: expected at least one prototype, got none. Leave it out to draw all.")
-    height, width = -(-len(chosen) // blocks), num_samples + 1
-    figure = Figure(figsize=(0.7 * (width + 0.2) * blocks, 0.7 * height + 0.3), layout="constrained")
-    rows = [
-        axes
-        for part in figure.subfigures(1, blocks, squeeze=False)[0]
-        for axes in part.subplots(height, width, squeeze=False)
-    ]
-    for axes in rows[len(chosen) :]:
-        for axis in axes:
-            axis.set_axis_off()
-    for k, axes in zip(chosen, rows, strict=False):  # the last block may be shorter
+    chosen = _chosen(head, indices)
+    figure, rows = _grid(len(chosen), num_samples + 1, blocks)
+    for k, axes in zip(chosen, rows, strict=True):
         around = head.sample(num_samples, k, std=std, generator=generator) if num_samples else head.prototypes[:0]
-        images = _images(decode(torch.cat([head.prototypes[k : k + 1], around])), image_shape)
-        for axis, image in zip(axes, images, strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        axes[0].set_ylabel(f"{k}", rotation=0, ha="right", va="center")
-        for spine in axes[0].spines.values():
-            spine.set(color="tab:red", linewidth=2)
-    for axes in rows[::height]:
-        axes[0].set_title("v", fontsize=9)
-        if num_samples:
-            axes[1 + (num_samples - 1) // 2].set_title(_name(head, std), fontsize=9)
+        _draw_row(axes, k, _images(decode(torch.cat([head.prototypes[k : k + 1], around])), image_shape))
+    _title(rows, blocks, _name(head, std))
+    return figure
+
+
+@torch.no_grad()
+def nearest_examples(
+    decode: Callable[[Tensor], Tensor],
+    head: PrototypeHead,
+    images: Tensor,
+    examples: Tensor,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    indices: list[int] | None = None,
+    blocks: int = 1,
+) -> Figure:
+    """Each row: a decoded prototype and, right of it, the images nearest to it. A place without an image stays empty.
+
+    Args:
+        decode: as in :func:`proto_reg.plots.prototypes`.
+        images: (N, C, H, W) in [0, 1], or (N, C*H*W) with ``image_shape`` (C, H, W).
+        examples: (K, n) int64 indices of images, as :func:`proto_reg.functional.nearest_examples` returns them.
+        indices: which prototypes, all by default.
+        blocks: number of columns, so that many prototypes fit on one screen.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range, or ``decode`` returns no images.
+    """
+    check_head(head)
+    check_positive_int("blocks", blocks)
+    chosen = _chosen(head, indices)
+    examples = examples.cpu()
+    if examples.ndim != 2 or len(examples) != head.num_prototypes or int(examples.max()) >= len(images):
+        raise ValueError(
+            f"examples: expected indices ({head.num_prototypes}, n) below {len(images)}, the number of images, got "
+            f"shape {tuple(examples.shape)}. Pass nearest_examples(head, latents, n) of the same head and images."
+        )
+    figure, rows = _grid(len(chosen), examples.shape[1] + 1, blocks)
+    for k, axes in zip(chosen, rows, strict=True):
+        own = images[examples[k][examples[k] >= 0].to(images.device)]
+        shown = [_images(decode(head.prototypes[k : k + 1]), image_shape)]
+        shown += [_images(own, image_shape, "images")] if len(own) else []
+        _draw_row(axes, k, [image for part in shown for image in part])
+    _title(rows, blocks, "nearest examples")
+    return figure
+
+
+@torch.no_grad()
+def hierarchy(
+    decode: Callable[[Tensor], Tensor],
+    head: PrototypeHead,
+    tree: np.ndarray,
+    *,
+    num_groups: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Figure:
+    """The dendrogram of the prototypes. Its leaves are the decoded prototypes.
+
+    Args:
+        decode: as in :func:`proto_reg.plots.prototypes`.
+        tree: linkage matrix (K - 1, 4), as :func:`proto_reg.functional.prototype_hierarchy` returns it.
+        num_groups: gives each of so many groups a colour, and draws a line where the tree is cut. None: one colour.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range, or ``decode`` returns no images.
+        ImportError: without SciPy.
+    """
+    check_head(head)
+    count = head.num_prototypes
+    if tree.shape != (count - 1, 4):
+        raise ValueError(f"tree: expected shape {(count - 1, 4)}, got {tree.shape}. Pass prototype_hierarchy(head).")
+    heights = [0.0, *tree[:, 2].tolist(), 1.1 * float(tree[-1, 2])]
+    if num_groups is not None and not check_positive_int("num_groups", num_groups) <= count:
+        raise ValueError(f"num_groups: expected at most {count} prototypes, got {num_groups}. Ask for fewer.")
+    cut = 0.0 if num_groups is None else sum(heights[count - num_groups : count - num_groups + 2]) / 2
+    figure = Figure(figsize=(max(4.0, 0.42 * count), 4), layout="constrained")
+    grid = figure.add_gridspec(2, count, height_ratios=(6, 1), wspace=0.02, hspace=0)
+    axis = figure.add_subplot(grid[0, :])
+    leaves = _dendrogram(tree, axis, cut)
+    if num_groups is not None:
+        axis.axhline(cut, color="black", linewidth=0.8, linestyle="--", label=f"cut to {num_groups} groups")
+        axis.legend(loc="upper right")
+    axis.set(xticks=[], ylabel="mean Bhattacharyya distance")
+    for spine in ("top", "right", "bottom"):
+        axis.spines[spine].set_visible(False)
+    for place, (k, image) in enumerate(zip(leaves, _images(decode(head.prototypes[leaves]), image_shape), strict=True)):
+        leaf = figure.add_subplot(grid[1, place])
+        _draw(leaf, image)
+        leaf.set_xlabel(f"{k}", fontsize=8)
+    return figure
+
+
+def num_prototypes(counts: PrototypeCounts) -> Figure:
+    """The two figures of :func:`proto_reg.functional.choose_num_prototypes`, over the number of prototypes K."""
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    tried, error = counts.candidates.tolist(), counts.standard_error
+    above.errorbar(tried, counts.log_likelihood.tolist(), yerr=error.tolist(), marker=".", capsize=2)
+    top = counts.log_likelihood.max().item()
+    above.axhline(top, color="gray", linewidth=0.8, linestyle="--", label="highest; bars: one standard error to it")
+    below.plot(tried, counts.silhouette.tolist(), marker=".")
+    for axis, best, values, name in (
+        (above, counts.by_likelihood, counts.log_likelihood, "log-likelihood"),
+        (below, counts.by_silhouette, counts.silhouette, "silhouette"),
+    ):
+        ring = {"marker": "o", "markersize": 10, "color": "tab:red", "fillstyle": "none", "linestyle": "none"}
+        axis.plot([best], [values[tried.index(best)].item()], label=f"K = {best}", **ring)
+        axis.set(ylabel=f"{name} of\nheld-out latents", xscale="log")
+        axis.legend(loc="lower right" if axis is above else "best", fontsize=8)
+    below.set_xlabel("number of prototypes K")
+    below.set_xticks(tried, labels=[f"{k}" for k in tried])
+    below.minorticks_off()
     return figure
 
 
@@ -138,6 +229,65 @@ def latent_map(z: Tensor, head: PrototypeHead, labels: Tensor | None = None, *, 
     return figure
 
 
+def _chosen(head: PrototypeHead, indices: list[int] | None) -> list[int]:
+    """The prototypes to draw. ValueError for none, or for one that the head does not have."""
+    chosen = [head.check_index(k) for k in (range(head.num_prototypes) if indices is None else indices)]
+    if not chosen:
+        raise ValueError("indices: expected at least one prototype, got none. Leave it out to draw all.")
+    return chosen
+
+
+def _grid(count: int, width: int, blocks: int) -> tuple[Figure, list[Any]]:
+    """A figure, and ``count`` rows of ``width`` axes in ``blocks`` columns of rows."""
+    height = -(-count // blocks)
+    figure = Figure(figsize=(0.7 * (width + 0.2) * blocks, 0.7 * height + 0.3), layout="constrained")
+    rows = [
+        axes
+        for part in figure.subfigures(1, blocks, squeeze=False)[0]
+        for axes in part.subplots(height, width, squeeze=False)
+    ]
+    for axes in rows[count:]:  # the last block may be shorter
+        for axis in axes:
+            axis.set_axis_off()
+    return figure, rows[:count]
+
+
+def _draw_row(axes: Any, k: int, images: Iterable[Any]) -> None:
+    """Images from left to right. The first is that of prototype ``k``, in a red frame."""
+    for axis, image in itertools.zip_longest(axes, images):
+        if image is None:
+            axis.set_axis_off()
+        else:
+            _draw(axis, image)
+    axes[0].set_ylabel(f"{k}", rotation=0, ha="right", va="center")
+    for spine in axes[0].spines.values():
+        spine.set(color="tab:red", linewidth=2)
+
+
+def _draw(axis: Any, image: Any) -> None:
+    axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _title(rows: list[Any], blocks: int, name: str) -> None:
+    """Titles above each block: v above the prototypes, and ``name`` above the others."""
+    for axes in rows[:: -(-len(rows) // blocks)]:
+        axes[0].set_title("v", fontsize=9)
+        if len(axes) > 1:
+            axes[len(axes) // 2].set_title(name, fontsize=9)
+
+
+def _dendrogram(tree: np.ndarray, axis: Any, cut: float) -> list[int]:
+    """Draw ``tree``: one colour for each group below ``cut``. Return the leaves from left to right."""
+    try:
+        from scipy.cluster.hierarchy import dendrogram
+    except ImportError as error:
+        raise ImportError("hierarchy needs SciPy. Run: pip install 'proto_reg[plots]'") from error
+    colour = "black" if cut else "tab:blue"
+    return dendrogram(tree, ax=axis, no_labels=True, color_threshold=cut, above_threshold_color=colour)["leaves"]
+
+
 def _name(head: PrototypeHead, std: float | None) -> str:
     """The distribution around a prototype v."""
     if std is None and head.shapes is not None:
@@ -166,8 +316,8 @@ def _project(points: np.ndarray, method: str) -> np.ndarray:
     return TSNE(perplexity=min(30.0, (len(points) - 1) / 3), random_state=0).fit_transform(points)
 
 
-def _images(decoded: Tensor, shape: tuple[int, int, int] | None) -> np.ndarray:
-    """(n, H, W) or (n, H, W, 3) for matplotlib."""
+def _images(decoded: Tensor, shape: tuple[int, int, int] | None, name: str = "decode") -> np.ndarray:
+    """(n, H, W) or (n, H, W, 3) for matplotlib. ``name``: the argument that ``decoded`` came from."""
     if shape is not None and decoded[0].numel() != math.prod(shape):
         raise ValueError(
             f"image_shape: expected (C, H, W) of {decoded[0].numel()} numbers, which decode returns for a latent, got "
@@ -176,7 +326,7 @@ def _images(decoded: Tensor, shape: tuple[int, int, int] | None) -> np.ndarray:
     images = decoded if shape is None else decoded.reshape(-1, *shape)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"decode: expected images (n, 1 or 3, H, W), got shape {tuple(decoded.shape)}. Pass image_shape=(C, H, W) "
+            f"{name}: expected images (n, 1 or 3, H, W), got shape {tuple(decoded.shape)}. Pass image_shape=(C, H, W) "
             "for flat outputs."
         )
     images = images.float().clamp(0, 1).cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from proto_reg import PrototypeHead, plots
+from proto_reg import PrototypeHead, functional, plots
 
 
 def decode(z: torch.Tensor) -> torch.Tensor:
@@ -60,3 +60,42 @@ def test_samples_of_a_fitted_head_are_named_as_such() -> None:
         titles.append([axis.get_title() for axis in figure.axes][1])
         head.fit(torch.randn(40, 12))
     assert titles == ["N(v, I)", "N(c, S)"]
+
+
+def test_nearest_examples_stand_beside_their_prototype() -> None:
+    head = PrototypeHead(6, 3)
+    images = torch.rand(8, 1, 2, 2)
+    examples = torch.tensor([[5, 2], [7, -1], [-1, -1]])
+    figure = plots.nearest_examples(lambda z: z.sigmoid()[:, :4].reshape(-1, 1, 2, 2), head, images, examples)
+    shown = [len(axis.images) for axis in figure.axes]
+    assert shown == [1, 1, 1, 1, 1, 0, 1, 0, 0]
+    second = torch.from_numpy(figure.axes[2].images[0].get_array().data)
+    assert torch.equal(second, images[2, 0])
+    with pytest.raises(ValueError, match=r"examples: expected indices \(3, n\) below 7"):
+        plots.nearest_examples(decode, head, images[:7], examples)
+
+
+def test_a_hierarchy_has_the_prototypes_as_leaves() -> None:
+    head = PrototypeHead(6, 5)
+    head.fit(torch.randn(60, 6))
+    tree = functional.prototype_hierarchy(head)
+    figure = plots.hierarchy(decode, head, tree, num_groups=2, image_shape=(1, 2, 2))
+    leaves = figure.axes[1:]
+    order = [int(axis.get_xlabel()) for axis in leaves]
+    assert sorted(order) == list(range(5))
+    for k, axis in zip(order, leaves, strict=True):
+        expected = decode(head.prototypes.detach())[k].reshape(2, 2)
+        torch.testing.assert_close(torch.from_numpy(axis.images[0].get_array().data), expected)
+    for groups in (None, 1, 5):
+        plots.hierarchy(decode, head, tree, num_groups=groups, image_shape=(1, 2, 2))
+    with pytest.raises(ValueError, match="num_groups: expected at most 5"):
+        plots.hierarchy(decode, head, tree, num_groups=6, image_shape=(1, 2, 2))
+    with pytest.raises(ValueError, match=r"tree: expected shape \(4, 4\)"):
+        plots.hierarchy(decode, head, tree[1:], image_shape=(1, 2, 2))
+
+
+def test_the_choice_of_a_number_is_marked() -> None:
+    counts = functional.choose_num_prototypes(torch.randn(60, 4), (1, 2, 5))
+    above, below = plots.num_prototypes(counts).axes
+    for axis, best in ((above, counts.by_likelihood), (below, counts.by_silhouette)):
+        assert axis.lines[-1].get_xdata().tolist() == [best]

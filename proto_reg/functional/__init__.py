@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .clusters import PrototypeCounts, choose_num_prototypes, nearest_examples, prototype_hierarchy
 from .metrics import latent_metrics
 from .mmd import anchored_mmd
 from .noise import with_noise
@@ -9,9 +10,13 @@ from .prototypes import prototype_cross_entropy, prototype_scores
 from .sinkhorn import sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
 __all__ = [
+    "PrototypeCounts",
     "anchored_mmd",
+    "choose_num_prototypes",
     "latent_metrics",
+    "nearest_examples",
     "prototype_cross_entropy",
+    "prototype_hierarchy",
     "prototype_scores",
     "sinkhorn",
     "sinkhorn_cross_entropy",
