@@ -101,8 +101,8 @@ def fit_clusters(z: Tensor, head: PrototypeHead) -> Mixture:
 def fit_gmm(z: Tensor, components: int, seed: int) -> Mixture:
     """A mixture of normals with full covariances, by EM in float64, as Ghosh et al. (2020) fit it to an autoencoder.
 
-    It starts from k-means. The latents are in random order. GMM_LATENTS and GMM_ITERATIONS keep it cheap, and GMM_FLOORS
-    from overfitting.
+    It starts from k-means. The latents are in random order. GMM_LATENTS and GMM_ITERATIONS keep it cheap. GMM_FLOORS
+    keeps it from overfitting.
     """
     held = z[-min(GMM_HELD_OUT, -(-len(z) // 10)) :]
     some = z[: min(GMM_LATENTS, len(z) - len(held))].double()
