@@ -33,14 +33,15 @@ def head_at(z: Tensor) -> PrototypeHead:
 
 @pytest.mark.parametrize("prior", priors.PRIORS)
 def test_a_fitted_prior_is_that_of_the_clusters(latents: Tensor, prior: str) -> None:
-    found = priors.fit_prior(prior, latents, head_at(latents), K, seed=0)
+    shuffled = latents[torch.randperm(len(latents))]  # as training images are
+    found = priors.fit_prior(prior, shuffled, head_at(latents), K, seed=0)
     order = torch.cdist(30 * torch.eye(K, D, dtype=torch.float64), found.centres).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2]
-    torch.testing.assert_close(found.weights[order], torch.full((K,), 1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(found.weights, torch.full((K,), 1 / 3, dtype=torch.float64), atol=0.01, rtol=0)
     covariances = (found.factors @ found.factors.mT)[order]
     for covariance, some in zip(covariances, latents.unflatten(0, (K, -1)), strict=True):
         expected = torch.cov(some.double().T, correction=0)
-        torch.testing.assert_close(covariance, expected, rtol=0.02, atol=0.02 * expected.diagonal().mean().item())
+        torch.testing.assert_close(covariance, expected, rtol=0.1, atol=0.1 * expected.diagonal().mean().item())
 
 
 def test_the_density_and_the_clusters_are_those_of_the_head(latents: Tensor) -> None:
@@ -60,6 +61,17 @@ def test_a_gmm_shares_latents_out_by_responsibility(latents: Tensor) -> None:
     joint = normals.log_prob(latents.double()[:, None]) + found.weights.log()
     torch.testing.assert_close(found.log_prob(latents), joint.logsumexp(1))
     torch.testing.assert_close(found.belonging(latents), joint.softmax(1))
+
+
+def test_few_latents_have_a_high_floor() -> None:
+    """Ten latents for each covariance in ten dimensions: the density of new latents would collapse."""
+    z = torch.randn(80, 10)
+    found = priors.fit_gmm(z, 8, seed=0)
+    smallest = torch.linalg.eigvalsh(found.factors @ found.factors.mT).amin()
+    assert smallest >= 0.9 * priors.GMM_FLOORS[-1] * z.var(0).mean()
+    many = torch.randn(4000, 10) * torch.logspace(0, -1.5, 10)
+    found = priors.fit_gmm(many, 2, seed=0)
+    assert torch.linalg.eigvalsh(found.factors @ found.factors.mT).amin() < 0.01 * many.var(0).mean()
 
 
 def test_draws_have_the_shape_times_the_spread(latents: Tensor) -> None:
