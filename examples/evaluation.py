@@ -69,7 +69,9 @@ def control(
     majority = torch.where(table.sum(1) > 0, table.argmax(1), -1)
     generator = torch.Generator().manual_seed(0)
     right = [
-        (judge(decode(head.sample(per_prototype, k, generator=generator))).argmax(1) == majority[k]).float().mean()
+        (judge(decode(head.sample(per_prototype, k, std=head.std, generator=generator))).argmax(1) == majority[k])
+        .float()
+        .mean()
         for k in range(head.num_prototypes)
     ]
     prototypes = judge(decode(head.prototypes)).argmax(1) == majority

@@ -132,8 +132,6 @@ def main() -> None:
     model, rows = run(data, args)
     print_table(rows)
 
-    with torch.no_grad():  # samples get the shape of their prototype's cluster
-        model.regularizer.head.fit(model.encode(data.train))
     args.out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(args.seed)
     figure = plots.prototypes(

@@ -1,7 +1,7 @@
 """New images around a chosen prototype, from the checkpoint of quickstart.py.
 
 python examples/sample.py 3                                   # eight new images around prototype 3, in samples.png
-python examples/sample.py 3 7 --num-samples 16 --std 0.7
+python examples/sample.py 3 7 --num-samples 16 --spread 0.7
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("prototypes", type=int, nargs="+", help="the prototypes; each one gets a row of images")
     parser.add_argument("--checkpoint", type=Path, default=Path("quickstart.pt"))
     parser.add_argument("--num-samples", type=int, default=8)
-    parser.add_argument("--std", type=float, help="below training's 1, images are more typical")
+    parser.add_argument("--spread", type=float, default=1.0, help="below 1, images are more typical")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     args = parser.parse_args()
@@ -41,7 +41,7 @@ def main() -> None:
         model.regularizer.head,
         indices=args.prototypes,
         num_samples=args.num_samples,
-        std=args.std,
+        spread=args.spread,
         image_shape=saved["shape"],
         generator=torch.Generator().manual_seed(args.seed),
     )

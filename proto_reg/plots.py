@@ -33,7 +33,7 @@ def prototypes(
     head: PrototypeHead,
     *,
     num_samples: int = 9,
-    std: float | None = None,
+    spread: float = 1.0,
     image_shape: tuple[int, int, int] | None = None,
     indices: list[int] | None = None,
     blocks: int = 1,
@@ -43,7 +43,7 @@ def prototypes(
 
     Args:
         decode: latents (n, D) -> images (n, C, H, W) in [0, 1], or (n, C*H*W) with ``image_shape`` (C, H, W).
-        std: standard deviation of the samples. None takes the head's, or the shapes of :meth:`PrototypeHead.fit`.
+        spread: of the samples, as in :meth:`PrototypeHead.sample`: .7 draws more typical ones.
         indices: which prototypes, all by default.
         blocks: number of columns, so that many prototypes fit on one screen.
 
@@ -56,9 +56,9 @@ def prototypes(
     chosen = _chosen(head, indices)
     figure, rows = _grid(len(chosen), num_samples + 1, blocks)
     for k, axes in zip(chosen, rows, strict=True):
-        around = head.sample(num_samples, k, std=std, generator=generator) if num_samples else head.prototypes[:0]
+        around = head.sample(num_samples, k, spread=spread, generator=generator) if num_samples else head.prototypes[:0]
         _draw_row(axes, k, _images(decode(torch.cat([head.prototypes[k : k + 1], around])), image_shape))
-    _title(rows, blocks, _name(head, std))
+    _title(rows, blocks, _name(head, spread))
     return figure
 
 
@@ -288,11 +288,11 @@ def _dendrogram(tree: np.ndarray, axis: Any, cut: float) -> list[int]:
     return dendrogram(tree, ax=axis, no_labels=True, color_threshold=cut, above_threshold_color=colour)["leaves"]
 
 
-def _name(head: PrototypeHead, std: float | None) -> str:
-    """The distribution around a prototype v."""
-    if std is None and head.shapes is not None:
-        return "N(c, S)"
-    std = head.std if std is None else std
+def _name(head: PrototypeHead, spread: float) -> str:
+    """The distribution that samples are drawn from."""
+    if head.shapes is not None:
+        return "N(c, S)" if spread == 1 else f"N(c, {spread:g}² S)"
+    std = head.std * spread
     return "N(v, I)" if std == 1 else f"N(v, {std:g}² I)"
 
 

@@ -24,7 +24,9 @@ def test_prototypes_beside_samples() -> None:
 
 def test_colour_images_and_a_choice_of_rows() -> None:
     head = PrototypeHead(12, 5)
-    figure = plots.prototypes(lambda z: z.sigmoid().reshape(-1, 3, 2, 2), head, indices=[3, 1], num_samples=2, std=0.5)
+    figure = plots.prototypes(
+        lambda z: z.sigmoid().reshape(-1, 3, 2, 2), head, indices=[3, 1], num_samples=2, spread=0.5
+    )
     assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == ["3", "1"]
     assert figure.axes[0].images[0].get_array().shape == (2, 2, 3)
 
