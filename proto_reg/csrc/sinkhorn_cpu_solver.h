@@ -2,12 +2,21 @@
 // cpu_kernel_table.h puts solve_sinkhorn into the table of the instruction set.
 #pragma once
 
+#include "sinkhorn_cpu_lanes.h"
 #include "sinkhorn_cpu_linear.h"
 #include "sinkhorn_cpu_log.h"
 #include "sinkhorn_cpu_narrow.h"
 #include "sinkhorn_cpu_small.h"
 
 namespace proto_reg { namespace {
+
+// Runs body(i) for i in [0, count), on any number of threads.
+template <class Body>
+inline void share(int64_t count, ParallelFor parallel_for, const Body& body) {
+  const auto task = [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); };
+  if (count == 1) body(0);
+  else parallel_for(count, task, const_cast<Body*>(&body));
+}
 
 // Solves one group: from scores to codes, gradient and loss.
 template <class Isa>
@@ -21,9 +30,7 @@ struct SinkhornGroupSolver {
 
   template <class Body>
   void each_chunk(const Body& body) const {
-    const auto task = [](void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); };
-    if (chunks.count == 1) body(0);
-    else parallel_for(chunks.count, task, const_cast<Body*>(&body));
+    share(chunks.count, parallel_for, body);
   }
 
   // The fast forms. Each returns false if it is not safe here; then nothing that it wrote counts.
@@ -153,7 +160,16 @@ inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chu
 template <class Isa>
 void solve_sinkhorn(const SinkhornProblem& problem, ParallelFor parallel_for) {
   const Chunks chunks(problem.rows, problem.columns);
-  for (int64_t group = 0; group < problem.groups; ++group) solve_group<Isa>(problem, group, chunks, parallel_for);
+  const auto solve = [&](int64_t group) { solve_group<Isa>(problem, group, chunks, parallel_for); };
+  using Lanes = LanesSinkhorn<Simd<Isa>>;
+  if (Lanes::takes(problem)) {
+    const Lanes lanes{problem};
+    share(Lanes::blocks(problem), parallel_for, [&](int64_t block) { lanes.solve(block, solve); });
+  } else if (chunks.count == 1) {
+    share(problem.groups, parallel_for, solve);
+  } else {
+    for (int64_t group = 0; group < problem.groups; ++group) solve(group);
+  }
 }
 
 }}  // namespace proto_reg
