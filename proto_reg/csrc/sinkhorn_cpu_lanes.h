@@ -2,7 +2,7 @@
 // Threads share the blocks of matrices. solve_sinkhorn in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
-#include "sinkhorn_cpu_absorb.h"
+#include "sinkhorn_cpu_scaling.h"
 
 namespace proto_reg { namespace {
 
@@ -142,13 +142,13 @@ struct LanesSinkhorn {
       float* row = block.e + i * columns * LANES;
       V whole[MOST_COLUMNS], top = V{} - DEAD;
       for (int64_t k = 0; k < columns; ++k) {
-        whole[k] = split.whole(load<V>(row + k * LANES));
+        whole[k] = split.whole(split.bounded(load<V>(row + k * LANES)));
         top = S::maximum(whole[k] + load<V>(block.shifts + k * LANES), top);
       }
       block.bad |= !(top > -MOST_WHOLE);
       const V w = load<V>(block.weights + i * LANES), u = w > 0 ? w * power_or_zero(top) : V{};
       for (int64_t k = 0; k < columns; ++k) {
-        const V fraction = split.fraction(load<V>(row + k * LANES), whole[k]);
+        const V fraction = split.fraction(split.bounded(load<V>(row + k * LANES)), whole[k]);
         const V x = exp2_of_fraction(fraction) * power_or_zero(whole[k] + load<V>(block.shifts + k * LANES) - top);
         store(row + k * LANES, x);
         c[k] += x * u;

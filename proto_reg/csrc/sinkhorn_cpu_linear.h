@@ -1,6 +1,6 @@
-// The linear form of Sinkhorn, for large matrices of scores within RANGE: E = exp((S - origin) / eps) is computed once,
-// and then only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its
-// chunks. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+// The linear form of Sinkhorn, for large matrices: E = exp(S / eps) is computed once, except for powers of two, and then
+// only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its chunks.
+// SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_scaling.h"
@@ -44,7 +44,7 @@ INLINE double cross_entropy(const float* s, const float* e, int64_t columns, con
   const float top = S::maximum(S::maximum(high[0], high[1]));
   const Row<V> row(e, columns);
   for_each_vector<V>(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
-    const V x = part.get(s + k) - top;
+    const V x = S::maximum(part.get(s + k) - top, V{} - std::numeric_limits<float>::max());  // a code of 0 times -inf
     const V pk = exp2_in_range(S::maximum(x * scale, V{} - 126.f));
     part.put(p + k, pk);
     normaliser[slot] += part.once(pk);
@@ -72,7 +72,7 @@ template <class S>
 struct LinearSinkhorn : ChunkedScaling<S> {
   using V = typename S::V;
   using Base = ChunkedScaling<S>;
-  using Base::group, Base::chunks, Base::e, Base::v, Base::partial, Base::extrema, Base::losses, Base::exponential;
+  using Base::group, Base::chunks, Base::e, Base::v, Base::losses, Base::exponential, Base::split, Base::absorbed;
 
   // Whether E is written past the caches: it is larger than they are, and its rows are so long that their ends, which
   // no aligned vector covers, cost nothing.
@@ -85,73 +85,99 @@ struct LinearSinkhorn : ChunkedScaling<S> {
     return group.template row<V>(i, chunk_scratch(chunk, 0));
   }
 
+  // The column maxima of a chunk's scores, over the rows that count.
+  void column_tops(int64_t chunk) const { Base::maxima_of_columns(chunk, [&](int64_t i) { return scores_of(i, chunk); }); }
+
   // Computes E of a chunk's rows, and the chunk's part of the first column sums.
   void exponentials(int64_t chunk) const {
-    std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
-    V low = V{} + INFINITY, high = V{} - INFINITY;
+    if (Base::has_failed()) return;
+    std::fill_n(Base::sums_of(chunk), chunks.padded, 0.0f);
+    V high = V{} - INFINITY;
     int64_t i = chunks.begin(chunk);
     if (!e)
       for (; i < chunks.end(chunk); ++i) {
         const float w[] = {group.weight(i)};
-        const float* row = computed_rows<1>(i, chunk, [&](V score) ALWAYS_INLINE {
-          low = S::minimum(low, score);
-          high = S::maximum(high, score);
-        });
-        add_rows<1>(row, w, partial + chunk * chunks.padded);
+        const float* row = computed_rows<1>(i, chunk, [&](V score) ALWAYS_INLINE { high = S::maximum(score, high); });
+        add_rows<1>(row, w, Base::sums_of(chunk));
       }
     else if (large)
-      for (; i < chunks.end(chunk); ++i) streamed_exponentials_of(i, chunk, low, high);
+      for (; i < chunks.end(chunk); ++i) streamed_exponentials_of(i, chunk, high);
     else if (group.dtype == Dtype::f32)
-      for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, low, high);
-    for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, low, high);
-    extrema[chunk] = {S::minimum(low), S::maximum(high)};
+      for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, high);
+    for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, high);
+    Base::fail_unless(S::maximum(high) <= exponential.ceiling);
     if (large) streamed();
+  }
+
+  // Computes E of a chunk's rows, absorbed. first: also the chunk's part of the first column sums.
+  void absorb(int64_t chunk, bool first) const {
+    std::fill_n(Base::sums_of(chunk), chunks.padded, 0.0f);
+    for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
+      float* row = e ? e + i * group.columns : thread_scratch(group.columns);
+      const float* s = scores_of(i, chunk);
+      const float top = absorbed_row(s, row), w = first ? group.weight(i) : 0;
+      Base::fail_unless(top > -MOST_WHOLE);
+      const float u[] = {w > 0 && top >= -126 ? w * std::exp2(top) : 0};
+      if (first) add_rows<1>(row, u, Base::sums_of(chunk));
+    }
+  }
+
+  // Computes a row of E with its maximum and the columns' shifts moved out. Returns the maximum's power of two.
+  INLINE float absorbed_row(const float* s, float* row) const {
+    const float* shifts = Base::shifts;
+    V high = V{} - DEAD;
+    const auto whole = [&](auto part, int64_t k) ALWAYS_INLINE { return split.whole(split.bounded(part.get(s + k))); };
+    for_each_vector<V>(group.columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      high = S::maximum(whole(part, k) + part.get(shifts + k), high);
+    });
+    const float top = S::maximum(high);
+    for_each_vector<V>(group.columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      const V n = whole(part, k), x = exp2_of_fraction(split.fraction(split.bounded(part.get(s + k)), n));
+      part.put(row + k, x * power_or_zero(n + part.get(shifts + k) - top));
+    });
+    return top;
   }
 
   // Of R rows from row i on. R is 1 if their scores need conversion.
   template <int R>
-  INLINE void exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
+  INLINE void exponentials_of(int64_t i, int64_t chunk, V& highest) const {
     const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
     float w[R];
     for (int r = 0; r < R; ++r) w[r] = group.weight(i + r);
     const int64_t columns = group.columns;  // a copy, because a store might change the original
-    float *rows = e + i * columns, *c = partial + chunk * chunks.padded;
-    V low = lowest, high = highest;
+    float *rows = e + i * columns, *c = Base::sums_of(chunk);
+    V high = highest;
     for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       V total{};
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(s + (R + r) * columns + k);  // the next rows, and where they go
         __builtin_prefetch(rows + (R + r) * columns + k, 1);
         const V score = part.get(s + r * columns + k), x = exp(score);
-        low = S::minimum(low, score);
-        high = S::maximum(high, score);
+        high = S::maximum(score, high);
         part.put(rows + r * columns + k, x);
         total += x * w[r];
       }
       part.put(c + k, part.get(c + k) + part.once(total));
     });
-    lowest = low;
     highest = high;
   }
 
   // Of one row at a time, so that memory is read and written in order.
-  INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
+  INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& highest) const {
     const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
     const float w = group.weight(i);
     const int64_t columns = group.columns;
-    float *row = e + i * columns, *c = partial + chunk * chunks.padded;
-    V low = lowest, high = highest;
+    float *row = e + i * columns, *c = Base::sums_of(chunk);
+    V high = highest;
     for_each_aligned_vector<V>(row, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
       __builtin_prefetch(s + columns + k);
       const V score = part.get(s + k), x = exp(score);
-      low = S::minimum(low, score);
-      high = S::maximum(high, score);
+      high = S::maximum(score, high);
       part.stream_to(row + k, x);
       part.put(c + k, part.get(c + k) + part.once(x) * w);
     });
-    lowest = low;
     highest = high;
   }
 
@@ -163,7 +189,8 @@ struct LinearSinkhorn : ChunkedScaling<S> {
     float* rows = thread_scratch(R * columns);
     for (int r = 0; r < R; ++r) {
       const float* s = scores_of(i + r, chunk);
-      for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      if (absorbed) absorbed_row(s, rows + r * columns);
+      else for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
         const V score = part.get(s + k);
         look(score);
         part.put(rows + r * columns + k, exp(score));
@@ -205,20 +232,26 @@ struct LinearSinkhorn : ChunkedScaling<S> {
   }
 
   template <int R>
-  INLINE void balance_rows(int64_t i, int64_t chunk) const {
+  INLINE void balance_rows(int64_t i, int64_t chunk, float& least) const {
     const float* rows = rows_from<R>(i, chunk);
     float u[R];
     row_sums<R>(rows, u);
-    for (int r = 0; r < R; ++r) u[r] = group.weight(i + r) / u[r];
-    add_rows<R>(rows, u, partial + chunk * chunks.padded);
+    for (int r = 0; r < R; ++r) {
+      least = std::min(least, u[r]);
+      u[r] = group.weight(i + r) / u[r];
+    }
+    add_rows<R>(rows, u, Base::sums_of(chunk));
   }
 
   // One iteration: the column sums of diag(u) E with u_i = w_i / (E v)_i.
   void balance(int64_t chunk) const {
-    std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
+    if (Base::has_failed()) return;
+    std::fill_n(Base::sums_of(chunk), chunks.padded, 0.0f);
+    float least = INFINITY;
     int64_t i = chunks.begin(chunk);
-    for (; i + 4 <= chunks.end(chunk); i += 4) balance_rows<4>(i, chunk);
-    for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, chunk);
+    for (; i + 4 <= chunks.end(chunk); i += 4) balance_rows<4>(i, chunk, least);
+    for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, chunk, least);
+    Base::check_rows(1 / least);
   }
 
   void write(int64_t chunk) const {
