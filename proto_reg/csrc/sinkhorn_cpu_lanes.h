@@ -25,7 +25,7 @@ template <class S>
 struct LanesSinkhorn {
   using V = typename S::V;
   using I = IntsOf<V>;
-  static constexpr int64_t LANES = S::LANES, STRIP = 8, MOST_COUNT = 200, MOST_COLUMNS = 64;
+  static constexpr int64_t LANES = S::LANES, STRIP = 8, MOST_COUNT = 256, MOST_COLUMNS = 64;
 
   const SinkhornProblem& problem;
   const int64_t rows = problem.rows, columns = problem.columns, count = rows * columns;
@@ -140,16 +140,14 @@ struct LanesSinkhorn {
     V c[MOST_COLUMNS] = {};
     for (int64_t i = 0; i < rows; ++i) {
       float* row = block.e + i * columns * LANES;
-      V whole[MOST_COLUMNS], top = V{} - DEAD;
-      for (int64_t k = 0; k < columns; ++k) {
-        whole[k] = split.whole(split.bounded(load<V>(row + k * LANES)));
-        top = S::maximum(whole[k] + load<V>(block.shifts + k * LANES), top);
-      }
+      V top = V{} - DEAD;
+      for (int64_t k = 0; k < columns; ++k)
+        top = S::maximum(load<V>(row + k * LANES) * split.scale + load<V>(block.shifts + k * LANES), top);
+      top = (top + MAGIC) - MAGIC;
       block.bad |= !(top > -MOST_WHOLE);
       const V w = load<V>(block.weights + i * LANES), u = w > 0 ? w * power_or_zero(top) : V{};
       for (int64_t k = 0; k < columns; ++k) {
-        const V fraction = split.fraction(split.bounded(load<V>(row + k * LANES)), whole[k]);
-        const V x = exp2_of_fraction(fraction) * power_or_zero(whole[k] + load<V>(block.shifts + k * LANES) - top);
+        const V x = shifted_exponential(split, load<V>(row + k * LANES), load<V>(block.shifts + k * LANES) - top);
         store(row + k * LANES, x);
         c[k] += x * u;
       }

@@ -112,30 +112,62 @@ struct LinearSinkhorn : ChunkedScaling<S> {
   // Computes E of a chunk's rows, absorbed. first: also the chunk's part of the first column sums.
   void absorb(int64_t chunk, bool first) const {
     std::fill_n(Base::sums_of(chunk), chunks.padded, 0.0f);
-    for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
-      float* row = e ? e + i * group.columns : thread_scratch(group.columns);
-      const float* s = scores_of(i, chunk);
-      const float top = absorbed_row(s, row), w = first ? group.weight(i) : 0;
-      Base::fail_unless(top > -MOST_WHOLE);
-      const float u[] = {w > 0 && top >= -126 ? w * std::exp2(top) : 0};
-      if (first) add_rows<1>(row, u, Base::sums_of(chunk));
-    }
+    int64_t i = chunks.begin(chunk);
+    if (group.dtype == Dtype::f32 && !large)
+      for (; i + 4 <= chunks.end(chunk); i += 4) absorb_rows<4>(i, chunk, first);
+    for (; i < chunks.end(chunk); ++i) absorb_rows<1>(i, chunk, first);
+    if (large) streamed();
   }
 
-  // Computes a row of E with its maximum and the columns' shifts moved out. Returns the maximum's power of two.
-  INLINE float absorbed_row(const float* s, float* row) const {
-    const float* shifts = Base::shifts;
-    V high = V{} - DEAD;
-    const auto whole = [&](auto part, int64_t k) ALWAYS_INLINE { return split.whole(split.bounded(part.get(s + k))); };
-    for_each_vector<V>(group.columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
-      high = S::maximum(whole(part, k) + part.get(shifts + k), high);
+  template <int R>
+  INLINE void absorb_rows(int64_t i, int64_t chunk, bool first) const {
+    float w[R];
+    for (int r = 0; r < R; ++r) w[r] = first ? group.weight(i + r) : 0;
+    float* rows = e ? e + i * group.columns : thread_scratch(R * group.columns);
+    absorbed_rows<R>(scores_of(i, chunk), rows, w, Base::sums_of(chunk));
+  }
+
+  // Computes R rows of E with their maxima and the columns' shifts moved out, and adds w_i times these to c.
+  template <int R>
+  INLINE void absorbed_rows(const float* s, float* rows, const float (&w)[R], float* c) const {
+    const float* const shifts = Base::shifts;  // copies, because a store might change the originals
+    const Split<S> splitter = split;
+    const int64_t columns = group.columns;
+    V high[R];
+    for (int r = 0; r < R; ++r) high[r] = V{} - DEAD;
+    for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      const V shift = part.get(shifts + k);
+      for (int r = 0; r < R; ++r)
+        high[r] = S::maximum(part.get(s + r * columns + k) * splitter.scale + shift, high[r]);
     });
-    const float top = S::maximum(high);
-    for_each_vector<V>(group.columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
-      const V n = whole(part, k), x = exp2_of_fraction(split.fraction(split.bounded(part.get(s + k)), n));
-      part.put(row + k, x * power_or_zero(n + part.get(shifts + k) - top));
-    });
-    return top;
+    float top[R], u[R];
+    for (int r = 0; r < R; ++r) {
+      top[r] = std::nearbyint(S::maximum(high[r]));
+      Base::fail_unless(top[r] > -MOST_WHOLE);
+      u[r] = w[r] > 0 && top[r] >= LEAST ? w[r] * std::exp2(top[r]) : 0;
+    }
+    const auto vectors = [&](auto part, int64_t k, const auto& put) ALWAYS_INLINE {
+      const V shift = part.get(shifts + k);
+      V total{};
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(s + (R + r) * columns + k);
+        const V x = shifted_exponential(splitter, part.get(s + r * columns + k), shift - top[r]);
+        put(rows + r * columns + k, x);
+        total += x * u[r];
+      }
+      part.put(c + k, part.get(c + k) + part.once(total));
+    };
+    if (large && R == 1)
+      for_each_aligned_vector<V>(rows, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
+        vectors(part, k, [&](float* to, V x) ALWAYS_INLINE { part.stream_to(to, x); });
+      });
+    else
+      for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+        vectors(part, k, [&](float* to, V x) ALWAYS_INLINE {
+          __builtin_prefetch(to + R * columns, 1);
+          part.put(to, x);
+        });
+      });
   }
 
   // Of R rows from row i on. R is 1 if their scores need conversion.
@@ -189,7 +221,8 @@ struct LinearSinkhorn : ChunkedScaling<S> {
     float* rows = thread_scratch(R * columns);
     for (int r = 0; r < R; ++r) {
       const float* s = scores_of(i + r, chunk);
-      if (absorbed) absorbed_row(s, rows + r * columns);
+      const float none[] = {0};
+      if (absorbed) absorbed_rows<1>(s, rows + r * columns, none, Base::sums_of(chunk));
       else for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
         const V score = part.get(s + k);
         look(score);

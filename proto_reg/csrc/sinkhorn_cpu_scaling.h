@@ -7,11 +7,13 @@
 
 namespace proto_reg { namespace {
 
-// Maxima of rows and columns keep to MOST_WHOLE, in units of eps ln 2. A score below twice that counts as -inf: no
-// potential makes up for it. DEAD shifts a column that gets nothing out of every row.
+// Maxima of rows and columns keep to MOST_WHOLE, in units of eps ln 2. DEAD shifts a column that gets nothing out of
+// every row.
 constexpr float MOST_WHOLE = 1 << 20, DEAD = 1 << 22;
 
-// The most that v may span, and 1 / (E v) times v. So the codes that are lost in E are below 2^-86.
+// An entry of E below 2^LEAST is 0: products with denormal numbers take a hundred times as long. The most that v may
+// span, and 1 / (E v) times v. So the codes that are lost in E are below 2^-46.
+constexpr int32_t LEAST = -86;
 constexpr float MOST_SPAN = 0x1p40f;
 
 // Scores in units of eps ln 2: a whole number and a fraction, which has an error of 2^-25 whatever the score's size.
@@ -19,13 +21,11 @@ template <class S>
 struct Split {
   using V = typename S::V;
   double exact;
-  float scale, scale_low, lowest;
+  float scale, scale_low;
 
   explicit Split(double epsilon)
-      : exact(M_LOG2E / epsilon), scale(static_cast<float>(exact)), scale_low(static_cast<float>(exact - scale)),
-        lowest(-2 * MOST_WHOLE / scale) {}
+      : exact(M_LOG2E / epsilon), scale(static_cast<float>(exact)), scale_low(static_cast<float>(exact - scale)) {}
 
-  INLINE V bounded(V s) const { return S::maximum(s, V{} + lowest); }
   INLINE V whole(V s) const { return (s * scale + MAGIC) - MAGIC; }
   INLINE V fraction(V s, V whole) const {
     if constexpr (S::FUSED) {  // the product is not rounded
@@ -37,9 +37,16 @@ struct Split {
   }
 };
 
-// 2^n of a whole n <= 127, or 0 if that is no normal number.
+// 2^n of a whole n <= 127, or 0 below 2^LEAST.
 template <class V>
-INLINE V power_or_zero(V n) { return n < -126.f ? V{} : power_of_two(n + MAGIC); }
+INLINE V power_or_zero(V n) { return n < static_cast<float>(LEAST) ? V{} : power_of_two(n + MAGIC); }
+
+// exp(S / eps) 2^shift, or 0 below 2^LEAST. NaN and +inf give NaN.
+template <class S, class V = typename S::V>
+INLINE V shifted_exponential(const Split<S>& split, V s, V shift) {
+  const V n = split.whole(s), x = exp2_of_fraction(split.fraction(s, n)) * power_of_two(n + shift + MAGIC);
+  return n + shift < static_cast<float>(LEAST) ? V{} : x;
+}
 
 // E = exp(S / eps) 2^-whole, with one power of two for the whole matrix. Scores below `floor` give 0.
 template <class S>
@@ -53,7 +60,7 @@ struct Exponential {
   Exponential(const Split<S>& split_, float top) : split(split_) {
     if (!(std::abs(top * split.scale) < MOST_WHOLE)) return;
     whole = static_cast<int32_t>(std::lrint(top * split.scale));
-    floor = static_cast<float>((whole - 125) / split.exact);
+    floor = static_cast<float>((whole + LEAST) / split.exact);
     ceiling = static_cast<float>((whole + 40) / split.exact);
   }
 
@@ -177,32 +184,31 @@ struct ChunkedScaling {
     return true;
   }
 
-  // Adds the chunks' column sums up.
-  void join_sums() const {
+  // The column sums of all chunks.
+  const float* joined_sums() const {
+    if (chunks.count == 1) return partial;
     for (int64_t from = 0; from < chunks.padded; from += 16) {
       double columns[16] = {};
       for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
         for (int64_t k = 0; k < 16; ++k) columns[k] += sums_of(chunk)[from + k];
       for (int64_t k = 0; k < 16; ++k) scratch[from + k] = static_cast<float>(columns[k]);
     }
+    return scratch;
   }
 
   // Sets v from the first column sums. Returns false if one of them is NaN, or, before E is absorbed, vanishes.
   bool first_update() {
-    join_sums();
+    const float* sums = joined_sums();
     float total = 0;
     bool vanished = false;
-    for (int64_t k = 0; k < group.columns; ++k) total += scratch[k], vanished |= scratch[k] < 0x1p-80f;
+    for (int64_t k = 0; k < group.columns; ++k) total += sums[k], vanished |= sums[k] < 1 / MOST_SPAN;
     if (!(total < INFINITY) || (vanished && !absorbed)) return false;
-    update_scaling(group, scratch, true, -1, v);
+    update_scaling(group, sums, true, -1, v);
     return true;
   }
 
   // Sets v from the column sums. If all columns were within tol before, returns false and leaves v.
-  bool update(double tol) const {
-    join_sums();
-    return update_scaling(group, scratch, false, tol, v);
-  }
+  bool update(double tol) const { return update_scaling(group, joined_sums(), false, tol, v); }
 
   // Whether E can take v.
   bool takes_scaling() {

@@ -199,11 +199,7 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
     const Split<S> splitter = split;
     const float *const scores = s, *const shifts = Base::shifts;
     V total[VECTORS] = {}, total_across[MOST_REST] = {}, across[MOST_REST];
-    const auto whole = [&](V score) ALWAYS_INLINE { return splitter.whole(score); };
-    const auto value = [&](V score, V shift) ALWAYS_INLINE {
-      const V n = whole(score);
-      return exp2_of_fraction(splitter.fraction(score, n)) * power_or_zero(n + shift);
-    };
+    const auto height = [&](V score, V shift) ALWAYS_INLINE { return score * splitter.scale + shift; };
     for (int64_t i = part.begin; i < part.end; i += LANES) {
       const int64_t present = part.present(i);
       float* to = part.template block<VECTORS>(i, rest);
@@ -211,19 +207,20 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
       for (int64_t r = 0; r < LANES; ++r) {
         high[r] = V{} - DEAD;
         for (int j = 0; j < VECTORS; ++j) {
-          const V score = splitter.bounded(rows.get(scores, i + std::min(r, present - 1), j));
-          high[r] = S::maximum(rows.within(j, whole(score) + load<V>(shifts + j * LANES), V{} - DEAD), high[r]);
+          const V x = height(rows.get(scores, i + std::min(r, present - 1), j), load<V>(shifts + j * LANES));
+          high[r] = S::maximum(rows.within(j, x, V{} - DEAD), high[r]);
         }
       }
       V tops = maxima(high);
       for (int64_t t = 0; ACROSS && t < rest; ++t) {
-        across[t] = splitter.bounded(rows.get_across(scores, i, present, t));
-        tops = S::maximum(whole(across[t]) + shifts[VECTORS * LANES + t], tops);
+        across[t] = rows.get_across(scores, i, present, t);
+        tops = S::maximum(height(across[t], V{} + shifts[VECTORS * LANES + t]), tops);
       }
+      tops = (tops + MAGIC) - MAGIC;
       Base::fail_unless(S::minimum(tops) > -MOST_WHOLE);
       const V w = row_weights(i, present), weighted = w > 0 ? w * power_or_zero(tops) : V{};
       for (int64_t t = 0; ACROSS && t < rest; ++t) {
-        const V x = value(across[t], shifts[VECTORS * LANES + t] - tops);
+        const V x = shifted_exponential(splitter, across[t], shifts[VECTORS * LANES + t] - tops);
         store(to + across_at<VECTORS>(t), x);
         total_across[t] += x * weighted;
       }
@@ -232,8 +229,8 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
       store(u, weighted);
       for (int64_t r = 0; r < LANES; ++r, to += VECTORS * LANES)
         for (int j = 0; j < VECTORS; ++j) {
-          const V score = splitter.bounded(rows.get(scores, i + std::min(r, present - 1), j));
-          const V x = rows.within(j, value(score, load<V>(shifts + j * LANES) - top[r]));
+          const V score = rows.get(scores, i + std::min(r, present - 1), j);
+          const V x = rows.within(j, shifted_exponential(splitter, score, load<V>(shifts + j * LANES) - top[r]));
           store(to + j * LANES, x);
           if (first) total[j] += x * u[r];
         }

@@ -81,18 +81,20 @@ struct SinkhornGroupSolver {
     return true;
   }
 
-  // The first v. One iteration alone has no balance to tell of rows that vanish from a common E.
+  // The first v.
   template <class Form>
   bool start(Form& form) const {
-    bool sound = problem.num_iters > 1;
-    if (sound) each_chunk([&](int64_t chunk) { form.exponentials(chunk); });
-    if (!sound || form.has_failed() || !form.first_update()) {
+    each_chunk([&](int64_t chunk) { form.exponentials(chunk); });
+    if (form.has_failed() || !form.first_update()) {
       each_chunk([&](int64_t chunk) { form.column_tops(chunk); });
       if (!form.shift_columns()) return false;
       each_chunk([&](int64_t chunk) { form.absorb(chunk, true); });
       if (form.has_failed() || !form.first_update()) return false;
     }
-    return form.takes_scaling() || absorb(form);
+    const bool sound = form.takes_scaling();
+    // A balance tells of rows that vanish.
+    if (sound && problem.num_iters == 1) each_chunk([&](int64_t chunk) { form.balance(chunk); });
+    return (sound && !form.has_failed()) || absorb(form);
   }
 
   // Moves v into E.
