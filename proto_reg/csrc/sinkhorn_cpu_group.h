@@ -1,5 +1,5 @@
 // One of a Sinkhorn problem's independent matrices, and how its rows are cut into chunks: what every form of the CPU
-// kernel (small, linear, narrow, logarithmic) gets.
+// kernel (small, linear, logarithmic) gets.
 #pragma once
 
 #include "cpu_half.h"

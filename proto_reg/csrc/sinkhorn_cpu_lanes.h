@@ -56,11 +56,12 @@ struct LanesSinkhorn {
     const int64_t first = index * LANES, present = std::min(LANES, problem.groups - first);
     const int64_t vectors = count + 2 * rows + 3 * columns;
     const bool wide = problem.dtype == Dtype::f32;
+    const uint16_t* half_scores = static_cast<const uint16_t*>(problem.scores) + first * count;
     float *memory = thread_scratch(vectors * LANES + (wide ? 0 : count * LANES)), *halves = memory + vectors * LANES;
     float* at = memory;
     const auto take = [&](int64_t size) { return std::exchange(at, at + size * LANES); };
     Block block{first, present, take(count), take(rows), take(columns), take(columns), take(rows), take(columns), V{}};
-    if (!wide) widen<V>(problem.dtype, static_cast<const uint16_t*>(problem.scores) + first * count, present * count, halves);
+    if (!wide) widen<V>(problem.dtype, half_scores, present * count, halves);
     gather(wide ? static_cast<const float*>(problem.scores) + first * count : halves, count, count, present, block.e);
     read_targets(block);
     exponentials(block);
@@ -128,7 +129,8 @@ struct LanesSinkhorn {
     block.total = total;
     block.bad |= !(total > 0);
     const int64_t stride = problem.marginals_stride;
-    if (problem.marginals) gather(problem.marginals + block.first * stride, stride, columns, block.present, block.shares);
+    const float* marginals = problem.marginals;
+    if (marginals) gather(marginals + block.first * stride, stride, columns, block.present, block.shares);
     else std::fill_n(block.shares, columns * LANES, 1.f);
     for (int64_t k = 0; k < columns; ++k) sum += load<V>(block.shares + k * LANES);
     for (int64_t k = 0; k < columns; ++k) store(block.shares + k * LANES, load<V>(block.shares + k * LANES) / sum);
@@ -184,7 +186,8 @@ struct LanesSinkhorn {
 
   // sum_j matrix[s * apart + j * step] x[j] for s = 0 .. W - 1.
   template <int W>
-  static INLINE void products(const float* matrix, int64_t apart, int64_t step, int64_t size, const float* x, V (&sums)[W]) {
+  static INLINE void products(const float* matrix, int64_t apart, int64_t step, int64_t size, const float* x,
+                              V (&sums)[W]) {
     for (int s = 0; s < W; ++s) sums[s] = V{};
     for (int64_t j = 0; j < size; ++j, matrix += step * LANES) {
       const V factor = load<V>(x + j * LANES);

@@ -1,4 +1,4 @@
-// The linear form of Sinkhorn, for large matrices: E = exp(S / eps) is computed once, except for powers of two, and then
+// The linear form of Sinkhorn, for large matrices: E = exp(S / eps) is computed once, except for powers of two. Then
 // only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its chunks.
 // SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
@@ -86,7 +86,9 @@ struct LinearSinkhorn : ChunkedScaling<S> {
   }
 
   // The column maxima of a chunk's scores, over the rows that count.
-  void column_tops(int64_t chunk) const { Base::maxima_of_columns(chunk, [&](int64_t i) { return scores_of(i, chunk); }); }
+  void column_tops(int64_t chunk) const {
+    Base::maxima_of_columns(chunk, [&](int64_t i) { return scores_of(i, chunk); });
+  }
 
   // Computes E of a chunk's rows, and the chunk's part of the first column sums.
   void exponentials(int64_t chunk) const {

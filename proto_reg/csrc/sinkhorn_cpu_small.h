@@ -1,4 +1,4 @@
-// The small form of Sinkhorn, for a matrix that stays in the nearest caches, or has few columns: E lies in rows of whole
+// The small form of Sinkhorn, for a matrix that stays in the nearest caches or has few columns: E lies in rows of whole
 // vectors, and each iteration reads it once, as many rows at a time as a vector has lanes. Threads share its chunks.
 // SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
@@ -39,7 +39,9 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
   static int64_t chunk_floats(const Chunks& chunks, int64_t columns) { return rounded(chunks.size) * rounded(columns); }
 
   // The column maxima of a chunk's scores, over the rows that count.
-  void column_tops(int64_t chunk) const { Base::maxima_of_columns(chunk, [&](int64_t i) { return s + i * group.columns; }); }
+  void column_tops(int64_t chunk) const {
+    Base::maxima_of_columns(chunk, [&](int64_t i) { return s + i * group.columns; });
+  }
 
   // Computes E of a chunk's rows, and the chunk's part of the first column sums.
   void exponentials(int64_t chunk) const {
@@ -85,7 +87,8 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
     INLINE int64_t present(int64_t i) const { return std::min(LANES, end - i); }
   };
   Part part_of(int64_t chunk) const {
-    return {chunks.begin(chunk), chunks.end(chunk), e + chunk * chunk_floats(chunks, group.columns), Base::sums_of(chunk)};
+    float* part = e + chunk * chunk_floats(chunks, group.columns);
+    return {chunks.begin(chunk), chunks.end(chunk), part, Base::sums_of(chunk)};
   }
 
   static INLINE V sums(V (&x)[LANES]) {
@@ -297,8 +300,10 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
       const float* row = part.template block<VECTORS>(i, rest);
       const V scales = row_scales<VECTORS, ACROSS>(row);
       if constexpr (ACROSS)
-        for (int64_t t = 0; t < rest; ++t)
-          rows.put_across(to, i, part.present(i), t, load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t] * scales);
+        for (int64_t t = 0; t < rest; ++t) {
+          const V x = load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
+          rows.put_across(to, i, part.present(i), t, x * scales);
+        }
       alignas(V) float u[LANES];
       store(u, scales);
       asm("" : "+r"(row));

@@ -162,8 +162,9 @@ inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chu
   // The codes of a single column are exactly 1, and it has no gradient. Only the logarithmic form divides them by
   // themselves.
   bool done = solver.group.total_weight > 0 && problem.columns > 1;
+  const bool small = problem.columns <= Small::MOST_COLUMNS && chunks.count == 1;
   if (done && problem.columns < 8) done = solver.template run_small<SmallSinkhorn<Eight>>();
-  else if (done && chunks.count == 1 && problem.columns <= Small::MOST_COLUMNS) done = solver.template run_small<Small>();
+  else if (done && small) done = solver.template run_small<Small>();
   else if (done && problem.columns >= 64) done = solver.template run_linear<LinearSinkhorn<Simd<Isa>>>();
   else if (done) done = solver.template run_linear<LinearSinkhorn<Eight>>();
   if (!done) solver.run_logarithmic();
