@@ -85,7 +85,7 @@ class SinkhornAssigner(WideState):
         self.register_buffer("marginals", marginals)
 
     def _options(self) -> dict[str, Any]:
-        marginals = self.marginals
+        marginals = self._buffers["marginals"]  # as an attribute it takes as long as all checks of arguments
         return {
             "tol": self.tol,
             "marginals": snapshot(marginals) if marginals is not None and self.adaptive else marginals,

@@ -43,6 +43,102 @@ def test_any_shape_against_float64(rows, columns, scale, num_iters, seed, weight
     assert abs(loss - expected) <= 1e-6 * max(1.0, abs(float(expected)), scale)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    groups=st.integers(1, 40),
+    rows=st.integers(1, 24),
+    columns=st.integers(1, 24),
+    scale=st.sampled_from([0.1, 1.0, 30.0, 1e4]),
+    num_iters=st.sampled_from([1, 2, 5, 40]),
+    seed=st.integers(0, 999),
+    kind=st.sampled_from(["", "-inf", "-1e9", "weights", "mask", "marginals", "a marginal each", "tol", "potentials"]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+)
+def test_many_small_matrices_against_float64(groups, rows, columns, scale, num_iters, seed, kind, dtype) -> None:
+    """A matrix in each lane of a vector: every option, lanes without a matrix, and entries that fill no vector."""
+    torch.manual_seed(seed)
+    scores = (scale * torch.randn(groups, rows, columns).tanh()).to(dtype)
+    options: dict = {}
+    if kind in ("-inf", "-1e9"):
+        lost = torch.rand(scores.shape) < 0.3
+        lost[..., 0] = False
+        scores = scores.masked_fill(lost, float(kind))
+    if kind == "weights":
+        options["weights"] = torch.rand(groups, rows) + 0.01
+    if kind == "mask":  # also groups in which no row counts
+        options["mask"] = torch.rand(groups, rows) < 0.6
+    if "marginal" in kind:
+        options["marginals"] = torch.rand((groups, columns) if "each" in kind else columns).softmax(-1)
+        options["prototype_mask"] = torch.arange(columns) != 1
+    if kind == "tol":
+        options["tol"] = 1e-3
+    ours = sinkhorn(scores, 0.05, num_iters, backend="cpu", return_potentials=kind == "potentials", **options)
+    truth = sinkhorn(scores.double(), 0.05, num_iters, return_potentials=kind == "potentials", **options)
+    if kind == "potentials":
+        assert torch.allclose(ours[1].double(), truth[1], rtol=1e-6, atol=2e-6)
+        ours, truth = ours[0], truth[0]
+    step = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+    assert (ours.double() - truth).abs().max() < 1e-6 + step
+
+
+def test_a_bad_matrix_among_small_ones_stays_alone() -> None:
+    scores = torch.randn(21, 5, 6)
+    expected = sinkhorn(scores, backend="cpu")
+    for bad in (math.nan, math.inf):
+        spoilt = scores.clone()
+        spoilt[9, 2, 3] = bad
+        codes = sinkhorn(spoilt, backend="cpu")
+        assert codes[9].isnan().all()
+        kept = torch.arange(21) != 9
+        assert torch.equal(codes[kept], expected[kept])
+        isolated = sinkhorn(spoilt, backend="cpu", nan_policy="isolate")
+        assert isolated[9].isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+def with_entries(scores: torch.Tensor, kind: str) -> torch.Tensor:
+    """Scores of a wide span, each kind in its own way."""
+    scores = scores.clone()
+    if kind == "one low":
+        scores[3, 2] = -3
+    elif kind == "a low row":
+        scores[3] = -200
+    elif kind == "a low column":
+        scores[:, 2] = -200
+    elif kind == "causal":
+        scores.masked_fill_(torch.ones(scores.shape).triu(1) > 0, -math.inf)
+    elif kind == "large negative":
+        scores.masked_fill_(torch.rand(scores.shape) < 0.1, -1e9)
+        scores[:, 0] = 0.1
+    elif kind == "no column":
+        scores[:, 2] = -math.inf
+    return scores
+
+
+@pytest.mark.parametrize("kind", ["one low", "a low row", "a low column", "causal", "large negative", "no column"])
+@pytest.mark.parametrize("shape", [(40, 5), (300, 5), (256, 10), (100, 50), (64, 200), (300, 300)])
+def test_scores_of_any_span_against_float64(shape: tuple[int, int], kind: str) -> None:
+    for scale, num_iters in itertools.product((1, 20), (1, 3, 50)):
+        scores = with_entries(scale * cosines(*shape), kind)
+        truth, expected = sinkhorn(scores.double(), 0.05, num_iters, return_potentials=True)
+        codes, potentials = sinkhorn(scores, 0.05, num_iters, backend="cpu", return_potentials=True)
+        assert (codes.double() - truth).abs().max() < 1e-6
+        assert (codes[scores == -math.inf] == 0).all()
+        assert torch.allclose(potentials.double(), expected, rtol=1e-6, atol=2e-6)
+        loss, gradient, same = sinkhorn_cross_entropy_and_gradient(scores, 0.05, num_iters, backend="cpu")
+        by_truth = sinkhorn_cross_entropy_and_gradient(scores.double(), 0.05, num_iters)
+        assert abs(loss - by_truth[0]) <= 1e-6 * max(1.0, abs(by_truth[0]))
+        assert (gradient - by_truth[1]).abs().max() * shape[0] * 0.1 < 1e-6
+        assert (same.double() - truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wide_span_in_half_precision_is_as_in_float32(dtype: torch.dtype) -> None:
+    scores = (20 * cosines(4001, 2111)).to(dtype)  # so large that every pass computes the exponentials
+    codes = sinkhorn(scores, backend="cpu")
+    wide = sinkhorn(scores.float(), backend="cpu")
+    assert ((codes.float() - wide).abs() <= torch.finfo(dtype).eps * wide + 2**-24).all()
+
+
 # The kernel writes this shape past the caches, and its rows have different alignments.
 LARGE = (4001, 1051)
 

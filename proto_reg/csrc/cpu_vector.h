@@ -26,12 +26,13 @@ struct Floats {
   using V [[gnu::vector_size(4 * N)]] = float;
 };
 
-// The types that go with V: integers of as many lanes, and halves of 16 bits.
+// The types that go with V: as many integers, halves of 16 bits, and doubles.
 template <class V>
 struct Types {
   using I [[gnu::vector_size(sizeof(V))]] = int32_t;
   using U [[gnu::vector_size(sizeof(V))]] = uint32_t;
   using H [[gnu::vector_size(sizeof(V) / 2)]] = uint16_t;
+  using D [[gnu::vector_size(sizeof(V) * 2)]] = double;
 };
 template <>
 struct Types<float> {
@@ -41,6 +42,8 @@ template <class V>
 using IntsOf = typename Types<V>::I;
 template <class V>
 using UnsignedOf = typename Types<V>::U;
+template <class V>
+using DoublesOf = typename Types<V>::D;
 template <class V>
 constexpr int64_t LANES_OF = sizeof(V) / sizeof(float);
 

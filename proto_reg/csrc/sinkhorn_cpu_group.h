@@ -1,5 +1,5 @@
 // One of a Sinkhorn problem's independent matrices, and how its rows are cut into chunks: what every form of the CPU
-// kernel (small, linear, narrow, logarithmic) gets.
+// kernel (small, linear, logarithmic) gets.
 #pragma once
 
 #include "cpu_half.h"
@@ -36,13 +36,6 @@ struct Group {
 
   float weight(int64_t i) const { return weights ? weights[i] : 1.f; }
   double marginal(int64_t k) const { return marginals ? marginals[k] / marginals_total : 1.0 / columns; }
-
-  float first() const {
-    float score;
-    if (dtype == Dtype::f32) return *static_cast<const float*>(scores);
-    widen<V8>(dtype, scores, 1, &score);
-    return score;
-  }
 
   // Row i of the scores. Half precision is converted into `buffer` by vectors of type V.
   template <class V = V8>

@@ -1,6 +1,6 @@
-// The linear form of Sinkhorn, for large matrices of scores within RANGE: E = exp((S - origin) / eps) is computed once,
-// and then only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its
-// chunks. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+// The linear form of Sinkhorn, for large matrices: E = exp(S / eps) is computed once, except for powers of two. Then
+// only the scaling vectors u (rows) and v (columns) change. Each iteration reads E once, and threads share its chunks.
+// SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_scaling.h"
@@ -44,7 +44,7 @@ INLINE double cross_entropy(const float* s, const float* e, int64_t columns, con
   const float top = S::maximum(S::maximum(high[0], high[1]));
   const Row<V> row(e, columns);
   for_each_vector<V>(columns, [&](auto part, int64_t k, auto slot) ALWAYS_INLINE {
-    const V x = part.get(s + k) - top;
+    const V x = S::maximum(part.get(s + k) - top, V{} - std::numeric_limits<float>::max());  // a code of 0 times -inf
     const V pk = exp2_in_range(S::maximum(x * scale, V{} - 126.f));
     part.put(p + k, pk);
     normaliser[slot] += part.once(pk);
@@ -72,7 +72,7 @@ template <class S>
 struct LinearSinkhorn : ChunkedScaling<S> {
   using V = typename S::V;
   using Base = ChunkedScaling<S>;
-  using Base::group, Base::chunks, Base::e, Base::v, Base::partial, Base::extrema, Base::losses, Base::exponential;
+  using Base::group, Base::chunks, Base::e, Base::v, Base::losses, Base::exponential, Base::split, Base::absorbed;
 
   // Whether E is written past the caches: it is larger than they are, and its rows are so long that their ends, which
   // no aligned vector covers, cost nothing.
@@ -85,73 +85,133 @@ struct LinearSinkhorn : ChunkedScaling<S> {
     return group.template row<V>(i, chunk_scratch(chunk, 0));
   }
 
+  // The column maxima of a chunk's scores, over the rows that count.
+  void column_tops(int64_t chunk) const {
+    Base::maxima_of_columns(chunk, [&](int64_t i) { return scores_of(i, chunk); });
+  }
+
   // Computes E of a chunk's rows, and the chunk's part of the first column sums.
   void exponentials(int64_t chunk) const {
-    std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
-    V low = V{} + INFINITY, high = V{} - INFINITY;
+    if (Base::has_failed()) return;
+    std::fill_n(Base::sums_of(chunk), chunks.padded, 0.0f);
+    V high = V{} - INFINITY;
     int64_t i = chunks.begin(chunk);
     if (!e)
       for (; i < chunks.end(chunk); ++i) {
         const float w[] = {group.weight(i)};
-        const float* row = computed_rows<1>(i, chunk, [&](V score) ALWAYS_INLINE {
-          low = S::minimum(low, score);
-          high = S::maximum(high, score);
-        });
-        add_rows<1>(row, w, partial + chunk * chunks.padded);
+        const float* row = computed_rows<1>(i, chunk, [&](V score) ALWAYS_INLINE { high = S::maximum(score, high); });
+        add_rows<1>(row, w, Base::sums_of(chunk));
       }
     else if (large)
-      for (; i < chunks.end(chunk); ++i) streamed_exponentials_of(i, chunk, low, high);
+      for (; i < chunks.end(chunk); ++i) streamed_exponentials_of(i, chunk, high);
     else if (group.dtype == Dtype::f32)
-      for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, low, high);
-    for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, low, high);
-    extrema[chunk] = {S::minimum(low), S::maximum(high)};
+      for (; i + 4 <= chunks.end(chunk); i += 4) exponentials_of<4>(i, chunk, high);
+    for (; i < chunks.end(chunk); ++i) exponentials_of<1>(i, chunk, high);
+    Base::fail_unless(S::maximum(high) <= exponential.ceiling);
     if (large) streamed();
+  }
+
+  // Computes E of a chunk's rows, absorbed. first: also the chunk's part of the first column sums.
+  void absorb(int64_t chunk, bool first) const {
+    std::fill_n(Base::sums_of(chunk), chunks.padded, 0.0f);
+    int64_t i = chunks.begin(chunk);
+    if (group.dtype == Dtype::f32 && !large)
+      for (; i + 4 <= chunks.end(chunk); i += 4) absorb_rows<4>(i, chunk, first);
+    for (; i < chunks.end(chunk); ++i) absorb_rows<1>(i, chunk, first);
+    if (large) streamed();
+  }
+
+  template <int R>
+  INLINE void absorb_rows(int64_t i, int64_t chunk, bool first) const {
+    float w[R];
+    for (int r = 0; r < R; ++r) w[r] = first ? group.weight(i + r) : 0;
+    float* rows = e ? e + i * group.columns : thread_scratch(R * group.columns);
+    absorbed_rows<R>(scores_of(i, chunk), rows, w, Base::sums_of(chunk));
+  }
+
+  // Computes R rows of E with their maxima and the columns' shifts moved out, and adds w_i times these to c.
+  template <int R>
+  INLINE void absorbed_rows(const float* s, float* rows, const float (&w)[R], float* c) const {
+    const float* const shifts = Base::shifts;  // copies, because a store might change the originals
+    const Split<S> splitter = split;
+    const int64_t columns = group.columns;
+    V high[R];
+    for (int r = 0; r < R; ++r) high[r] = V{} - DEAD;
+    for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      const V shift = part.get(shifts + k);
+      for (int r = 0; r < R; ++r)
+        high[r] = S::maximum(part.get(s + r * columns + k) * splitter.scale + shift, high[r]);
+    });
+    float top[R], u[R];
+    for (int r = 0; r < R; ++r) {
+      top[r] = std::nearbyint(S::maximum(high[r]));
+      Base::fail_unless(top[r] > -MOST_WHOLE);
+      u[r] = w[r] > 0 && top[r] >= LEAST ? w[r] * std::exp2(top[r]) : 0;
+    }
+    const auto vectors = [&](auto part, int64_t k, const auto& put) ALWAYS_INLINE {
+      const V shift = part.get(shifts + k);
+      V total{};
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(s + (R + r) * columns + k);
+        const V x = shifted_exponential(splitter, part.get(s + r * columns + k), shift - top[r]);
+        put(rows + r * columns + k, x);
+        total += x * u[r];
+      }
+      part.put(c + k, part.get(c + k) + part.once(total));
+    };
+    if (large && R == 1)
+      for_each_aligned_vector<V>(rows, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
+        vectors(part, k, [&](float* to, V x) ALWAYS_INLINE { part.stream_to(to, x); });
+      });
+    else
+      for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+        vectors(part, k, [&](float* to, V x) ALWAYS_INLINE {
+          __builtin_prefetch(to + R * columns, 1);
+          part.put(to, x);
+        });
+      });
   }
 
   // Of R rows from row i on. R is 1 if their scores need conversion.
   template <int R>
-  INLINE void exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
+  INLINE void exponentials_of(int64_t i, int64_t chunk, V& highest) const {
     const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
     float w[R];
     for (int r = 0; r < R; ++r) w[r] = group.weight(i + r);
     const int64_t columns = group.columns;  // a copy, because a store might change the original
-    float *rows = e + i * columns, *c = partial + chunk * chunks.padded;
-    V low = lowest, high = highest;
+    float *rows = e + i * columns, *c = Base::sums_of(chunk);
+    V high = highest;
     for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       V total{};
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(s + (R + r) * columns + k);  // the next rows, and where they go
         __builtin_prefetch(rows + (R + r) * columns + k, 1);
         const V score = part.get(s + r * columns + k), x = exp(score);
-        low = S::minimum(low, score);
-        high = S::maximum(high, score);
+        high = S::maximum(score, high);
         part.put(rows + r * columns + k, x);
         total += x * w[r];
       }
       part.put(c + k, part.get(c + k) + part.once(total));
     });
-    lowest = low;
     highest = high;
   }
 
   // Of one row at a time, so that memory is read and written in order.
-  INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& lowest, V& highest) const {
+  INLINE void streamed_exponentials_of(int64_t i, int64_t chunk, V& highest) const {
     const Exponential<S> exp = exponential;
     const float* s = scores_of(i, chunk);
     const float w = group.weight(i);
     const int64_t columns = group.columns;
-    float *row = e + i * columns, *c = partial + chunk * chunks.padded;
-    V low = lowest, high = highest;
+    float *row = e + i * columns, *c = Base::sums_of(chunk);
+    V high = highest;
     for_each_aligned_vector<V>(row, columns, [&](auto part, int64_t k) ALWAYS_INLINE {
       __builtin_prefetch(s + columns + k);
       const V score = part.get(s + k), x = exp(score);
-      low = S::minimum(low, score);
-      high = S::maximum(high, score);
+      high = S::maximum(score, high);
       part.stream_to(row + k, x);
       part.put(c + k, part.get(c + k) + part.once(x) * w);
     });
-    lowest = low;
     highest = high;
   }
 
@@ -163,7 +223,9 @@ struct LinearSinkhorn : ChunkedScaling<S> {
     float* rows = thread_scratch(R * columns);
     for (int r = 0; r < R; ++r) {
       const float* s = scores_of(i + r, chunk);
-      for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
+      const float none[] = {0};
+      if (absorbed) absorbed_rows<1>(s, rows + r * columns, none, Base::sums_of(chunk));
+      else for_each_vector<V>(columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
         const V score = part.get(s + k);
         look(score);
         part.put(rows + r * columns + k, exp(score));
@@ -205,20 +267,26 @@ struct LinearSinkhorn : ChunkedScaling<S> {
   }
 
   template <int R>
-  INLINE void balance_rows(int64_t i, int64_t chunk) const {
+  INLINE void balance_rows(int64_t i, int64_t chunk, float& least) const {
     const float* rows = rows_from<R>(i, chunk);
     float u[R];
     row_sums<R>(rows, u);
-    for (int r = 0; r < R; ++r) u[r] = group.weight(i + r) / u[r];
-    add_rows<R>(rows, u, partial + chunk * chunks.padded);
+    for (int r = 0; r < R; ++r) {
+      least = std::min(least, u[r]);
+      u[r] = group.weight(i + r) / u[r];
+    }
+    add_rows<R>(rows, u, Base::sums_of(chunk));
   }
 
   // One iteration: the column sums of diag(u) E with u_i = w_i / (E v)_i.
   void balance(int64_t chunk) const {
-    std::fill_n(partial + chunk * chunks.padded, chunks.padded, 0.0f);
+    if (Base::has_failed()) return;
+    std::fill_n(Base::sums_of(chunk), chunks.padded, 0.0f);
+    float least = INFINITY;
     int64_t i = chunks.begin(chunk);
-    for (; i + 4 <= chunks.end(chunk); i += 4) balance_rows<4>(i, chunk);
-    for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, chunk);
+    for (; i + 4 <= chunks.end(chunk); i += 4) balance_rows<4>(i, chunk, least);
+    for (; i < chunks.end(chunk); ++i) balance_rows<1>(i, chunk, least);
+    Base::check_rows(1 / least);
   }
 
   void write(int64_t chunk) const {

@@ -1,5 +1,6 @@
-// The logarithmic form of Sinkhorn, for inputs that the others do not take: scores of any size, -inf, NaN. Each pass
-// starts from the scores, so that nothing overflows. SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
+// The logarithmic form of Sinkhorn, for inputs that the others do not take: NaN, +inf, rows of nothing but -inf, scores
+// beyond MOST_WHOLE, a single column. Each pass starts from the scores, so that nothing overflows. SinkhornGroupSolver
+// in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
 #include "sinkhorn_cpu_group.h"

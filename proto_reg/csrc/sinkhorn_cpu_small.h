@@ -1,5 +1,5 @@
-// The small form of Sinkhorn, for a matrix that stays in the nearest caches: E = exp((S - origin) / eps) lies in rows
-// of whole vectors, and each iteration reads it once, as many rows at a time as a vector has lanes. One thread.
+// The small form of Sinkhorn, for a matrix that stays in the nearest caches or has few columns: E lies in rows of whole
+// vectors, and each iteration reads it once, as many rows at a time as a vector has lanes. Threads share its chunks.
 // SinkhornGroupSolver in sinkhorn_cpu_solver.h runs it.
 #pragma once
 
@@ -21,57 +21,76 @@ INLINE V joined_lanes(V (&x)[LANES], const Join& join) {
 }
 
 template <class S>
-struct SmallSinkhorn {
+struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows), rows and columns rounded up
   using V = typename S::V;
+  using Base = ChunkedScaling<S>;
+  using Base::group, Base::chunks, Base::e, Base::v, Base::losses, Base::exponential, Base::split, Base::absorbed;
   static constexpr int64_t LANES = S::LANES;
   static constexpr int64_t MOST_VECTORS = 8, MOST_COLUMNS = MOST_VECTORS * LANES, MOST_REST = LANES / 4;
 
-  const Group& group;
-  const float* s;   // (rows, columns) scores
-  float* e;         // (rows, columns) exp((S - origin) / eps) in blocks of LANES rows, both rounded up to whole vectors
-  float* v;         // (columns rounded up,)
-  float* c;         // (columns rounded up,) column sums
+  const float* s;   // (rows, columns) scores; those of half precision are converted to here
   float* codes;     // (rows, columns), or null
   float* gradient;  // (rows, columns), or null
-  const Exponential<S> exponential{group.first(), group.epsilon};
   // The columns beyond the last whole vector, if they are few. They lie across: in each block of rows such a column is
   // one vector, with row r in lane r.
   const int64_t rest = group.columns > LANES && group.columns % LANES <= MOST_REST ? group.columns % LANES : 0;
 
   static int64_t rounded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+  static int64_t chunk_floats(const Chunks& chunks, int64_t columns) { return rounded(chunks.size) * rounded(columns); }
 
-  // Computes E and the first v. Returns false if the scores' range is not safe, or they hold a NaN or an infinity.
-  bool exponentials() const {
-    std::fill_n(v, rounded(group.columns), 0.0f);
-    Extrema range;
+  // The column maxima of a chunk's scores, over the rows that count.
+  void column_tops(int64_t chunk) const {
+    Base::maxima_of_columns(chunk, [&](int64_t i) { return s + i * group.columns; });
+  }
+
+  // Computes E of a chunk's rows, and the chunk's part of the first column sums.
+  void exponentials(int64_t chunk) const {
+    const Part part = part_of(chunk);
     with_vectors([&](auto vectors, auto across) ALWAYS_INLINE {
       constexpr bool ACROSS = across();
-      range = group.weights ? exponentials_of<vectors(), ACROSS, true>() : exponentials_of<vectors(), ACROSS, false>();
+      if (group.weights) exponentials_of<vectors(), ACROSS, true>(part);
+      else exponentials_of<vectors(), ACROSS, false>(part);
     });
-    return exponential.safe(range) && all_finite(c, group.columns) && update_scaling(group, c, true, -1, v);
   }
 
-  // One iteration. If all columns were within tol, returns false and leaves v.
-  bool balance(double tol) const {
-    with_vectors([&](auto vectors, auto across) ALWAYS_INLINE { balance_rows<vectors(), across()>(); });
-    return update_scaling(group, c, false, tol, v);
+  // Computes E of a chunk's rows, absorbed. first: also the chunk's part of the first column sums.
+  void absorb(int64_t chunk, bool first) const {
+    const Part part = part_of(chunk);
+    with_vectors([&](auto vectors, auto across) ALWAYS_INLINE { absorbed_rows<vectors(), across()>(part, first); });
   }
 
-  void write_potentials(float* potentials) const {
-    write_logarithms<S>(v, group.columns, exponential.origin(), potentials);
+  // One iteration: the column sums of diag(u) E with u_i = w_i / (E v)_i.
+  void balance(int64_t chunk) const {
+    const Part part = part_of(chunk);
+    with_vectors([&](auto vectors, auto across) ALWAYS_INLINE { balance_rows<vectors(), across()>(part); });
   }
 
-  // Writes codes and gradient, and returns the sum of the rows' losses.
-  double write() const {
-    double loss = 0;
+  // Writes codes and gradient, and the sum of the rows' losses.
+  void write(int64_t chunk) const {
+    const Part part = part_of(chunk);
+    losses[chunk] = 0;
     with_vectors([&](auto vectors, auto across) ALWAYS_INLINE {
-      if (gradient) loss = write_gradient<vectors(), across()>();
-      else write_codes<vectors(), across()>();
+      if (gradient) losses[chunk] = write_gradient<vectors(), across()>(part);
+      else write_codes<vectors(), across()>(part);
     });
-    return loss;
   }
 
  private:
+  // A chunk's rows, their E and their column sums.
+  struct Part {
+    int64_t begin, end;
+    float *e, *c;
+
+    // The block of E that starts with row i.
+    template <int VECTORS>
+    INLINE float* block(int64_t i, int64_t rest) const { return e + (i - begin) * (VECTORS * LANES + rest); }
+    INLINE int64_t present(int64_t i) const { return std::min(LANES, end - i); }
+  };
+  Part part_of(int64_t chunk) const {
+    float* part = e + chunk * chunk_floats(chunks, group.columns);
+    return {chunks.begin(chunk), chunks.end(chunk), part, Base::sums_of(chunk)};
+  }
+
   static INLINE V sums(V (&x)[LANES]) {
     return joined_lanes<LANES / 2>(x, [](V a, V b) ALWAYS_INLINE { return a + b; });
   }
@@ -92,11 +111,11 @@ struct SmallSinkhorn {
   }
 
   // Rows of a matrix without padding. Without columns across, a row's last vector reaches into the next row, but never
-  // past the end of the matrix.
+  // past the end of the chunk.
   template <int VECTORS, bool ACROSS>
   struct Rows {
     int64_t columns, count;
-    explicit INLINE Rows(const Group& group) : columns(group.columns), count(group.rows * group.columns) {}
+    INLINE Rows(const Group& group, const Part& part) : columns(group.columns), count(part.end * group.columns) {}
 
     INLINE V get(const float* from, int64_t i, int j) const {
       const int64_t at = i * columns + j * LANES;
@@ -128,39 +147,33 @@ struct SmallSinkhorn {
     }
   };
 
-  // The block of E that starts with row i; and where in a block column `VECTORS * LANES + t` lies, behind all rows.
-  template <int VECTORS>
-  INLINE float* block(int64_t i) const { return e + i * (VECTORS * LANES + rest); }
+  // Where in a block column `VECTORS * LANES + t` lies, behind all rows.
   template <int VECTORS>
   INLINE static int64_t across_at(int64_t t) { return (LANES * VECTORS + t) * LANES; }
 
-  INLINE int64_t present(int64_t i) const { return std::min(LANES, group.rows - i); }
-
   // Weights of LANES rows from row i on; 0 past the last row.
-  INLINE V row_weights(int64_t i) const {
+  INLINE V row_weights(int64_t i, int64_t present) const {
     V w = V{} + 1.f;
-    if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present(i));
-    return lane_numbers<V>() < static_cast<int32_t>(present(i)) ? w : V{};
+    if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present);
+    return lane_numbers<V>() < static_cast<int32_t>(present) ? w : V{};
   }
 
-  // Computes E and its column sums, weighted by row. Returns the scores' range. A NaN shows only in the sums, also that
-  // of a row of weight 0.
+  // Computes E and its column sums, weighted by row. A NaN shows only in the sums, also that of a row of weight 0.
   template <int VECTORS, bool ACROSS, bool WEIGHTED>
-  Extrema exponentials_of() const {
+  void exponentials_of(const Part& part) const {
     // Copies, because the compiler cannot know that no store changes the originals.
-    const Rows<VECTORS, ACROSS> rows(group);
+    const Rows<VECTORS, ACROSS> rows(group, part);
     const Exponential<S> exp = exponential;
     const float *const scores = s, *const weights = group.weights;
-    const int64_t count = group.rows, others = rest;
-    V total[VECTORS] = {}, total_across[MOST_REST] = {}, low = V{} + group.first(), high = low;
+    const int64_t end = part.end, others = rest;
+    V total[VECTORS] = {}, total_across[MOST_REST] = {}, high = V{} - INFINITY;
     const auto value = [&](V score) ALWAYS_INLINE {
-      low = S::minimum(low, score);
-      high = S::maximum(high, score);
+      high = S::maximum(score, high);
       return exp(score);
     };
-    for (int64_t first = 0; first < count; first += LANES) {
-      float *const at = block<VECTORS>(first), *to = at;
-      const int64_t last = std::min(first + LANES, count);
+    for (int64_t first = part.begin; first < end && !Base::has_failed(); first += LANES) {
+      float *const at = part.template block<VECTORS>(first, others), *to = at;
+      const int64_t last = std::min(first + LANES, end);
       for (int64_t i = first; i < last; ++i, to += VECTORS * LANES)
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) {
@@ -168,22 +181,68 @@ struct SmallSinkhorn {
           store(to + j * LANES, x);
           total[j] += WEIGHTED ? x * weights[i] : x;
         }
-      std::fill_n(to, (first + LANES - last) * VECTORS * LANES, 0.0f);
+      std::fill_n(to, (first + LANES - last) * VECTORS * LANES, 1.0f);
       if constexpr (ACROSS) {
-        const V w = row_weights(first);
+        const V w = row_weights(first, last - first);
         for (int64_t t = 0; t < others; ++t) {
           const V x = value(rows.get_across(scores, first, last - first, t));
-          store(at + across_at<VECTORS>(t), lane_numbers<V>() < static_cast<int32_t>(last - first) ? x : V{});
+          store(at + across_at<VECTORS>(t), x);
           total_across[t] += x * w;
         }
       }
+      if (first == part.begin || last == end) Base::fail_unless(S::maximum(high) <= exp.ceiling);
     }
-    put_sums(total, total_across);
-    return {S::minimum(low), S::maximum(high)};
+    put_sums(part.c, total, total_across);
+  }
+
+  // Computes E with the rows' maxima and the columns' shifts moved out, and the first column sums if `first`.
+  template <int VECTORS, bool ACROSS>
+  void absorbed_rows(const Part& part, bool first) const {
+    const Rows<VECTORS, ACROSS> rows(group, part);
+    const Split<S> splitter = split;
+    const float *const scores = s, *const shifts = Base::shifts;
+    V total[VECTORS] = {}, total_across[MOST_REST] = {}, across[MOST_REST];
+    const auto height = [&](V score, V shift) ALWAYS_INLINE { return score * splitter.scale + shift; };
+    for (int64_t i = part.begin; i < part.end; i += LANES) {
+      const int64_t present = part.present(i);
+      float* to = part.template block<VECTORS>(i, rest);
+      V high[LANES];
+      for (int64_t r = 0; r < LANES; ++r) {
+        high[r] = V{} - DEAD;
+        for (int j = 0; j < VECTORS; ++j) {
+          const V x = height(rows.get(scores, i + std::min(r, present - 1), j), load<V>(shifts + j * LANES));
+          high[r] = S::maximum(rows.within(j, x, V{} - DEAD), high[r]);
+        }
+      }
+      V tops = maxima(high);
+      for (int64_t t = 0; ACROSS && t < rest; ++t) {
+        across[t] = rows.get_across(scores, i, present, t);
+        tops = S::maximum(height(across[t], V{} + shifts[VECTORS * LANES + t]), tops);
+      }
+      tops = (tops + MAGIC) - MAGIC;
+      Base::fail_unless(S::minimum(tops) > -MOST_WHOLE);
+      const V w = row_weights(i, present), weighted = w > 0 ? w * power_or_zero(tops) : V{};
+      for (int64_t t = 0; ACROSS && t < rest; ++t) {
+        const V x = shifted_exponential(splitter, across[t], shifts[VECTORS * LANES + t] - tops);
+        store(to + across_at<VECTORS>(t), x);
+        total_across[t] += x * weighted;
+      }
+      alignas(V) float top[LANES], u[LANES];
+      store(top, tops);
+      store(u, weighted);
+      for (int64_t r = 0; r < LANES; ++r, to += VECTORS * LANES)
+        for (int j = 0; j < VECTORS; ++j) {
+          const V score = rows.get(scores, i + std::min(r, present - 1), j);
+          const V x = rows.within(j, shifted_exponential(splitter, score, load<V>(shifts + j * LANES) - top[r]));
+          store(to + j * LANES, x);
+          if (first) total[j] += x * u[r];
+        }
+    }
+    put_sums(part.c, total, total_across);
   }
 
   template <int VECTORS>
-  INLINE void put_sums(const V (&total)[VECTORS], const V (&total_across)[MOST_REST]) const {
+  INLINE void put_sums(float* c, const V (&total)[VECTORS], const V (&total_across)[MOST_REST]) const {
     for (int j = 0; j < VECTORS; ++j) store(c + j * LANES, total[j]);
     for (int64_t t = 0; t < rest; ++t) c[VECTORS * LANES + t] = sum(total_across[t]);
   }
@@ -206,13 +265,15 @@ struct SmallSinkhorn {
 
   // c_k = sum_i w_i u_i E_ik.
   template <int VECTORS, bool ACROSS>
-  void balance_rows() const {
+  void balance_rows(const Part& part) const {
     // Some rows have sums of their own, because an addition to a sum waits for the one before.
     constexpr int ROWS = VECTORS <= 1 ? 4 : VECTORS <= 3 ? 2 : 1;
-    V total[ROWS][VECTORS] = {}, total_across[MOST_REST] = {};
-    for (int64_t i = 0; i < group.rows; i += LANES) {
-      const float* row = block<VECTORS>(i);
-      const V scales = row_scales<VECTORS, ACROSS>(row), w = row_weights(i), weighted = w > 0 ? scales * w : V{};
+    V total[ROWS][VECTORS] = {}, total_across[MOST_REST] = {}, largest{};
+    for (int64_t i = part.begin; i < part.end; i += LANES) {
+      const float* row = part.template block<VECTORS>(i, rest);
+      const V scales = row_scales<VECTORS, ACROSS>(row), w = row_weights(i, part.present(i));
+      const V weighted = w > 0 ? scales * w : V{};
+      largest = S::maximum(scales, largest);
       if constexpr (ACROSS)
         for (int64_t t = 0; t < rest; ++t) total_across[t] += load<V>(row + across_at<VECTORS>(t)) * weighted;
       alignas(V) float u[LANES];
@@ -224,26 +285,29 @@ struct SmallSinkhorn {
     }
     for (int j = 0; j < VECTORS; ++j)
       for (int r = 1; r < ROWS; ++r) total[0][j] += total[r][j];
-    put_sums(total[0], total_across);
+    put_sums(part.c, total[0], total_across);
+    Base::check_rows(S::maximum(largest));
   }
 
   template <int VECTORS, bool ACROSS>
-  void write_codes() const {
-    const Rows<VECTORS, ACROSS> rows(group);
+  void write_codes(const Part& part) const {
+    const Rows<VECTORS, ACROSS> rows(group, part);
     float* const to = codes;
-    const int64_t count = group.rows;
+    const int64_t end = part.end;
     V by_column[VECTORS];
     for (int j = 0; j < VECTORS; ++j) by_column[j] = load<V>(v + j * LANES);
-    for (int64_t i = 0; i < count; i += LANES) {
-      const float* row = block<VECTORS>(i);
+    for (int64_t i = part.begin; i < end; i += LANES) {
+      const float* row = part.template block<VECTORS>(i, rest);
       const V scales = row_scales<VECTORS, ACROSS>(row);
       if constexpr (ACROSS)
-        for (int64_t t = 0; t < rest; ++t)
-          rows.put_across(to, i, present(i), t, load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t] * scales);
+        for (int64_t t = 0; t < rest; ++t) {
+          const V x = load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
+          rows.put_across(to, i, part.present(i), t, x * scales);
+        }
       alignas(V) float u[LANES];
       store(u, scales);
       asm("" : "+r"(row));
-      for (int64_t r = 0; r < std::min(LANES, count - i); ++r, row += VECTORS * LANES)
+      for (int64_t r = 0; r < std::min(LANES, end - i); ++r, row += VECTORS * LANES)
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) rows.put(to, i + r, j, load<V>(row + j * LANES) * by_column[j] * u[r]);
     }
@@ -252,13 +316,15 @@ struct SmallSinkhorn {
   // Writes the gradient, and the codes unless null. Returns the sum of the rows' losses: log z - q . (S - row maximum)
   // / tau.
   template <int VECTORS, bool ACROSS>
-  double write_gradient() const {
-    V losses{};
-    int64_t i = 0;
-    for (; i + LANES < group.rows; i += LANES) losses += write_gradients<VECTORS, ACROSS, LANES>(i, LANES);
-    losses += write_gradients<VECTORS, ACROSS, 0>(i, group.rows - i);
+  double write_gradient(const Part& part) const {
+    V each{};
+    int64_t i = part.begin;
+    // As long as the last row's vectors end with the chunk.
+    for (; (i + LANES - 1) * group.columns + VECTORS * LANES <= part.end * group.columns; i += LANES)
+      each += write_gradients<VECTORS, ACROSS, LANES>(part, i, LANES);
+    for (; i < part.end; i += LANES) each += write_gradients<VECTORS, ACROSS, 0>(part, i, part.present(i));
     double loss = 0;
-    for (int64_t r = 0; r < LANES; ++r) loss += losses[r];
+    for (int64_t r = 0; r < LANES; ++r) loss += each[r];
     return loss;
   }
 
@@ -284,11 +350,11 @@ struct SmallSinkhorn {
 
   // For LANES rows from row i on; if WHOLE is 0, for the last `present` rows. Returns their losses.
   template <int VECTORS, bool ACROSS, int64_t WHOLE>
-  INLINE V write_gradients(int64_t i, int64_t present) const {
+  INLINE V write_gradients(const Part& part, int64_t i, int64_t present) const {
     if (WHOLE) present = WHOLE;
-    const Rows<VECTORS, ACROSS> rows(group);
+    const Rows<VECTORS, ACROSS> rows(group, part);
     // Copies, because the compiler cannot know that no store changes the originals.
-    const float *const scores = s, *const row = block<VECTORS>(i);
+    const float *const scores = s, *const row = part.template block<VECTORS>(i, rest);
     float *const by_scores = gradient, *const q = codes;
     const int64_t others = ACROSS ? rest : 0;
     const float by_temperature = static_cast<float>(M_LOG2E / group.temperature);
@@ -298,6 +364,7 @@ struct SmallSinkhorn {
                    : rows.get(scores, i + std::min(r, present - 1), j);
     };
     const auto power = [&](V x) ALWAYS_INLINE { return exp2_in_range(S::maximum(x * by_temperature, V{} - 126.f)); };
+    const V least = V{} - std::numeric_limits<float>::max();  // a code of 0 times -inf would be NaN
     alignas(V) float top[LANES], by_p[LANES], by_q[LANES], u[LANES];
     alignas(V) float p[LANES * VECTORS * LANES];  // exp((S - row maximum) / tau)
     V normaliser[LANES], product[LANES], x_across[MOST_REST], p_across[MOST_REST], q_across[MOST_REST];
@@ -308,7 +375,7 @@ struct SmallSinkhorn {
       V z{}, qx{};
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) {
-        const V x = score(r, j) - top[r], pj = power(x);
+        const V x = S::maximum(score(r, j) - top[r], least), pj = power(x);
         const V qj = load<V>(row + (r * VECTORS + j) * LANES) * load<V>(v + j * LANES);  // 0 beyond the end of the row
         store(p + (r * VECTORS + j) * LANES, pj);
         z += rows.within(j, pj);
@@ -318,12 +385,12 @@ struct SmallSinkhorn {
     }
     V z = sums(normaliser), qx = sums(product);
     for (int64_t t = 0; t < others; ++t) {
-      const V x = x_across[t] - tops;
+      const V x = S::maximum(x_across[t] - tops, least);
       z += p_across[t] = power(x);
       q_across[t] = load<V>(row + across_at<VECTORS>(t)) * v[VECTORS * LANES + t];
       qx += q_across[t] * x;
     }
-    const V w = row_weights(i), share = w * static_cast<float>(group.gradient_scale);
+    const V w = row_weights(i, present), share = w * static_cast<float>(group.gradient_scale);
     const V all = row_scales<VECTORS, ACROSS>(row);
     const V scales = lane_numbers<V>() < static_cast<int32_t>(present) ? all : V{};
     const V of_p = share / z, of_q = share * scales;

@@ -2,12 +2,20 @@
 // cpu_kernel_table.h puts solve_sinkhorn into the table of the instruction set.
 #pragma once
 
+#include "sinkhorn_cpu_lanes.h"
 #include "sinkhorn_cpu_linear.h"
 #include "sinkhorn_cpu_log.h"
-#include "sinkhorn_cpu_narrow.h"
 #include "sinkhorn_cpu_small.h"
 
 namespace proto_reg { namespace {
+
+// Runs body(i) for i in [0, count), on any number of threads.
+template <class Body>
+inline void share(int64_t count, ParallelFor parallel_for, const Body& body) {
+  const auto task = [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); };
+  if (count == 1) body(0);
+  else parallel_for(count, task, const_cast<Body*>(&body));
+}
 
 // Solves one group: from scores to codes, gradient and loss.
 template <class Isa>
@@ -21,27 +29,22 @@ struct SinkhornGroupSolver {
 
   template <class Body>
   void each_chunk(const Body& body) const {
-    const auto task = [](void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); };
-    if (chunks.count == 1) body(0);
-    else parallel_for(chunks.count, task, const_cast<Body*>(&body));
+    share(chunks.count, parallel_for, body);
   }
 
-  // The fast forms. Each returns false if it is not safe here; then nothing that it wrote counts.
+  // The fast forms. Each returns false if it does not take these scores; then nothing that it wrote counts.
+  template <class Small>
   bool run_small() const {
-    using Small = SmallSinkhorn<Simd<Isa>>;
     const bool wide = group.dtype == Dtype::f32;
     const int64_t count = group.rows * group.columns, converted_count = wide ? 0 : count;
-    const int64_t rows = Small::rounded(group.rows), columns = Small::rounded(group.columns);
-    Workspace workspace(rows * columns, columns, columns, converted_count, converted_count, converted_count);
-    float *e = workspace[0], *converted = workspace[3], *codes = workspace[4], *gradient = workspace[5];
-    if (!wide) widen<V8>(group.dtype, group.scores, count, converted);
-    const Small small{group, wide ? static_cast<const float*>(group.scores) : converted, e, workspace[1],
-                      workspace[2], group.output(group.codes, 0, codes), group.output(group.gradient, 0, gradient)};
-    if (!small.exponentials()) return false;
-    for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration)
-      if (!small.balance(problem.tol)) break;
-    if (potentials) small.write_potentials(potentials);
-    losses[0] = small.write();
+    Workspace workspace(chunks.count * Small::chunk_floats(chunks, group.columns), chunks.padded, chunks.padded,
+                        chunks.count * chunks.padded, chunks.padded, converted_count, converted_count, converted_count);
+    float *codes = workspace[6], *gradient = workspace[7];
+    if (!wide) widen<V8>(group.dtype, group.scores, count, workspace[5]);
+    Small small{{group, chunks, workspace[0], workspace[1], workspace[2], workspace[3], workspace[4], losses},
+                wide ? static_cast<const float*>(group.scores) : workspace[5], group.output(group.codes, 0, codes),
+                group.output(group.gradient, 0, gradient)};
+    if (!iterate(small)) return false;
     if (!wide && group.codes) narrow<V8>(group.dtype, codes, count, group.codes);
     if (!wide && group.gradient) narrow<V8>(group.dtype, gradient, count, group.gradient);
     return true;
@@ -53,34 +56,53 @@ struct SinkhornGroupSolver {
     // 32 MiB, which C libraries give back after every call, that takes longer than to compute E again in a few passes.
     const int64_t count = group.rows * group.columns;
     const bool wide = group.dtype == Dtype::f32, kept = count <= 1 << 23 || problem.num_iters > 8;
-    Workspace workspace(!wide && kept ? count : 0, chunks.padded, chunks.count * chunks.padded,
+    Workspace workspace(!wide && kept ? count : 0, chunks.padded, chunks.padded, chunks.count * chunks.padded,
                         3 * chunks.count * chunks.padded);
-    std::vector<Extrema> extrema(chunks.count);
     float* e = wide ? static_cast<float*>(group.codes ? group.codes : group.gradient) : kept ? workspace[0] : nullptr;
-    return iterate(Linear{{group, chunks, e, workspace[1], workspace[2], extrema.data(), workspace[3], losses}});
+    Linear linear{{group, chunks, e, workspace[1], workspace[2], workspace[3], workspace[4], losses}};
+    return iterate(linear);
   }
 
-  bool run_narrow() const {
-    using Narrow = NarrowSinkhorn<Simd<Isa, 8>>;
-    Workspace workspace(chunks.count * Narrow::chunk_floats(chunks, group.columns), chunks.padded,
-                        chunks.count * chunks.padded, chunks.padded);
-    std::vector<Extrema> extrema(chunks.count);
-    return iterate(
-        Narrow{{group, chunks, workspace[0], workspace[1], workspace[2], extrema.data(), workspace[3], losses}});
-  }
-
-  template <class Method>
-  bool iterate(const Method& method) const {
-    each_chunk([&](int64_t chunk) { method.exponentials(chunk); });
-    if (!method.safe()) return false;
-    method.update(true, -1);
+  template <class Form>
+  bool iterate(Form& form) const {
+    form.start_common();
+    if (!start(form)) return false;
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
-      each_chunk([&](int64_t chunk) { method.balance(chunk); });
-      if (!method.update(false, problem.tol)) break;
+      each_chunk([&](int64_t chunk) { form.balance(chunk); });
+      if (form.has_failed()) {
+        if (!absorb(form)) return false;
+        each_chunk([&](int64_t chunk) { form.balance(chunk); });
+      }
+      if (!form.update(problem.tol)) break;
+      if (!form.takes_scaling() && !absorb(form)) return false;
     }
-    if (potentials) method.write_potentials(potentials);
-    each_chunk([&](int64_t chunk) { method.write(chunk); });
+    if (potentials) form.write_potentials(potentials);
+    each_chunk([&](int64_t chunk) { form.write(chunk); });
     return true;
+  }
+
+  // The first v.
+  template <class Form>
+  bool start(Form& form) const {
+    each_chunk([&](int64_t chunk) { form.exponentials(chunk); });
+    if (form.has_failed() || !form.first_update()) {
+      each_chunk([&](int64_t chunk) { form.column_tops(chunk); });
+      if (!form.shift_columns()) return false;
+      each_chunk([&](int64_t chunk) { form.absorb(chunk, true); });
+      if (form.has_failed() || !form.first_update()) return false;
+    }
+    const bool sound = form.takes_scaling();
+    // A balance tells of rows that vanish.
+    if (sound && problem.num_iters == 1) each_chunk([&](int64_t chunk) { form.balance(chunk); });
+    return (sound && !form.has_failed()) || absorb(form);
+  }
+
+  // Moves v into E.
+  template <class Form>
+  bool absorb(Form& form) const {
+    if (!form.absorb_scaling()) return false;
+    each_chunk([&](int64_t chunk) { form.absorb(chunk, false); });
+    return !form.has_failed();
   }
 
   void run_logarithmic() {
@@ -134,18 +156,17 @@ inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chu
   std::vector<double> losses(chunks.count);
   SinkhornGroupSolver<Isa> solver{problem, chunks, parallel_for, group, potentials, losses.data()};
   solver.set_total_weight([](int64_t) { return true; });
+  // Sixteen lanes only pay on long rows.
+  using Eight = Simd<Isa, std::min<int64_t>(Isa::LANES, 8)>;
   using Small = SmallSinkhorn<Simd<Isa>>;
-  using Narrow = NarrowSinkhorn<Simd<Isa, 8>>;
-  using Linear = LinearSinkhorn<Simd<Isa>>;
-  using ShortRows = LinearSinkhorn<Simd<Isa, std::min<int64_t>(Isa::LANES, 8)>>;  // sixteen lanes only pay on long ones
-  const bool small = chunks.count == 1 && problem.columns <= Small::MOST_COLUMNS;
   // The codes of a single column are exactly 1, and it has no gradient. Only the logarithmic form divides them by
   // themselves.
   bool done = solver.group.total_weight > 0 && problem.columns > 1;
-  if (done && problem.columns <= Narrow::MOST_COLUMNS) done = solver.run_narrow();
-  else if (done && small) done = solver.run_small();
-  else if (done && problem.columns >= 64) done = solver.template run_linear<Linear>();
-  else if (done) done = solver.template run_linear<ShortRows>();
+  const bool small = problem.columns <= Small::MOST_COLUMNS && chunks.count == 1;
+  if (done && problem.columns < 8) done = solver.template run_small<SmallSinkhorn<Eight>>();
+  else if (done && small) done = solver.template run_small<Small>();
+  else if (done && problem.columns >= 64) done = solver.template run_linear<LinearSinkhorn<Simd<Isa>>>();
+  else if (done) done = solver.template run_linear<LinearSinkhorn<Eight>>();
   if (!done) solver.run_logarithmic();
   if (problem.loss) problem.loss[index] = solver.loss();
 }
@@ -153,7 +174,16 @@ inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chu
 template <class Isa>
 void solve_sinkhorn(const SinkhornProblem& problem, ParallelFor parallel_for) {
   const Chunks chunks(problem.rows, problem.columns);
-  for (int64_t group = 0; group < problem.groups; ++group) solve_group<Isa>(problem, group, chunks, parallel_for);
+  const auto solve = [&](int64_t group) { solve_group<Isa>(problem, group, chunks, parallel_for); };
+  using Lanes = LanesSinkhorn<Simd<Isa>>;
+  if (Lanes::takes(problem)) {
+    const Lanes lanes{problem};
+    share(Lanes::blocks(problem), parallel_for, [&](int64_t block) { lanes.solve(block, solve); });
+  } else if (chunks.count == 1) {
+    share(problem.groups, parallel_for, solve);
+  } else {
+    for (int64_t group = 0; group < problem.groups; ++group) solve(group);
+  }
 }
 
 }}  // namespace proto_reg

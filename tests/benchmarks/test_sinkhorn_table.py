@@ -159,3 +159,17 @@ def test_loss_is_judged_by_its_gradient_too(full) -> None:
     assert error((loss * 1.01, gradient)) > 1e-3
     assert math.isnan(error((loss * torch.nan, gradient)))
     assert math.isnan(error((loss, gradient * torch.nan)))
+
+
+def test_the_table_of_shapes_times_what_is_right(cpu_library: Path) -> None:
+    import sinkhorn_shapes
+
+    scores = torch.randn(20, 4, 5)
+    right = sinkhorn_shapes.row("right", (scores, 0.5, 3), seconds=0.001)
+    assert float(right[3]) > 0
+    assert float(right[4]) < _bench.BOUND
+    torch.testing.assert_close(
+        sinkhorn_shapes.batched_swav(scores.double(), 0.5, 3)[7], race.swav(scores[7].double(), 0.5, 3)
+    )
+    spoilt = scores.masked_fill(torch.arange(5) == 2, torch.nan)
+    assert sinkhorn_shapes.row("wrong", (spoilt, 0.5, 3), seconds=0.001)[1] == _bench.WRONG

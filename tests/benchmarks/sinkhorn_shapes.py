@@ -1,0 +1,97 @@
+"""Sinkhorn on the shapes and scores that people have: ``python tests/benchmarks/sinkhorn_shapes.py``.
+
+Many small matrices (hyper-connections), masked attention, and scores of a wide span. Each time stands beside that of
+SwAV's algorithm on the same scores in the same run. The seconds are those of the calling thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import sinkhorn_race as race
+import torch
+from torch import Tensor
+
+from proto_reg import _bench
+from proto_reg.functional import sinkhorn
+
+Case = tuple[Tensor, float, int]
+
+
+def cases() -> dict[str, Case]:
+    """Scores, epsilon and iterations by name. They are the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=generator)
+    cosines, codes = _bench.cosine_scores(4096, 300), _bench.cosine_scores(512, 65536)
+    attention = 0.3 * normal(64, 128, 128)
+    low, random = cosines.clone(), torch.rand(64, 128, 128, generator=generator)
+    low[7, 9] = -3
+    causal = torch.ones(128, 128).triu(1) > 0
+    return {
+        "65536 x 4 x 4, 20 iterations": (normal(65536, 4, 4), 1.0, 20),
+        "256 x 32 x 32": (_bench.cosine_scores(256 * 32, 32).view(256, 32, 32), 0.05, 5),
+        "4096 x 300": (cosines, 0.05, 3),
+        "4096 x 300, one score of -3": (low, 0.05, 3),
+        "4096 x 300, [-1, 1], epsilon .04": (cosines / cosines.abs().max(), 0.04, 3),
+        "4096 x 300, dots to 27": (30 * cosines, 0.05, 3),
+        "512 x 65536": (codes, 0.05, 3),
+        "512 x 65536, epsilon .04": (codes, 0.04, 3),
+        "64 x 128 x 128": (attention, 0.05, 5),
+        "64 x 128 x 128, causal": (attention.masked_fill(causal, -torch.inf), 0.05, 5),
+        "64 x 128 x 128, 10 % masked": (attention.masked_fill(random < 0.1, -torch.inf), 0.05, 5),
+    }
+
+
+def batched_swav(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """SwAV's algorithm for (B, K) or (G, B, K), with the operations of its listing."""
+    with torch.no_grad():
+        q = torch.exp(scores / epsilon).transpose(-1, -2)
+        columns, rows = q.shape[-2:]
+        q /= q.sum((-2, -1), keepdim=True)
+        for _ in range(num_iters):
+            q /= q.sum(-1, keepdim=True)
+            q /= columns
+            q /= q.sum(-2, keepdim=True)
+            q /= rows
+        q *= rows
+        return q.transpose(-1, -2)
+
+
+def thread_medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median seconds of each call on this thread, in turns: what others do on the machine counts less."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.thread_time() + seconds
+    while time.thread_time() < until or len(samples[next(iter(calls))]) < 5:
+        for name, call in calls.items():
+            began = time.thread_time()
+            call()
+            samples[name].append(time.thread_time() - began)
+    return {name: statistics.median(taken) for name, taken in samples.items()}
+
+
+def row(name: str, case: Case, seconds: float = 2.0) -> list[str]:
+    """The cells of one case: milliseconds, the ratio to SwAV's algorithm, and the error against float64."""
+    scores, epsilon, num_iters = case
+    ours = partial(sinkhorn, scores, epsilon, num_iters, backend="cpu")
+    error = (ours().double() - sinkhorn(scores.double(), epsilon, num_iters)).abs().max().item()
+    if not error <= _bench.BOUND:
+        return [name, _bench.WRONG, "", "", f"{error:.1e}"]
+    took = thread_medians({"ours": ours, "swav": partial(batched_swav, scores, epsilon, num_iters)}, seconds)
+    ratio = took["ours"] / took["swav"]
+    return [name, f"{took['ours'] * 1e3:.3g}", f"{took['swav'] * 1e3:.3g}", f"{ratio:.3f}", f"{error:.1e}"]
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    race.keep_memory()
+    print(_bench.environment(torch.device("cpu")))
+    rows = [row(name, case) for name, case in cases().items()]
+    print(_bench.table(["", "ms", "SwAV's ms", "x SwAV", "error"], rows))
+
+
+if __name__ == "__main__":
+    main()
