@@ -221,7 +221,7 @@ def against_rivals(found: dict[Study, list[Run]]) -> str:
     total = outcomes.total()
     text = f"Ours reaches {outcomes[rivals.REACHED]} of {total} goals against its best rivals."
     text += f" It does not reach: {', '.join(missed)}." if missed else ""
-    text += f" {outcomes[rivals.UNMEASURED]} are not measured." if outcomes[rivals.UNMEASURED] else ""
+    text += f" Not measured: {outcomes[rivals.UNMEASURED]}." if outcomes[rivals.UNMEASURED] else ""
     titles = ["", "best rival", *("FID", "recall", "control", "test MSE, of the autoencoder's")]
     return "\n".join([text, "", RIVALRY, "", *table(titles, body)])
 
