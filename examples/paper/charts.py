@@ -126,7 +126,9 @@ def frontier(runs: list[Run]) -> Figure | None:
 
 def spreads(runs: list[Run]) -> Figure | None:
     """Control over recall along the spread of the draw: a curve for each method with its best prior."""
-    curves = {method: rivals.frontier(base(runs, method)) for method in (rivals.OURS, *rivals.RIVALS)}
+    curves = {
+        method: rivals.frontier(base(runs, method)) for method in (rivals.OURS, rivals.AS_TRAINED, *rivals.RIVALS)
+    }
     curves = {method: points for method, points in curves.items() if points}
     if not curves:
         return None
@@ -135,11 +137,12 @@ def spreads(runs: list[Run]) -> Figure | None:
     for method, points in curves.items():
         colour, ours = COLOURS[method.split("-")[0]], method == rivals.OURS
         recall, right = zip(*points, strict=True)
-        axis.plot(recall, right, color=colour, marker="o", markersize=3, linewidth=2.5 if ours else 1.3)
+        style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 2.5 if ours else 1.3}
+        style["linestyle"] = "--" if method == rivals.AS_TRAINED else "-"
+        axis.plot(recall, right, label=SHORT[method], **style)
         usual = rivals.frontier_at(base(runs, method), 1.0)
         if usual is not None:
             axis.plot(*usual, color=colour, marker="*" if ours else "s", markersize=14 if ours else 8, linestyle="")
-        axis.plot([], [], color=colour, marker="o", markersize=3, label=SHORT[method])
     axis.set(xlabel="recall", ylabel="control")
     axis.set_title("upper right is best; the large mark is the draw with spread 1", fontsize=10)
     axis.grid(alpha=0.3)

