@@ -315,7 +315,8 @@ class PrototypicalRegularizer(nn.Module):
 
     def _follow_scale(self, batch: BatchShard, output: RegularizerOutput) -> None:
         """Every few hundred steps a std that was not given goes to that of the latents."""
-        if self.head.follows_scale and not torch.compiler.is_compiling():
+        real = type(self.steps) is Tensor and not torch.compiler.is_compiling()
+        if self.head.follows_scale and real:
             step = self.watch.count(self.steps) - self.schedule.begin
             if due(step):
                 follow_scale(self.head, batch, output.assignments, step)

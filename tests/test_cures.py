@@ -237,19 +237,19 @@ def test_latents_that_are_never_negative(digits: Tensor) -> None:
 def test_latents_far_from_prototypes(digits: Tensor) -> None:
     far: Encode = lambda encoder, x: 200 * encoder(x)  # noqa: E731
     words = "next to no gradient"
-    text = says(warned(digits, build(), 410, encode=far), words)
+    text = says(warned(digits, build(std=1.0), 410, encode=far), words)
     assert "AnchoredMMDLoss('energy')" in text
     assert warned(digits, build(std=number(text, "std=")), 810, encode=far) == []
     # Another kernel pulls slowly. The warning that a kernel does not pull is wrong for it, and does not come.
     for kernel in ("energy", "imq"):
-        texts = warned(digits, build(mmd=AnchoredMMDLoss(kernel)), 410, encode=far)
+        texts = warned(digits, build(std=1.0, mmd=AnchoredMMDLoss(kernel)), 410, encode=far)
         assert silent(texts, words)
         assert number(says(texts, "less varied"), "std\\^2, is ") < 50
 
 
 def test_latents_close_to_prototypes(digits: Tensor) -> None:
     words = "would be noise to the decoder"
-    text = says(warned(digits, build(count=30), 410, linear=True), words)
+    text = says(warned(digits, build(std=1.0, count=30), 410, linear=True), words)
     assert warned(digits, build(count=30, std=number(text, "std=")), 810, linear=True) == []
 
 
@@ -266,5 +266,5 @@ def test_prototypes_inside_each_others_noise(digits: Tensor) -> None:
     assert "or use fewer prototypes" in text
     assert warned(digits, build(std=number(text, "std="), count=30), 810, linear=True) == []
     assert silent(warned(digits, build(std=0.6, count=10), 810, linear=True), words)
-    assert "noise. Use fewer prototypes" in says(warned(digits, build(count=100), 410), words)
+    assert "noise. Use fewer prototypes" in says(warned(digits, build(std=1.0, count=100), 410), words)
     assert warned(digits, build(count=10), 810) == []

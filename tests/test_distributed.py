@@ -104,14 +104,16 @@ def cross_entropy_of_the_global_batch() -> None:
         n = sum(split)
         weights, mask = spread(1, n).exp(), spread(2, n) > -0.5
         for options in ({}, {"weights": weights}, {"mask": mask, "nan_policy": "isolate"}):
-            scores = spread(0, n, 6).requires_grad_()
-            loss = sinkhorn_cross_entropy(scores, **options)
-            (expected,) = torch.autograd.grad(loss, scores)
+            scores = spread(0, n, 6)
+            exact = scores.double().requires_grad_()
+            wide = {name: v.double() if name == "weights" else v for name, v in options.items()}
+            loss = sinkhorn_cross_entropy(exact, **wide)
+            expected = torch.autograd.grad(loss, exact)[0].float()
             mine = own(scores.detach(), split).clone().requires_grad_()
             part = {name: own(v, split) if isinstance(v, Tensor) else v for name, v in options.items()}
             value, codes = sinkhorn_cross_entropy(mine, group="default", return_codes=True, **part)
             (gradient,) = torch.autograd.grad(value, mine)
-            torch.testing.assert_close(value, loss.detach(), atol=1e-6, rtol=1e-6, check_stride=False)
+            torch.testing.assert_close(value, loss.detach().float(), atol=1e-6, rtol=1e-6, check_stride=False)
             torch.testing.assert_close(averaged(gradient, split), expected, atol=1e-7, rtol=1e-5)
             torch.testing.assert_close(codes, own(sinkhorn(scores, **options), split), atol=2e-6, rtol=0)
         for together in (prototype_cross_entropy, prototype_cross_entropy_and_gradient):
