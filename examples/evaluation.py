@@ -68,12 +68,8 @@ def control(
     table = contingency(assigned, train_labels, head.num_prototypes)
     majority = torch.where(table.sum(1) > 0, table.argmax(1), -1)
     generator = torch.Generator().manual_seed(0)
-    right = [
-        (judge(decode(head.sample(per_prototype, k, std=head.std, generator=generator))).argmax(1) == majority[k])
-        .float()
-        .mean()
-        for k in range(head.num_prototypes)
-    ]
+    draws = [head.sample(per_prototype, k, std=head.std, generator=generator) for k in range(head.num_prototypes)]
+    right = [(judge(decode(z)).argmax(1) == own).float().mean() for z, own in zip(draws, majority, strict=True)]
     prototypes = judge(decode(head.prototypes)).argmax(1) == majority
     return {"control": torch.stack(right).mean().item(), "prototypes_right": prototypes.float().mean().item()}
 

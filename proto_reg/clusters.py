@@ -13,6 +13,8 @@ from ._state import WideState
 from .mixture import ClusterShapes, fit_shapes
 from .recent import RecentLatents
 
+FITTED = (*ClusterShapes._fields, "seen")  # what a fit leaves behind
+
 
 class Derived(NamedTuple):
     """``shapes`` of the ring for ``prototypes`` (K, D), when so many latents had been ``written``."""
@@ -40,7 +42,7 @@ class Clusters(WideState):
         self.covariance = covariance
         self.rank = check_positive_int("rank", rank)
         self.recent = RecentLatents(latent_dim)
-        for name in (*ClusterShapes._fields, "seen"):
+        for name in FITTED:
             self.register_buffer(name, None)
         self._derived: Derived | None = None
 
@@ -52,9 +54,8 @@ class Clusters(WideState):
 
     def fit(self, z: Tensor, scores: Tensor, prototypes: Tensor, dtype: torch.dtype) -> None:
         """Learn the shapes from latents ``z`` (N, D) with ``scores`` (N, K), kept in ``dtype``. Forget the ring."""
-        shapes = self._fit(z, scores, prototypes)
-        for name, value in shapes._asdict().items():
-            setattr(self, name, value.to(prototypes.device, dtype))
+        for name, value in self._fit(z, scores, prototypes, dtype)._asdict().items():
+            setattr(self, name, value)
         self.seen = torch.tensor(len(z), dtype=torch.int64, device=prototypes.device)
         self.recent.reset_parameters()
 
@@ -69,27 +70,25 @@ class Clusters(WideState):
         there, enough = min(written, len(self.recent.latents)), 2 * len(prototypes)
         if self.seen is not None:
             enough = min(int(self.seen), len(self.recent.latents))
-        if there < enough or there == 0:
+        if there < enough:
             return fitted
         known = self._derived
         if known is None or known.written != written or not torch.equal(known.prototypes, prototypes):
             z = self.recent.filled().to(prototypes.device)
             if len(z) == 0:
                 return fitted
-            shapes = self._fit(z, scores_of(z.to(dtype)), prototypes)
-            shapes = ClusterShapes(*(value.to(prototypes.device, dtype) for value in shapes))
+            shapes = self._fit(z, scores_of(z.to(dtype)), prototypes, dtype)
             self._derived = known = Derived(written, prototypes.clone(), shapes)
         return known.shapes
 
-    def _fit(self, z: Tensor, scores: Tensor, prototypes: Tensor) -> ClusterShapes:
-        dim = prototypes.shape[1]
-        # What the leading directions leave is a diagonal. It has room for more than half of the directions only.
-        rank = {"low_rank": min(self.rank, dim // 2), "full": dim, "diagonal": 0}[self.covariance]
-        return fit_shapes(z, scores.argmax(1), prototypes, rank)
+    def _fit(self, z: Tensor, scores: Tensor, prototypes: Tensor, dtype: torch.dtype) -> ClusterShapes:
+        rank = {"low_rank": self.rank, "full": None, "diagonal": 0}[self.covariance]
+        shapes = fit_shapes(z, scores.argmax(1), prototypes, rank)
+        return ClusterShapes(*(value.to(prototypes.device, dtype) for value in shapes))
 
     def reset_parameters(self) -> None:
         """Forget :meth:`fit` and the last latents."""
-        for name in (*ClusterShapes._fields, "seen"):
+        for name in FITTED:
             setattr(self, name, None)
         self._derived = None
         self.recent.reset_parameters()
@@ -97,7 +96,7 @@ class Clusters(WideState):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Make room for the shapes of the state, or have none if it has none."""
         self._derived = None
-        for name in (*ClusterShapes._fields, "seen"):
+        for name in FITTED:
             saved = state_dict.get(prefix + name)
             setattr(self, name, torch.empty_like(saved) if isinstance(saved, Tensor) else None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

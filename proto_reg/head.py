@@ -314,7 +314,7 @@ class PrototypeHead(nn.Module):
             index = torch.multinomial(shapes.weights, num_samples, replacement=True, generator=generator)
         else:
             index = torch.randint(self.num_prototypes, (num_samples,), device=device, generator=generator)
-        return self.around(index, std, generator, spread=spread)
+        return self._draw(index, shapes, std, spread, generator)
 
     @torch.no_grad()
     def around(
@@ -326,8 +326,19 @@ class PrototypeHead(nn.Module):
         spread: float = 1.0,
     ) -> Tensor:
         """Draw a latent (n, D) around each of the prototypes ``index`` (n,) int64; options as in :meth:`sample`."""
+        return self._draw(index, self.shapes if std is None else None, std, spread, generator)
+
+    def _draw(
+        self,
+        index: Tensor,
+        shapes: ClusterShapes | None,
+        std: float | None,
+        spread: float,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """A draw (n, D) of ``shapes``, or of N(v, std^2 I) without them, around each of the prototypes ``index``."""
         check_number("spread", spread, at_least=0)
-        v, shapes = self.prototypes[index], self.shapes if std is None else None
+        v = self.prototypes[index]
         if shapes is not None:
             return shapes.scaled(spread).draw(index, generator).to(v.dtype)
         std = self.std if std is None else check_number("std", std, at_least=0)

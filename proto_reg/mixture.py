@@ -47,20 +47,25 @@ class ClusterShapes(NamedTuple):
 
     def draw(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """A draw (n, D) of each of the distributions ``index`` (n,)."""
-        factors, deviations = self.factors[index], self.diagonals[index].sqrt()
+        deviations = self.diagonals[index].sqrt()
         dtype, device = deviations.dtype, deviations.device
-        along = torch.randn(len(index), factors.shape[2], 1, dtype=dtype, device=device, generator=generator)
+        along = torch.randn(len(index), self.factors.shape[2], dtype=dtype, device=device, generator=generator)
         across = torch.randn(deviations.shape, dtype=dtype, device=device, generator=generator)
-        return self.centres[index] + (factors @ along)[..., 0] + deviations * across
+        drawn = self.centres[index] + deviations * across
+        for k in index.unique():  # one at a time, without an (n, D, r) tensor
+            own = index == k
+            drawn[own] += along[own] @ self.factors[k].mT
+        return drawn
 
 
-def fit_shapes(z: Tensor, nearest: Tensor, prototypes: Tensor, rank: int) -> ClusterShapes:
+def fit_shapes(z: Tensor, nearest: Tensor, prototypes: Tensor, rank: int | None) -> ClusterShapes:
     """The shapes of the clusters of latents ``z`` (N, D), in float64.
 
     A covariance is ``(n_k C_k + n_0 C) / (n_k + n_0)``: C_k that of the cluster, C that within all clusters, and
     n_0 = D / 2. On held-out latents of the digits and MNIST n_0 = D / 2 was better than 0, D / 8 and 2 D. The ``rank``
-    leading directions are kept, and what they leave of the diagonal; with rank D all of it. A prototype without latents
-    has weight 0 and the covariance C.
+    leading directions are kept, at most D / 2, and what they leave of the diagonal. It would understate the last
+    directions if it stood for fewer than half. With rank None all is kept. A prototype without latents has weight 0 and
+    the covariance C.
 
     Args:
         nearest: (N,) int64, the prototype of each latent.
@@ -77,7 +82,7 @@ def fit_shapes(z: Tensor, nearest: Tensor, prototypes: Tensor, rank: int) -> Clu
     for k in range(groups):
         own = residuals[nearest == k]
         covariance = (own.mT @ own + prior * within) / (counts[k] + prior)
-        parts.append(_full(covariance) if rank == dim > 1 else _low_rank(covariance, min(rank, dim - 1)))
+        parts.append(_full(covariance) if rank is None and dim > 1 else _low_rank(covariance, min(rank or 0, dim // 2)))
     factors, diagonals = map(torch.stack, zip(*parts, strict=True))
     return ClusterShapes(counts / counts.sum(), centres, factors, diagonals)
 

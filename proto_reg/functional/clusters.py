@@ -15,7 +15,7 @@ from ..mixture import FLOOR, PrototypeMixture, fit_shapes
 if TYPE_CHECKING:
     import numpy as np
 
-RANK = 16  # at most D / 2, as a head has it
+RANK = 16  # as a head has it
 CANDIDATES = (5, 10, 15, 20, 30, 50, 70, 100)
 HELD_OUT = 5  # every fifth latent
 JUDGED = 2000  # latents of the silhouette, whose time is quadratic in them
@@ -108,7 +108,7 @@ def _judge(z: Tensor, held_out: Tensor, count: int, seed: int) -> tuple[Tensor, 
     clusters = KMeans(count, n_init=1, random_state=seed).fit(z.numpy())
     nearest = torch.tensor(clusters.labels_, dtype=torch.int64, device=z.device)
     centres = torch.tensor(clusters.cluster_centers_, dtype=z.dtype, device=z.device)
-    shapes = fit_shapes(z, nearest, centres, min(RANK, z.shape[1] // 2))
+    shapes = fit_shapes(z, nearest, centres, RANK)
     density = PrototypeMixture(centres, shapes=shapes).log_prob(held_out.double())
     judged = held_out[:JUDGED].numpy()
     found = clusters.predict(judged)
