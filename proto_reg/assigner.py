@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ._distributed import Group, Ranks, sum_
 from ._state import WideState
 from .functional.prototypes import prototype_cross_entropy_and_gradient
 from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy_and_gradient
-from .functional.sinkhorn_arguments import NAN_POLICIES, as_marginals, check_marginals
+from .functional.sinkhorn_arguments import NAN_POLICIES, as_marginals, check_differentiable, check_marginals
 from .kernels.snapshot import snapshot
 
 ADAPTIVE = "adaptive"
@@ -33,6 +33,8 @@ class SinkhornAssigner(WideState):
         smoothing: in (0, 1]. Adaptive marginals are ``(1 - smoothing)`` times the estimate plus ``smoothing / K``. So
             no share falls below ``smoothing / K``, and no prototype dies of a low share. With 1 all shares are equal.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
+        differentiable: whether gradients flow through the codes of a call: False, True or ``"implicit"``, see
+            :func:`~proto_reg.functional.sinkhorn`. The prototype loss takes codes as constants all the same.
         backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
         group: the processes whose rows are balanced as one batch in training mode: ``"default"`` (the default process
             group, if there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
@@ -53,6 +55,7 @@ class SinkhornAssigner(WideState):
         num_prototypes: int | None = None,
         smoothing: float = 0.1,
         nan_policy: str = "propagate",
+        differentiable: bool | Literal["implicit"] = False,
         backend: str = "auto",
         group: Group = "default",
     ) -> None:
@@ -61,6 +64,7 @@ class SinkhornAssigner(WideState):
         self.num_iters = check_positive_int("num_iters", num_iters)
         self.tol = None if tol is None else check_number("tol", tol, above=0)
         self.nan_policy = check_choice("nan_policy", nan_policy, NAN_POLICIES)
+        self.differentiable = check_differentiable(differentiable)
         self.backend = check_choice("backend", backend, BACKENDS)
         self.ranks = Ranks(group)
         self.adaptive = isinstance(marginals, str)
@@ -95,8 +99,9 @@ class SinkhornAssigner(WideState):
         }
 
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Codes like ``scores`` (..., B, K): rows sum to 1, no gradient. ``mask`` (..., B) bool leaves rows out."""
-        return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, **self._options())
+        """Codes like ``scores`` (..., B, K): rows sum to 1. ``mask`` (..., B) bool leaves rows out."""
+        options = self._options()
+        return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, differentiable=self.differentiable, **options)
 
     if TYPE_CHECKING:  # torch's own returns Any
 
@@ -168,4 +173,5 @@ class SinkhornAssigner(WideState):
         given = "" if self.marginals is None else f", marginals=({len(self.marginals)},)"
         given = f", marginals={ADAPTIVE!r}, smoothing={self.smoothing:g}" if self.adaptive else given
         tol = "" if self.tol is None else f", tol={self.tol:g}"
+        given += f", differentiable={self.differentiable!r}" if self.differentiable else ""
         return f"epsilon={self.epsilon:g}, num_iters={self.num_iters}{tol}{given}"

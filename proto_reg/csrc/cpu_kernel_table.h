@@ -4,7 +4,7 @@
 
 #include "mmd_cpu_kernel.h"
 #include "rows_cpu_kernel.h"
-#include "sinkhorn_cpu_solver.h"
+#include "sinkhorn_cpu_reverse.h"
 
 namespace proto_reg { namespace {
 
@@ -12,7 +12,8 @@ namespace proto_reg { namespace {
 template <class Isa>
 constexpr CpuKernels kernels_for() {
   using V = typename Simd<Isa>::V;
-  return {solve_sinkhorn<Isa>, solve_mmd<Simd<Isa>>, dot<V>, squared_distance<V>, combine<V>, finite<V>, product<V>};
+  return {solve_sinkhorn<Isa>, reverse_sinkhorn<Isa>, solve_mmd<Simd<Isa>>, dot<V>, squared_distance<V>, combine<V>,
+          finite<V>, product<V>};
 }
 
 }}  // namespace proto_reg

@@ -23,6 +23,10 @@ void sinkhorn_cpu(const SinkhornProblem& problem, ParallelFor parallel_for) {
   cpu_kernels().sinkhorn(problem, parallel_for);
 }
 
+void sinkhorn_gradient_cpu(const SinkhornGradient& problem, ParallelFor parallel_for) {
+  cpu_kernels().sinkhorn_gradient(problem, parallel_for);
+}
+
 void mmd_cpu(const MmdProblem& problem, ParallelFor parallel_for) { cpu_kernels().mmd(problem, parallel_for); }
 
 }  // namespace proto_reg

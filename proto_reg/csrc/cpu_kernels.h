@@ -11,6 +11,7 @@ namespace proto_reg {
 
 struct CpuKernels {
   void (*sinkhorn)(const SinkhornProblem& problem, ParallelFor parallel_for);
+  void (*sinkhorn_gradient)(const SinkhornGradient& problem, ParallelFor parallel_for);
   void (*mmd)(const MmdProblem& problem, ParallelFor parallel_for);
 
   // Of single rows, for rows_cpu.cpp; what they compute stands in rows_cpu_kernel.h.

@@ -125,6 +125,29 @@ float* state(const OptionalTensor& tensor, int64_t numel) {
   return data(*tensor);
 }
 
+// The gradients by float32 scores, marginals and weights; empty where there are no marginals or weights.
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_gradient(const Tensor& scores, const OptionalTensor& marginals,
+    const OptionalTensor& weights, double epsilon, int64_t num_iters, std::optional<double> tol,
+    const Tensor& by_codes_, const OptionalTensor& by_potentials_) {
+  Call call(scores, marginals, weights, epsilon, num_iters, tol, false);
+  const Tensor by_codes = as_contiguous(by_codes_);
+  const OptionalTensor by_potentials = as_contiguous(by_potentials_);
+  const SinkhornProblem& problem = call.problem;
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && by_codes.scalar_type() == ScalarType::Float &&
+      by_codes.numel() == scores.numel(), "scores, by_codes: expected float32 tensors of one shape");
+  const auto like = [&](const OptionalTensor& given, int64_t last) {
+    return !given             ? empty(scores, {0}, ScalarType::Float)
+           : scores.dim() > 2 ? empty(scores, {problem.groups, last}, ScalarType::Float)
+                              : empty(scores, {last}, ScalarType::Float);
+  };
+  Tensor by_scores = call.like_scores(), by_marginals = like(marginals, problem.columns),
+         by_weights = like(weights, problem.rows);
+  sinkhorn_gradient_cpu({problem, data(by_codes), state(by_potentials, problem.groups * problem.columns),
+                         data(by_scores), marginals ? data(by_marginals) : nullptr,
+                         weights ? data(by_weights) : nullptr}, aten_parallel_for);
+  return {by_scores, by_marginals, by_weights};
+}
+
 int64_t* integers(const OptionalTensor& tensor, int64_t numel) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == numel,
@@ -243,6 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
 PROTO_REG_IMPL(CPU, proto_reg::Cpu)
 
 STABLE_TORCH_LIBRARY_IMPL(proto_reg, CPU, library) {
+  library.impl("sinkhorn_gradient", TORCH_BOX(&proto_reg::sinkhorn_gradient));
   library.impl("anchored_mmd_loss", TORCH_BOX(&proto_reg::anchored_mmd_loss));
   library.impl("unit_rows", TORCH_BOX(&proto_reg::unit_rows));
   library.impl("unit_rows_pull_back", TORCH_BOX(&proto_reg::unit_rows_pull_back));

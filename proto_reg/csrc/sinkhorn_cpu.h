@@ -1,4 +1,4 @@
-// The entry point of the CPU's Sinkhorn kernel, and how a kernel gets threads. cpu_ops.cpp and step_cpu.cpp call it;
+// The entry points of the CPU's Sinkhorn kernels, and how a kernel gets threads. cpu_ops.cpp and step_cpu.cpp call it;
 // cpu_kernels.cpp defines it.
 #pragma once
 
@@ -14,5 +14,6 @@ using ParallelFor = void (*)(int64_t count, Task task, void* context);
 
 // The result does not depend on `parallel_for`, because the shape alone decides how rows are cut into chunks.
 void sinkhorn_cpu(const SinkhornProblem& problem, ParallelFor parallel_for);
+void sinkhorn_gradient_cpu(const SinkhornGradient& problem, ParallelFor parallel_for);
 
 }  // namespace proto_reg

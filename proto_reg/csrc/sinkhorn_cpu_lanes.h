@@ -81,7 +81,7 @@ struct LanesSinkhorn {
       if (bad[lane]) other(first + lane);
   }
 
- private:
+ protected:
   static INLINE bool all(I x) {
     bool every = true;
     for (int64_t lane = 0; lane < LANES; ++lane) every &= x[lane] != 0;
@@ -148,6 +148,7 @@ struct LanesSinkhorn {
       top = (top + MAGIC) - MAGIC;
       block.bad |= !(top > -MOST_WHOLE);
       const V w = load<V>(block.weights + i * LANES), u = w > 0 ? w * power_or_zero(top) : V{};
+      store(block.u + i * LANES, u);
       for (int64_t k = 0; k < columns; ++k) {
         const V x = shifted_exponential(split, load<V>(row + k * LANES), load<V>(block.shifts + k * LANES) - top);
         store(row + k * LANES, x);

@@ -142,6 +142,8 @@ struct LogSinkhorn {
     return true;
   }
 
+  void keep_potentials(double* potentials) const { std::copy_n(g, group.columns, potentials); }
+
   void write_potentials(float* potentials) const {
     const double largest = std::numeric_limits<float>::max();
     for (int64_t k = 0; k < group.columns; ++k) {

@@ -222,6 +222,13 @@ struct ChunkedScaling {
     return widest < MOST_SPAN * S::minimum(low) && widest < MOST_SPAN && widest > 1 / MOST_SPAN;
   }
 
+  // The potentials with all digits, however large they are.
+  void keep_potentials(double* potentials) const {
+    for (int64_t k = 0; k < chunks.padded; k += LANES) store(scratch + k, logarithm(load<V>(v + k)));
+    for (int64_t k = 0; k < group.columns; ++k)
+      potentials[k] = v[k] > 0 ? scratch[k] + shifts[k] * M_LN2 : -INFINITY;
+  }
+
   void write_potentials(float* potentials) const {
     for_each_vector<V>(group.columns, [&](auto part, int64_t k, auto) ALWAYS_INLINE {
       const V x = part.get(v + k);

@@ -26,6 +26,8 @@ struct SinkhornGroupSolver {
   Group group;
   float* potentials;  // null: not wanted
   double* losses;     // (chunks,), each the sum over the chunk's rows
+  double* history;    // (num_iters, columns): the potentials after each iteration; null: not wanted
+  mutable int64_t steps = 0;  // in the history
 
   template <class Body>
   void each_chunk(const Body& body) const {
@@ -67,6 +69,8 @@ struct SinkhornGroupSolver {
   bool iterate(Form& form) const {
     form.start_common();
     if (!start(form)) return false;
+    steps = 0;
+    keep(form);
     for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
       each_chunk([&](int64_t chunk) { form.balance(chunk); });
       if (form.has_failed()) {
@@ -75,10 +79,16 @@ struct SinkhornGroupSolver {
       }
       if (!form.update(problem.tol)) break;
       if (!form.takes_scaling() && !absorb(form)) return false;
+      keep(form);
     }
     if (potentials) form.write_potentials(potentials);
     each_chunk([&](int64_t chunk) { form.write(chunk); });
     return true;
+  }
+
+  template <class Form>
+  void keep(const Form& form) const {
+    if (history) form.keep_potentials(history + steps++ * group.columns);
   }
 
   // The first v.
@@ -117,9 +127,12 @@ struct SinkhornGroupSolver {
       method.join_tops();
       each_chunk([&](int64_t chunk) { method.first_sums(chunk); });
       method.first_update();
+      steps = 0;
+      keep(method);
       for (int64_t iteration = 1; iteration < problem.num_iters; ++iteration) {
         each_chunk([&](int64_t chunk) { method.balance(chunk); });
         if (!method.update(problem.tol)) break;
+        keep(method);
       }
     }
     if (potentials) method.write_potentials(potentials);
@@ -142,8 +155,15 @@ struct SinkhornGroupSolver {
   }
 };
 
+// history: see SinkhornGroupSolver. `steps` of it are written.
+struct Solved {
+  Group group;
+  int64_t steps;
+};
+
 template <class Isa>
-inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chunks& chunks, ParallelFor parallel_for) {
+inline Solved solve_group(const SinkhornProblem& problem, int64_t index, const Chunks& chunks, ParallelFor parallel_for,
+                          double* history = nullptr) {
   const int64_t size = problem.dtype == Dtype::f32 ? 4 : 2, offset = index * problem.rows * problem.columns * size;
   const auto at = [&](const void* base) { return base ? static_cast<const char*>(base) + offset : nullptr; };
   const float* marginals = problem.marginals ? problem.marginals + index * problem.marginals_stride : nullptr;
@@ -154,7 +174,7 @@ inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chu
               problem.loss ? const_cast<char*>(at(problem.gradient)) : nullptr};
   float* potentials = problem.potentials ? problem.potentials + index * problem.columns : nullptr;
   std::vector<double> losses(chunks.count);
-  SinkhornGroupSolver<Isa> solver{problem, chunks, parallel_for, group, potentials, losses.data()};
+  SinkhornGroupSolver<Isa> solver{problem, chunks, parallel_for, group, potentials, losses.data(), history};
   solver.set_total_weight([](int64_t) { return true; });
   // Sixteen lanes only pay on long rows.
   using Eight = Simd<Isa, std::min<int64_t>(Isa::LANES, 8)>;
@@ -169,21 +189,26 @@ inline void solve_group(const SinkhornProblem& problem, int64_t index, const Chu
   else if (done) done = solver.template run_linear<LinearSinkhorn<Eight>>();
   if (!done) solver.run_logarithmic();
   if (problem.loss) problem.loss[index] = solver.loss();
+  return {solver.group, solver.steps};
+}
+
+// Threads share the groups, in blocks where `lanes` takes them, or each group's chunks. one(group) does what
+// lanes.solve(block, one) does for a block.
+template <class Lanes, class One>
+inline void each_group(const Lanes& lanes, const Chunks& chunks, ParallelFor parallel_for, const One& one) {
+  const SinkhornProblem& problem = lanes.problem;
+  if (Lanes::takes(problem))
+    share(Lanes::blocks(problem), parallel_for, [&](int64_t block) { lanes.solve(block, one); });
+  else if (chunks.count == 1) share(problem.groups, parallel_for, one);
+  else
+    for (int64_t group = 0; group < problem.groups; ++group) one(group);
 }
 
 template <class Isa>
 void solve_sinkhorn(const SinkhornProblem& problem, ParallelFor parallel_for) {
   const Chunks chunks(problem.rows, problem.columns);
-  const auto solve = [&](int64_t group) { solve_group<Isa>(problem, group, chunks, parallel_for); };
-  using Lanes = LanesSinkhorn<Simd<Isa>>;
-  if (Lanes::takes(problem)) {
-    const Lanes lanes{problem};
-    share(Lanes::blocks(problem), parallel_for, [&](int64_t block) { lanes.solve(block, solve); });
-  } else if (chunks.count == 1) {
-    share(problem.groups, parallel_for, solve);
-  } else {
-    for (int64_t group = 0; group < problem.groups; ++group) solve(group);
-  }
+  each_group(LanesSinkhorn<Simd<Isa>>{problem}, chunks, parallel_for,
+             [&](int64_t group) { solve_group<Isa>(problem, group, chunks, parallel_for); });
 }
 
 }}  // namespace proto_reg

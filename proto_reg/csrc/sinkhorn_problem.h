@@ -31,4 +31,16 @@ struct SinkhornProblem {
   void* gradient;  // like scores
 };
 
+// The gradient of a problem's codes and potentials through all its iterations, on the CPU. Everything is float32.
+struct SinkhornGradient {
+  SinkhornProblem forward;     // its outputs are not wanted
+  const float* by_codes;       // the loss's gradient by the codes, like the scores
+  const float* by_potentials;  // (groups, columns), or null: 0
+
+  // Out.
+  float* by_scores;
+  float* by_marginals;  // (groups, columns), by shares that sum to 1; null: not wanted
+  float* by_weights;    // (groups, rows); null: not wanted
+};
+
 }  // namespace proto_reg

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .. import kernels
 from .._checks import check_floating, check_number
 from .._distributed import Group, resolve, size, with_gradients
-from .sinkhorn_arguments import SinkhornKeywords, SinkhornOptions, operator_arguments
+from .sinkhorn_arguments import IMPLICIT, SinkhornKeywords, SinkhornOptions, check_differentiable, operator_arguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,7 +34,7 @@ def sinkhorn(
     num_iters: int = ...,
     *,
     hard: bool = ...,
-    differentiable: bool = ...,
+    differentiable: bool | Literal["implicit"] = ...,
     out: Tensor | None = ...,
     group: Group = ...,
     return_potentials: Literal[False] = ...,
@@ -47,7 +47,7 @@ def sinkhorn(
     num_iters: int = ...,
     *,
     hard: bool = ...,
-    differentiable: bool = ...,
+    differentiable: bool | Literal["implicit"] = ...,
     out: Tensor | None = ...,
     group: Group = ...,
     return_potentials: Literal[True],
@@ -65,7 +65,7 @@ def sinkhorn(
     weights: Tensor | None = None,
     nan_policy: str = "propagate",
     hard: bool = False,
-    differentiable: bool = False,
+    differentiable: bool | Literal["implicit"] = False,
     backend: str = "auto",
     out: Tensor | None = None,
     group: Group = None,
@@ -95,8 +95,11 @@ def sinkhorn(
             NaN, and the other rows are as if it were absent. ``"raise"``: a ValueError. This choice waits for the
             device, so torch.compile cannot use it. A column of -inf is no error: that prototype gets nothing.
         hard: 1 for the largest code of each row, 0 for the others.
-        differentiable: gradients flow through the iterations to scores, marginals and weights, in plain torch.
-            Otherwise codes are constants. A marginal or weight of 0 has a gradient of 0.
+        differentiable: gradients flow to scores, marginals and weights. Otherwise codes are constants. True: through
+            all iterations, in memory that does not grow with them.
+            ``"implicit"``: through the fixed point that they approach. That is right only if the codes are balanced
+            (use many iterations, or ``tol``); potentials are constants, and there is no second derivative. A marginal
+            or weight of 0 has a gradient of 0.
         backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
             (``python -m proto_reg backends`` lists them).
         out: contiguous tensor like ``scores`` that receives the codes and is returned.
@@ -116,21 +119,18 @@ def sinkhorn(
         _check_grouped(ranks, backend, differentiable)
     # The entries of SinkhornOptions as a plain tuple: the named one takes as long as a tenth of a small problem.
     options: Any = (epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend)
-    given, (scores, arguments) = scores, operator_arguments(scores, options, ranks, differentiable=differentiable)
+    given, (scores, arguments) = scores, operator_arguments(scores, options, ranks, differentiable=bool(differentiable))
     solve: Callable[..., tuple[Tensor, Tensor]]
     if ranks is not None:
         solve = partial(kernels.sinkhorn_distributed.sinkhorn_over_group, ranks)
     elif differentiable:
-        if backend not in ("auto", "torch"):
-            raise ValueError(
-                f"backend: expected 'auto' or 'torch' with differentiable=True, got {backend!r}. Only plain torch "
-                "keeps a graph."
-            )
+        implicit = check_differentiable(differentiable) == IMPLICIT
         if out is not None or hard:
             raise ValueError(
-                "differentiable: expected False with out= or hard=True, got True. Gradients need codes of their own."
+                f"differentiable: expected False with out= or hard=True, got {differentiable!r}. Gradients need codes "
+                "of their own."
             )
-        solve = kernels.sinkhorn_reference.differentiable_sinkhorn
+        solve = partial(kernels.sinkhorn_gradient.differentiable_codes, backend=backend, implicit=implicit)
     elif kernels.backends.choose(backend, scores) == "torch":
         solve = partial(kernels.sinkhorn_reference.sinkhorn_reference, with_potentials=return_potentials)
         scores = scores.detach() if scores.requires_grad else scores
@@ -240,10 +240,10 @@ def sinkhorn_cross_entropy_and_gradient(
     return loss, gradient, codes
 
 
-def _check_grouped(ranks: ProcessGroup | None, backend: str, differentiable: bool = False) -> None:
+def _check_grouped(ranks: ProcessGroup | None, backend: str, differentiable: bool | str = False) -> None:
     """ValueError for what only one process can do."""
     if ranks is not None and (differentiable or backend not in ("auto", "torch")):
-        wanted = "differentiable=True" if differentiable else f"backend={backend!r}"
+        wanted = f"differentiable={differentiable!r}" if differentiable else f"backend={backend!r}"
         raise ValueError(
             f"group: expected None with {wanted}, got a group of {size(ranks)} processes. Across processes plain torch "
             "computes, without a graph."

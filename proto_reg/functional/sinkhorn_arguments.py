@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NAN_POLICIES = ("propagate", "isolate", "raise")
+IMPLICIT = "implicit"
 
 # Marginals, weights of rows, epsilon, num_iters, tol, isolate.
 Arguments: TypeAlias = tuple[Tensor | None, Tensor | None, float, int, float | None, bool]
@@ -199,6 +200,16 @@ def _row_weights(
     none = weights.shape[-1] == 0
     top = max_(weights.new_zeros((*weights.shape[:-1], 1)) if none else weights.amax(-1, keepdim=True), group)
     return (weights / torch.where(top > 0, top, 1.0)).to(compute_dtype(scores.dtype))
+
+
+def check_differentiable(differentiable: bool | Literal["implicit"]) -> bool | Literal["implicit"]:
+    """``differentiable``. ValueError unless it is a bool or ``"implicit"``."""
+    if differentiable is not False and differentiable is not True and differentiable != IMPLICIT:
+        raise ValueError(
+            f"differentiable: expected False, True or {IMPLICIT!r}, got {differentiable!r}. True is exact after any "
+            "number of iterations."
+        )
+    return differentiable
 
 
 def as_marginals(marginals: Tensor | Sequence[float]) -> Tensor:

@@ -23,7 +23,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SINKHORN = tuple(f"proto_reg::sinkhorn{rest}" for rest in ("", "_codes", "_out", "_cross_entropy"))
 ROWS = ("unit_rows", "unit_rows_pull_back", "balance", "typical_sums", "tally_float32", "follow_float32", "attach")
 OPERATORS = {
-    "cpu": (*SINKHORN, *(f"proto_reg::{name}" for name in ("anchored_mmd_loss", "balanced_step", *ROWS))),
+    "cpu": (
+        *SINKHORN,
+        *(f"proto_reg::{name}" for name in ("sinkhorn_gradient", "anchored_mmd_loss", "balanced_step", *ROWS)),
+    ),
     "cuda": SINKHORN,
 }
 

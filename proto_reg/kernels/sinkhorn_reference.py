@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # While S / eps spans less than this, exp(S / eps) and the scaling vectors stay within float32.
 SAFE_RANGE = 40.5
+# The potentials before an iteration, and which groups ``tol`` had stopped there.
+Step: TypeAlias = tuple[Tensor, Tensor | None]
 # Up to so many elements one common reference is accurate enough.
 SMALL = 1 << 16
 
@@ -117,27 +119,6 @@ def cross_entropies(log_p: Tensor, codes: Tensor) -> Tensor:
 def away_from_codes(p: Tensor, codes: Tensor) -> Tensor:
     """p - q for predictions and codes (B, K). With a single prototype it is exactly 0."""
     return p - codes if codes.shape[1] > 1 else 0 * codes
-
-
-def differentiable_sinkhorn(
-    scores: Tensor,
-    marginals: Tensor | None,
-    weights: Tensor | None,
-    epsilon: float,
-    num_iters: int,
-    tol: float | None,
-    isolate: bool,
-) -> tuple[Tensor, Tensor]:
-    """:func:`sinkhorn_reference` with a graph: autograd goes back through every iteration.
-
-    Marginals and weights may have a graph too. Where one is 0, its column or row is left out and its gradient is 0.
-    """
-    x, weights, usable = usable_rows(scores, marginals, weights, isolate, or_absent=True)
-    marginals, weights = (y if y is None else torch.where(y > 0, y, 0.0) for y in (marginals, weights))
-    codes, potentials = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol)
-    if usable is not None:
-        codes = torch.where(usable[..., None], codes, torch.nan)
-    return codes.to(scores.dtype), potentials
 
 
 def usable_rows(
@@ -273,6 +254,30 @@ def balance_logits(
     With a ``group`` the rows of all its ranks are one batch, which takes ``num_iters`` + 1 all-reduces of K numbers. A
     rank without rows takes part.
     """
+    start = start_of_iterations(x, marginals, weights, epsilon, group)
+    g = iterate(start, weights, num_iters - 1, tol, group)
+    codes = (start.x + g[..., None, :]).softmax(-1)
+    largest = torch.finfo(g.dtype).max
+    potentials = torch.where(g == -torch.inf, -torch.inf, (g - start.column_shift).clamp(-largest, largest))
+    return codes, potentials
+
+
+class Start(NamedTuple):
+    """What the iterations start from."""
+
+    x: Tensor  # (..., B, K) S / eps less the maxima of its columns and rows
+    offset: Tensor  # (..., B, 1) x + offset is S / eps less the columns' maxima, plus log w
+    column_shift: Tensor  # (..., K) the columns' maxima
+    mass: Tensor  # (..., K) log sum_i exp(x + offset), -inf for a column that gets nothing
+    g: Tensor  # (..., K) the first potentials
+    target: Tensor  # (..., K) W r, or (K,) if all groups share them
+    total: Tensor  # (..., 1) W
+
+
+def start_of_iterations(
+    x: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, group: ProcessGroup | None = None
+) -> Start:
+    """Centre the scores and balance the columns once, see :func:`balance_logits`."""
     if marginals is not None:  # left-out columns do not influence how scores are centred; a NaN stays NaN
         x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
     counted = None if weights is None else weights > 0
@@ -281,16 +286,13 @@ def balance_logits(
     alive, column_top = tops != -torch.inf, _finite_or_zero(tops)
     x, shift = _centre(x, column_top, epsilon)
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
-    mass, total = _column_masses(x + shift + log_weights, alive, counted, weights, group)
+    offset = shift + log_weights
+    mass, total = _column_masses(x + offset, alive, counted, weights, group)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
     g = torch.where(alive & (mass != -torch.inf), _log(target, target > 0) - mass, -torch.inf)
     if weights is not None or group is not None:
         g = torch.where(total > 0, g, 0.0)
-    g = _iterate(x, g, total * target, weights, num_iters - 1, tol, group)
-    codes = (x + g[..., None, :]).softmax(-1)
-    largest = torch.finfo(x.dtype).max
-    potentials = torch.where(g == -torch.inf, -torch.inf, (g - column_top / epsilon).clamp(-largest, largest))
-    return codes, potentials
+    return Start(x, offset, column_top / epsilon, mass, g, total * target, total)
 
 
 def _log(x: Tensor, positive: Tensor | None) -> Tensor:
@@ -344,16 +346,16 @@ def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tens
     return centred / epsilon, row_top / epsilon
 
 
-def _iterate(
-    x: Tensor,
-    g: Tensor,
-    target: Tensor,
+def iterate(
+    start: Start,
     weights: Tensor | None,
     passes: int,
     tol: float | None,
     group: ProcessGroup | None = None,
+    steps: list[Step] | None = None,
 ) -> Tensor:
-    """``passes`` further iterations of the column potentials g (..., K) towards the column sums ``target``."""
+    """The column potentials (..., K) after ``passes`` further iterations, each of which is added to ``steps``."""
+    x, g, target = start.x, start.g, start.target
     at_hand = group is None and x.is_cpu and not torch.compiler.is_compiling() and not transforming()
     for _ in range(passes):
         p = (x + g[..., None, :]).softmax(-1)
@@ -364,6 +366,8 @@ def _iterate(
         met = torch.where(gone, 1.0, column) / torch.where(gone, 1.0, target)
         updated = g - met.log()
         if tol is None:
+            if steps is not None:
+                steps.append((g, None))
             g = updated
             continue
         # The other columns share what columns of nothing but -inf do not take.
@@ -372,6 +376,8 @@ def _iterate(
         # The rounding of the potentials is an error of this size.
         rounding = torch.where(g == -torch.inf, 0.0, g.abs()).amax(-1, keepdim=True) * torch.finfo(g.dtype).eps
         settled = error <= rounding.clamp_min(tol)
+        if steps is not None:
+            steps.append((g, settled))
         # The test stays on the device: after convergence the potentials no longer move.
         g = torch.where(settled, g, updated)
         if at_hand and bool((settled | error.isnan()).all()):

@@ -1,0 +1,155 @@
+// Gradients through the iterations of many small matrices, in the form of sinkhorn_cpu_lanes.h. A block runs its
+// iterations again, keeps the scaling vectors of each, and goes through them backwards. reverse_sinkhorn in
+// sinkhorn_cpu_reverse.h runs it.
+#pragma once
+
+#include "sinkhorn_cpu_lanes.h"
+
+namespace proto_reg { namespace {
+
+template <class S>
+struct LanesReverse : LanesSinkhorn<S> {
+  using Base = LanesSinkhorn<S>;
+  using typename Base::V, typename Base::I, typename Base::Block;
+  using Base::problem, Base::rows, Base::columns, Base::count, Base::period, Base::LANES;
+  static constexpr int64_t MOST_VECTORS = 1 << 16;  // that a block takes
+
+  const SinkhornGradient& gradient;
+
+  static int64_t vectors(const SinkhornProblem& problem) {
+    const int64_t rows = problem.rows, columns = problem.columns;
+    return 3 * rows * columns + 3 * rows + 7 * columns + problem.num_iters * (rows + columns);
+  }
+  static bool takes(const SinkhornProblem& problem) {  // with a tol lanes would end at different iterations
+    return Base::takes(problem) && problem.tol < 0 && problem.num_iters < MOST_VECTORS &&
+           vectors(problem) <= MOST_VECTORS;
+  }
+
+  // What a block needs besides: v and u of each iteration, the gradients by scores and g, the sums of those by marginals
+  // and weights, and the coefficients of E that by_scores lacks.
+  struct Reverse {
+    float *v, *u, *by_scores, *by_g, *coefficients, *by_marginals, *by_weights, *inverse_targets, *y;
+  };
+
+  // Goes through the matrices of a block. Calls other(group) for each that needs another form.
+  template <class Other>
+  void solve(int64_t index, const Other& other) const {
+    const int64_t first = index * LANES, present = std::min(LANES, problem.groups - first), n = problem.num_iters;
+    float* at = thread_scratch(vectors(problem) * LANES);
+    const auto take = [&](int64_t size) { return std::exchange(at, at + size * LANES); };
+    Block block{first, present, take(count), take(rows), take(columns), take(columns), take(rows), take(columns), V{}};
+    Reverse back{take(n * columns), take(n * rows), take(count), take(columns), take(count), take(columns), take(rows),
+                 take(columns), take(columns)};
+    std::fill(back.by_g, back.inverse_targets, 0.f);
+    if (gradient.by_potentials)
+      Base::gather(gradient.by_potentials + first * columns, columns, columns, present, back.by_g);
+    Base::gather(static_cast<const float*>(problem.scores) + first * count, count, count, present, block.e);
+    Base::gather(gradient.by_codes + first * count, count, count, present, back.by_scores);
+    Base::read_targets(block);
+    Base::exponentials(block);
+    iterate(block, back);
+    through_codes(block, back);
+    through_iterations(block, back);
+    finish(block, back);
+    const I bad = block.bad;
+    for (int64_t lane = 0; lane < present; ++lane)
+      if (bad[lane]) other(first + lane);
+  }
+
+ private:
+  // The iterations, as in Base::solve.
+  void iterate(Block& block, const Reverse& back) const {
+    for (int64_t t = 0; t < problem.num_iters; ++t) {
+      if (t) Base::balance(block);
+      if (t && t % period == 0) Base::check(block);
+      std::copy_n(block.v, columns * LANES, back.v + t * columns * LANES);
+      std::copy_n(block.u, rows * LANES, back.u + t * rows * LANES);
+    }
+    Base::check(block);
+  }
+
+  // by_scores = Q (G - sum_j Q_j G_j), and its column sums in by_g.
+  void through_codes(Block& block, const Reverse& back) const {
+    Base::template scale_rows<false>(block);
+    for (int64_t k = 0; k < columns; ++k) {
+      const V share = load<V>(block.shares + k * LANES);
+      store(back.inverse_targets + k * LANES, share > 0 ? 1 / (block.total * share) : V{});
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const V u = load<V>(block.u + i * LANES);
+      const float* e = block.e + i * columns * LANES;
+      float* g = back.by_scores + i * columns * LANES;
+      V mean{};
+      for (int64_t k = 0; k < columns * LANES; k += LANES)
+        mean += load<V>(e + k) * load<V>(block.v + k) * u * load<V>(g + k);
+      for (int64_t k = 0; k < columns * LANES; k += LANES) {
+        const V q = load<V>(e + k) * load<V>(block.v + k) * u, y = q > 0 ? q * (load<V>(g + k) - mean) : q;
+        store(g + k, y);
+        store(back.by_g + k, load<V>(back.by_g + k) + y);
+      }
+    }
+  }
+
+  void through_iterations(Block& block, const Reverse& back) const {
+    V sum{};
+    for (int64_t k = 0; k < columns; ++k) sum += load<V>(back.by_g + k * LANES);
+    for (int64_t t = problem.num_iters - 1; t >= 0; --t) {
+      const float *v = back.v + t * columns * LANES, *u = back.u + t * rows * LANES;
+      // The first column sums are r, the others W r.
+      const V scale = t ? V{} + 1 : block.total, mean = t ? sum / block.total : V{};
+      const float* before = t ? v - columns * LANES : nullptr;
+      for (int64_t k = 0; k < columns * LANES; k += LANES) {
+        const V a = load<V>(back.by_g + k);
+        store(back.by_marginals + k, load<V>(back.by_marginals + k) + a);
+        const V b = a * load<V>(v + k) * load<V>(back.inverse_targets + k) * scale;
+        store(back.y + k, before ? b - mean * load<V>(before + k) : b);
+      }
+      through_rows(block, back, before, u, mean);
+    }
+  }
+
+  // Of an iteration with row scales u = w / (E v) and y = b v: h = u / w (E y), the coefficients u (h v - y), and the
+  // gradient by the g before, v (E^T u (h + mean)), where `mean` is what b lacks. In the first iteration (v is null) u
+  // are constants.
+  void through_rows(const Block& block, const Reverse& back, const float* v, const float* u_, V mean) const {
+    V c[Base::MOST_COLUMNS] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* e = block.e + i * columns * LANES;
+      float* coefficients = back.coefficients + i * columns * LANES;
+      const V w = load<V>(block.weights + i * LANES), u = load<V>(u_ + i * LANES);
+      V h{};
+      for (int64_t k = 0; k < columns; ++k) h += load<V>(e + k * LANES) * load<V>(back.y + k * LANES);
+      h *= problem.weights ? (w > 0 ? u / w : V{}) : u;
+      const V z = v ? u * h : V{};
+      store(back.by_weights + i * LANES, load<V>(back.by_weights + i * LANES) - h);
+      for (int64_t k = 0; k < columns; ++k) {
+        const V before = v ? load<V>(v + k * LANES) : V{};
+        c[k] += load<V>(e + k * LANES) * (z + u * mean);
+        store(coefficients + k * LANES,
+              load<V>(coefficients + k * LANES) + (z * before - u * load<V>(back.y + k * LANES)));
+      }
+    }
+    if (!v) return;
+    for (int64_t k = 0; k < columns; ++k) store(back.by_g + k * LANES, c[k] * load<V>(v + k * LANES));
+  }
+
+  // Writes the gradients. A share or weight of 0 has none.
+  void finish(const Block& block, const Reverse& back) const {
+    const float inverse_epsilon = static_cast<float>(1 / problem.epsilon);
+    for (int64_t j = 0; j < count * LANES; j += LANES) {
+      const V e = load<V>(block.e + j), y = load<V>(back.by_scores + j);
+      store(back.by_scores + j, (e > 0 ? y + e * load<V>(back.coefficients + j) : y) * inverse_epsilon);
+    }
+    Base::scatter(back.by_scores, count, block.present, gradient.by_scores + block.first * count);
+    for (int64_t k = 0; k < columns * LANES; k += LANES)
+      store(back.by_marginals + k, load<V>(back.by_marginals + k) * load<V>(back.inverse_targets + k) * block.total);
+    if (gradient.by_marginals)
+      Base::scatter(back.by_marginals, columns, block.present, gradient.by_marginals + block.first * columns);
+    for (int64_t i = 0; i < rows * LANES; i += LANES)
+      store(back.by_weights + i, load<V>(block.weights + i) > 0 ? load<V>(back.by_weights + i) : V{});
+    if (gradient.by_weights)
+      Base::scatter(back.by_weights, rows, block.present, gradient.by_weights + block.first * rows);
+  }
+};
+
+}}  // namespace proto_reg

@@ -1,0 +1,279 @@
+"""Gradients through Sinkhorn's iterations, in plain torch and as an operator, in memory that does not grow with them.
+
+Only the arguments are kept for the backward pass. It runs the iterations again, keeps their column potentials, and goes
+through them backwards. Let ``P = softmax_k(S / eps + g)``, with column sums ``c_k = sum_i w_i P_ik``. Let a be the
+gradient by the potentials after an iteration, ``b = a / c`` and ``h = P b``. Then the iteration adds
+
+    ``w_i P_ik (h_i - b_k)`` to the gradient by S / eps,
+    ``m - h_i`` to that by w_i, with ``m = sum_k a_k / W``,
+    ``a_k / r_k`` to that by r_k.
+
+The gradient by the potentials before it is ``sum_i w_i P_ik h_i``. The code leaves m out of b and h: there it cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .first_order import Once, transforming
+from .sinkhorn_reference import (
+    Step,
+    balance_logits,
+    iterate,
+    normalised,
+    sinkhorn_reference,
+    start_of_iterations,
+    usable_rows,
+)
+
+MOST_CONJUGATE_STEPS = 100
+
+
+def sinkhorn_gradient_reference(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    by_codes: Tensor,
+    by_potentials: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of a loss through all iterations of :func:`balance_logits`.
+
+    Args:
+        scores: (B, K) or (G, B, K), float32 or float64. Rows of weight 0 hold no NaN.
+        marginals: (K,) or (G, K), summing to 1.
+        weights: (B,) or (G, B) >= 0.
+        by_codes: like ``scores``, the loss's gradient by the codes.
+        by_potentials: (K,) or (G, K), that by the potentials; None for 0.
+
+    Returns:
+        by_scores: like ``scores``; 0 at scores of -inf.
+        by_marginals: (K,) or (G, K), and by_weights: like ``weights``; 0 where the share or weight is 0, and (0,) where
+            there are none.
+    """
+    steps: list[Step] = []
+    start = start_of_iterations(scores, marginals, weights, epsilon)
+    g = iterate(start, weights, num_iters - 1, tol, steps=steps)
+    x, total = start.x, start.total
+    row_weights = x.new_ones(x.shape[:-1]) if weights is None else weights.to(x.dtype)
+    by_x, a = through_codes((x + g[..., None, :]).softmax(-1), by_codes)
+    a = a if by_potentials is None else a + torch.where(g == -torch.inf, 0.0, by_potentials)
+    a = torch.where(total > 0, a, 0.0)
+    # Of b, weighted with c: the same in every iteration, and of no effect on the scores.
+    mean = torch.where(total > 0, a.sum(-1, keepdim=True) / total, 0.0)
+    sums, by_rows = torch.zeros_like(a), torch.zeros_like(row_weights)
+    for before, settled in reversed(steps):
+        p = (x + before[..., None, :]).softmax(-1)
+        column = (p * row_weights[..., None]).sum(-2)
+        b = torch.where(column == 0, 0.0, a / torch.where(column == 0, 1.0, column) - mean)
+        if settled is not None:
+            b = torch.where(settled, 0.0, b)
+        h = (p @ b[..., None]).squeeze(-1)
+        by_x += row_weights[..., None] * p * (h[..., None] - b[..., None, :])
+        by_rows -= h
+        sums += a if settled is None else torch.where(settled, 0.0, a)
+        updated = ((row_weights * (h + mean))[..., None, :] @ p).squeeze(-2)
+        a = updated if settled is None else torch.where(settled, a, updated)
+    # The first iteration: each column's softmax over the rows.
+    alive = (start.g > -torch.inf) & (start.mass > -torch.inf)
+    logits = x + start.offset - torch.where(alive, start.mass, 0.0)[..., None, :]
+    mine = torch.where(row_weights[..., None] > 0, logits.exp(), 0.0) * torch.where(alive, a, 0.0)[..., None, :]
+    by_x -= mine
+    by_rows -= mine.sum(-1) / torch.where(row_weights > 0, row_weights, 1.0)
+    by_marginals, by_weights = x.new_empty(0), x.new_empty(0)
+    if marginals is not None:
+        by_marginals = torch.where(marginals > 0, (sums + a) / torch.where(marginals > 0, marginals, 1.0), 0.0)
+    if weights is not None:
+        by_weights = torch.where(weights > 0, by_rows, 0.0)
+    return by_x.div_(epsilon), by_marginals, by_weights
+
+
+def implicit_gradient(
+    codes: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, by_codes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient at the fixed point of the iterations (Luise et al., 2018), from its codes (..., B, K) alone.
+
+    The sum of all a above solves ``(diag(c) - P^T diag(w) P) beta = a``, b in place of a / c. Conjugate gradients solve
+    it, at two products of the matrix with a vector a step. Returns what :func:`sinkhorn_gradient_reference` does.
+    """
+    row_weights = codes.new_ones(codes.shape[:-1]) if weights is None else weights.to(codes.dtype)
+    by_x, a = through_codes(codes, by_codes)
+    column = (codes * row_weights[..., None]).sum(-2)
+    b = _solve_adjoint(codes, column, row_weights, a)
+    h = (codes @ b[..., None]).squeeze(-1)
+    by_x += row_weights[..., None] * codes * (h[..., None] - b[..., None, :])
+    total, by_marginals, by_weights = row_weights.sum(-1, keepdim=True), codes.new_empty(0), codes.new_empty(0)
+    if marginals is not None:
+        by_marginals = torch.where(marginals > 0, total * b, 0.0)
+    if weights is not None:
+        mean = (column * b).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
+        by_weights = torch.where(weights > 0, mean - h, 0.0)
+    return by_x.div_(epsilon), by_marginals, by_weights
+
+
+def through_codes(codes: Tensor, by_codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of a loss through each row's softmax, by S / eps (..., B, K), and its column sums (..., K)."""
+    mean = (codes * by_codes).sum(-1, keepdim=True)
+    by_x = torch.where(codes == 0, 0.0, codes * (by_codes - mean))
+    return by_x, by_x.sum(-2)
+
+
+def _solve_adjoint(p: Tensor, column: Tensor, weights: Tensor, a: Tensor) -> Tensor:
+    """beta (..., K) by conjugate gradients, preconditioned with the diagonal ``column``.
+
+    beta is free up to a constant, which changes no gradient. The steps end at the dtype's rounding error.
+    """
+    at_hand = p.is_cpu and not torch.compiler.is_compiling()
+    inverse = torch.where(column > 0, 1 / torch.where(column > 0, column, 1.0), 0.0)
+    mass = column.sum(-1, keepdim=True)
+    left = a - column * (a.sum(-1, keepdim=True) / torch.where(mass > 0, mass, 1.0))
+    beta, direction = torch.zeros_like(left), left * inverse
+    size = (left * direction).sum(-1, keepdim=True)
+    enough = size * torch.finfo(p.dtype).eps ** 2
+    for _ in range(min(p.shape[-1], MOST_CONJUGATE_STEPS)):
+        h = (p @ direction[..., None]).squeeze(-1) * weights
+        image = column * direction - (h[..., None, :] @ p).squeeze(-2)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        going = (size > enough) & (curvature > 0)
+        if at_hand and not bool(going.any()):
+            break
+        step = torch.where(going, size / torch.where(going, curvature, 1.0), 0.0)
+        beta = beta + step * direction
+        left = left - step * image
+        scaled = left * inverse
+        before, size = size, (left * scaled).sum(-1, keepdim=True)
+        direction = scaled + torch.where(going, size / torch.where(going, before, 1.0), 0.0) * direction
+    return beta
+
+
+torch.library.define(
+    "proto_reg::sinkhorn_gradient",
+    "(Tensor scores, Tensor? marginals, Tensor? weights, float epsilon, int num_iters, float? tol, Tensor by_codes, "
+    "Tensor? by_potentials) -> (Tensor by_scores, Tensor by_marginals, Tensor by_weights)",
+)
+torch.library.impl("proto_reg::sinkhorn_gradient", "CompositeExplicitAutograd")(
+    torch.no_grad()(sinkhorn_gradient_reference)
+)
+
+
+@torch.library.register_fake("proto_reg::sinkhorn_gradient")
+def _fake(scores: Tensor, marginals: Tensor | None, weights: Tensor | None, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    columns, none = (*scores.shape[:-2], scores.shape[-1]), scores.new_empty(0)
+    by_marginals = none if marginals is None else scores.new_empty(columns)
+    by_weights = scores.new_empty(0) if weights is None else scores.new_empty(scores.shape[:-1])
+    return torch.empty_like(scores, memory_format=torch.contiguous_format), by_marginals, by_weights
+
+
+class Iterations(torch.autograd.Function):
+    """Codes and potentials of :func:`sinkhorn_reference`, differentiable by scores, marginals and weights.
+
+    ``chosen``: the backend. ``implicit``: the gradient at the fixed point; the potentials are constants. Else a second
+    derivative goes through :func:`balance_logits`, whose graph holds all iterations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chosen: str,
+        implicit: bool,
+        scores: Tensor,
+        marginals: Tensor | None,
+        weights: Tensor | None,
+        epsilon: float,
+        num_iters: int,
+        tol: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        solve = sinkhorn_reference if chosen == "torch" else torch.ops.proto_reg.sinkhorn.default
+        codes, potentials = solve(scores, marginals, weights, epsilon, num_iters, tol, False)
+        ctx.options = epsilon, num_iters, tol
+        ctx.plain, ctx.implicit = chosen != "cpu", implicit
+        ctx.save_for_backward(scores, marginals, weights, codes if implicit else None)
+        ctx.set_materialize_grads(False)
+        if implicit:
+            ctx.mark_non_differentiable(potentials)
+        return codes, potentials
+
+    @staticmethod
+    def backward(ctx: Any, by_codes: Tensor | None, by_potentials: Tensor | None) -> tuple[Tensor | None, ...]:
+        scores, marginals, weights, codes = ctx.saved_tensors
+        epsilon, num_iters, tol = ctx.options
+        by_codes = torch.zeros_like(scores) if by_codes is None else by_codes
+        twice = torch.is_grad_enabled()  # create_graph=True
+        found: Sequence[Tensor | None]
+        if twice and not ctx.implicit:
+            found = _with_graph(scores, marginals, weights, ctx.options, by_codes, by_potentials)
+            return None, None, *found, None, None, None
+        with torch.no_grad():
+            if ctx.implicit:
+                by_scores, by_marginals, by_weights = implicit_gradient(codes, marginals, weights, epsilon, by_codes)
+            else:
+                operator: Callable[..., tuple[Tensor, Tensor, Tensor]]
+                operator = sinkhorn_gradient_reference if ctx.plain else torch.ops.proto_reg.sinkhorn_gradient.default
+                by_scores, by_marginals, by_weights = operator(
+                    scores, marginals, weights, epsilon, num_iters, tol, by_codes, by_potentials
+                )
+        if twice:
+            message = (
+                "sinkhorn: expected differentiable='implicit' to be differentiated once, got a second derivative. Use "
+                "differentiable=True for that."
+            )
+            by_scores = Once.apply(by_scores, scores, message)
+        if marginals is not None and marginals.ndim < by_marginals.ndim:  # the groups share them
+            by_marginals = by_marginals.sum(0)
+        found = (None if marginals is None else by_marginals, None if weights is None else by_weights)
+        return None, None, by_scores, *found, None, None, None
+
+
+def _with_graph(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    options: tuple[float, int, float | None],
+    by_codes: Tensor,
+    by_potentials: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradient by scores, marginals and weights, itself differentiable."""
+    x = scores.view_as(scores)
+    marginals, weights = (y if y is None else y.view_as(y) for y in (marginals, weights))
+    epsilon, num_iters, tol = options
+    outputs = balance_logits(x, marginals, weights, epsilon, num_iters, tol)
+    inputs = x, marginals, weights
+    wanted = [y for y in inputs if y is not None and y.requires_grad]
+    by = (by_codes,) if by_potentials is None else (by_codes, by_potentials)
+    found = iter(torch.autograd.grad(outputs[: len(by)], wanted, by, create_graph=True, materialize_grads=True))
+    return [next(found) if y is not None and y.requires_grad else None for y in inputs]
+
+
+def differentiable_codes(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    *,
+    backend: str,
+    implicit: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sinkhorn_reference` with a graph by scores, marginals and weights, which holds no iteration.
+
+    Where a marginal or weight is 0, its column or row is left out and its gradient is 0.
+    """
+    x, weights, usable = usable_rows(scores, marginals, weights, isolate, or_absent=True)
+    marginals, weights = (y if y is None else torch.where(y > 0, y, 0.0) for y in (marginals, weights))
+    arguments = x, normalised(marginals, x), weights, epsilon, num_iters, tol
+    if transforming() or torch.autograd.forward_ad._current_level >= 0:
+        codes, potentials = balance_logits(*arguments)
+    else:
+        codes, potentials = Iterations.apply(backends.choose(backend, x), implicit, *arguments)
+    if usable is not None:
+        codes = torch.where(usable[..., None], codes, torch.nan)
+    return codes.to(scores.dtype), potentials
