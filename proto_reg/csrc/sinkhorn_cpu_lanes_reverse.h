@@ -136,19 +136,20 @@ struct LanesReverse : LanesSinkhorn<S> {
   // Writes the gradients. A share or weight of 0 has none.
   void finish(const Block& block, const Reverse& back) const {
     const float inverse_epsilon = static_cast<float>(1 / problem.epsilon);
+    const auto write = [&](const float* from, int64_t size, float* to) {
+      if (to) Base::scatter(from, size, block.present, to + block.first * size);
+    };
     for (int64_t j = 0; j < count * LANES; j += LANES) {
       const V e = load<V>(block.e + j), y = load<V>(back.by_scores + j);
       store(back.by_scores + j, (e > 0 ? y + e * load<V>(back.coefficients + j) : y) * inverse_epsilon);
     }
-    Base::scatter(back.by_scores, count, block.present, gradient.by_scores + block.first * count);
     for (int64_t k = 0; k < columns * LANES; k += LANES)
       store(back.by_marginals + k, load<V>(back.by_marginals + k) * load<V>(back.inverse_targets + k) * block.total);
-    if (gradient.by_marginals)
-      Base::scatter(back.by_marginals, columns, block.present, gradient.by_marginals + block.first * columns);
     for (int64_t i = 0; i < rows * LANES; i += LANES)
       store(back.by_weights + i, load<V>(block.weights + i) > 0 ? load<V>(back.by_weights + i) : V{});
-    if (gradient.by_weights)
-      Base::scatter(back.by_weights, rows, block.present, gradient.by_weights + block.first * rows);
+    write(back.by_scores, count, gradient.by_scores);
+    write(back.by_marginals, columns, gradient.by_marginals);
+    write(back.by_weights, rows, gradient.by_weights);
   }
 };
 

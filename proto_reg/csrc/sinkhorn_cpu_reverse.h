@@ -32,8 +32,9 @@ struct ReverseSinkhorn {
   std::vector<double> a = std::vector<double>(columns), totals;
   double mean = 0;  // of b, weighted with c: the same in every iteration, and of no effect on the scores
   // by_scores lacks p (left right): of each pending step two columns and two rows.
-  std::vector<float> left = std::vector<float>(rows * 2 * MOST_STEPS);
-  std::vector<float> right = std::vector<float>(2 * MOST_STEPS * columns + 2 * S::LANES);
+  const int64_t width = 2 * std::min(MOST_STEPS, steps);
+  std::vector<float> left = std::vector<float>(rows * width);
+  std::vector<float> right = std::vector<float>(width * columns + 2 * S::LANES);
   std::vector<float> partial = std::vector<float>(chunks.count * chunks.padded);
   std::vector<float> row_sums = std::vector<float>(by_weights ? rows : 0);  // of -h, the gradient by w
 
@@ -139,7 +140,7 @@ struct ReverseSinkhorn {
     for (int r = 0; r < R; ++r) {
       const float inverse = 1 / sum(d[r]), hr = sum(h[r]) * inverse;
       const float u = group.weight(i + r) > 0 ? group.weight(i + r) * inverse : 0.f;
-      float* pair = left.data() + (i + r) * 2 * MOST_STEPS + 2 * pending;
+      float* pair = left.data() + (i + r) * width + 2 * pending;
       pair[0] = u > 0 ? u * hr : 0.f;
       pair[1] = -u;
       if (by_weights && u > 0) row_sums[i + r] -= hr;
@@ -160,8 +161,7 @@ struct ReverseSinkhorn {
         std::vector<float> products(ROWS * columns);
         for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); i += ROWS) {
           const int64_t count = std::min(ROWS, chunks.end(chunk) - i);
-          product<V>(left.data() + i * 2 * MOST_STEPS, 2 * MOST_STEPS, 1, right.data(), count, 2 * pending, columns,
-                     products.data());
+          product<V>(left.data() + i * width, width, 1, right.data(), count, 2 * pending, columns, products.data());
           for (int64_t j = 0; j < count * columns; ++j) by_scores[i * columns + j] += p[i * columns + j] * products[j];
         }
       });
@@ -221,12 +221,11 @@ inline void reverse_group(const SinkhornGradient& problem, int64_t index, const 
   one.marginals = at(one.marginals, one.marginals_stride);
   one.weights = at(one.weights, rows);
   one.codes = plan.get();
-  const Solved solved = solve_group<Isa>(one, 0, chunks, parallel_for, history.get());
-  const auto run = [&](auto simd) {
-    ReverseSinkhorn<decltype(simd)>{solved.group, chunks, parallel_for, history.get(), solved.steps,
-                                    problem.by_codes + offset, at(problem.by_potentials, columns), plan.get(),
-                                    problem.by_scores + offset, at(problem.by_marginals, columns),
-                                    at(problem.by_weights, rows)}.run();
+  const auto [group, steps] = solve_group<Isa>(one, 0, chunks, parallel_for, history.get());
+  const auto run = [&, &group = group, steps = steps](auto simd) {
+    ReverseSinkhorn<decltype(simd)>{group, chunks, parallel_for, history.get(), steps, problem.by_codes + offset,
+                                    at(problem.by_potentials, columns), plan.get(), problem.by_scores + offset,
+                                    at(problem.by_marginals, columns), at(problem.by_weights, rows)}.run();
   };
   if (columns >= 64) run(Simd<Isa>{});
   else run(Simd<Isa, std::min<int64_t>(Isa::LANES, 8)>{});

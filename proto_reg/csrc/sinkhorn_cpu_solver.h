@@ -155,15 +155,10 @@ struct SinkhornGroupSolver {
   }
 };
 
-// history: see SinkhornGroupSolver. `steps` of it are written.
-struct Solved {
-  Group group;
-  int64_t steps;
-};
-
+// Returns the group and how many iterations the history holds; see SinkhornGroupSolver.
 template <class Isa>
-inline Solved solve_group(const SinkhornProblem& problem, int64_t index, const Chunks& chunks, ParallelFor parallel_for,
-                          double* history = nullptr) {
+inline std::pair<Group, int64_t> solve_group(const SinkhornProblem& problem, int64_t index, const Chunks& chunks,
+                                             ParallelFor parallel_for, double* history = nullptr) {
   const int64_t size = problem.dtype == Dtype::f32 ? 4 : 2, offset = index * problem.rows * problem.columns * size;
   const auto at = [&](const void* base) { return base ? static_cast<const char*>(base) + offset : nullptr; };
   const float* marginals = problem.marginals ? problem.marginals + index * problem.marginals_stride : nullptr;

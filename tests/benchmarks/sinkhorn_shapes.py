@@ -1,7 +1,8 @@
 """Sinkhorn on the shapes and scores that people have: ``python tests/benchmarks/sinkhorn_shapes.py``.
 
 Many small matrices (hyper-connections), masked attention, and scores of a wide span. Each time stands beside that of
-SwAV's algorithm on the same scores in the same run. The seconds are those of the calling thread.
+SwAV's algorithm on the same scores in the same run. A second table has forward and backward pass through all
+iterations, beside autograd through plain torch. The seconds are those of the calling thread.
 """
 
 from __future__ import annotations
@@ -60,6 +61,50 @@ def batched_swav(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
         return q.transpose(-1, -2)
 
 
+def gradient_cases() -> dict[str, Case]:
+    """Those for gradients through the iterations."""
+    generator = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=generator)
+    return {
+        "16384 x 4 x 4, 20 iterations": (normal(16384, 4, 4), 1.0, 20),
+        "64 x 128 x 128, 5": (0.3 * normal(64, 128, 128), 0.05, 5),
+        "8 x 513 x 513, 10": (normal(8, 513, 513), 1.0, 10),
+        "8 x 513 x 513, 100": (normal(8, 513, 513), 1.0, 100),
+    }
+
+
+def unrolled(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """Codes in plain torch for (G, B, K), with exponentials taken once: what autograd goes through fastest."""
+    top = scores.detach().amax((-2, -1), keepdim=True)
+    e = ((scores - top) / epsilon).exp()
+    target = e.shape[-2] / e.shape[-1]
+    v = target / e.sum(-2, keepdim=True).mT
+    for _ in range(num_iters - 1):
+        v = target / (e.mT @ (1 / (e @ v)))
+    return e * v.mT / (e @ v)
+
+
+def gradient(codes: Callable[..., Tensor], case: Case, by_codes: Tensor) -> Tensor:
+    """The gradient by the scores of the sum of ``codes * by_codes``."""
+    scores, epsilon, num_iters = case
+    leaf = scores.detach().requires_grad_()
+    return torch.autograd.grad((codes(leaf, epsilon, num_iters) * by_codes).sum(), leaf)[0]
+
+
+def gradient_row(name: str, case: Case, seconds: float = 2.0) -> list[str]:
+    """The cells of one case: milliseconds, the ratio, and the error against float64, relative to the largest entry."""
+    by_codes = torch.randn(case[0].shape, generator=torch.Generator().manual_seed(1))
+    wanted = gradient(unrolled, (case[0].double(), *case[1:]), by_codes.double())
+    through = {name: partial(sinkhorn, differentiable=name) for name in (True, "implicit")}
+    ours, implicit, plain = (partial(gradient, codes, case, by_codes) for codes in (*through.values(), unrolled))
+    error = ((ours().double() - wanted).abs().max() / wanted.abs().max()).item()
+    if not error <= _bench.BOUND:
+        return [name, _bench.WRONG, "", "", "", f"{error:.1e}"]
+    took = thread_medians({"ours": ours, "implicit": implicit, "plain": plain}, seconds)
+    times = [f"{took[name] * 1e3:.3g}" for name in ("ours", "implicit", "plain")]
+    return [name, *times, f"{took['ours'] / took['plain']:.3f}", f"{error:.1e}"]
+
+
 def thread_medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median seconds of each call on this thread, in turns: what others do on the machine counts less."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -91,6 +136,9 @@ def main() -> None:
     print(_bench.environment(torch.device("cpu")))
     rows = [row(name, case) for name, case in cases().items()]
     print(_bench.table(["", "ms", "SwAV's ms", "x SwAV", "error"], rows))
+    rows = [gradient_row(name, case) for name, case in gradient_cases().items()]
+    head = ["with gradients", "ms", "implicit ms", "unrolled plain torch (exp once) ms", "x unrolled", "error"]
+    print(_bench.table(head, rows))
 
 
 if __name__ == "__main__":

@@ -171,5 +171,11 @@ def test_the_table_of_shapes_times_what_is_right(cpu_library: Path) -> None:
     torch.testing.assert_close(
         sinkhorn_shapes.batched_swav(scores.double(), 0.5, 3)[7], race.swav(scores[7].double(), 0.5, 3)
     )
+    unrolled = sinkhorn_shapes.unrolled(scores.double(), 0.5, 3)
+    torch.testing.assert_close(unrolled[7], race.swav(scores[7].double(), 0.5, 3))
     spoilt = scores.masked_fill(torch.arange(5) == 2, torch.nan)
-    assert sinkhorn_shapes.row("wrong", (spoilt, 0.5, 3), seconds=0.001)[1] == _bench.WRONG
+    for table in (sinkhorn_shapes.row, sinkhorn_shapes.gradient_row):
+        assert table("wrong", (spoilt, 0.5, 3), seconds=0.001)[1] == _bench.WRONG
+    right = sinkhorn_shapes.gradient_row("right", (scores, 0.5, 3), seconds=0.001)
+    assert float(right[4]) > 0
+    assert float(right[5]) < _bench.BOUND
