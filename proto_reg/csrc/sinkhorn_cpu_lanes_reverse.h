@@ -25,8 +25,8 @@ struct LanesReverse : LanesSinkhorn<S> {
            vectors(problem) <= MOST_VECTORS;
   }
 
-  // What a block needs besides: v and u of each iteration, the gradients by scores and g, the sums of those by marginals
-  // and weights, and the coefficients of E that by_scores lacks.
+  // What a block needs besides: v and u of each iteration, the gradients by scores and g, the coefficients of E that
+  // by_scores lacks, and the sums of the gradients by marginals and weights.
   struct Reverse {
     float *v, *u, *by_scores, *by_g, *coefficients, *by_marginals, *by_weights, *inverse_targets, *y;
   };
@@ -51,9 +51,8 @@ struct LanesReverse : LanesSinkhorn<S> {
     through_codes(block, back);
     through_iterations(block, back);
     finish(block, back);
-    const I bad = block.bad;
     for (int64_t lane = 0; lane < present; ++lane)
-      if (bad[lane]) other(first + lane);
+      if (const I bad = block.bad; bad[lane]) other(first + lane);
   }
 
  private:
@@ -90,47 +89,35 @@ struct LanesReverse : LanesSinkhorn<S> {
     }
   }
 
-  void through_iterations(Block& block, const Reverse& back) const {
+  // Of an iteration from v to next: h = (E y) u / w with u = w / (E v) and y = v b, the coefficients u (h v - y), and
+  // the gradient by the g before, v (E^T u (h + mean)): b lacks its mean. In the first iteration u are constants.
+  void through_iterations(const Block& block, const Reverse& back) const {
     V sum{};
     for (int64_t k = 0; k < columns; ++k) sum += load<V>(back.by_g + k * LANES);
     for (int64_t t = problem.num_iters - 1; t >= 0; --t) {
-      const float *v = back.v + t * columns * LANES, *u = back.u + t * rows * LANES;
-      // The first column sums are r, the others W r.
-      const V scale = t ? V{} + 1 : block.total, mean = t ? sum / block.total : V{};
-      const float* before = t ? v - columns * LANES : nullptr;
+      const float *next = back.v + t * columns * LANES, *v = t ? next - columns * LANES : nullptr;
+      const V scale = t ? V{} + 1 : block.total, mean = t ? sum / block.total : V{};  // the first column sums are r
       for (int64_t k = 0; k < columns * LANES; k += LANES) {
-        const V a = load<V>(back.by_g + k);
+        const V a = load<V>(back.by_g + k), b = a * load<V>(next + k) * load<V>(back.inverse_targets + k) * scale;
         store(back.by_marginals + k, load<V>(back.by_marginals + k) + a);
-        const V b = a * load<V>(v + k) * load<V>(back.inverse_targets + k) * scale;
-        store(back.y + k, before ? b - mean * load<V>(before + k) : b);
+        store(back.y + k, v ? b - mean * load<V>(v + k) : b);
+        store(back.by_g + k, V{});
       }
-      through_rows(block, back, before, u, mean);
-    }
-  }
-
-  // Of an iteration with row scales u = w / (E v) and y = b v: h = u / w (E y), the coefficients u (h v - y), and the
-  // gradient by the g before, v (E^T u (h + mean)), where `mean` is what b lacks. In the first iteration (v is null) u
-  // are constants.
-  void through_rows(const Block& block, const Reverse& back, const float* v, const float* u_, V mean) const {
-    V c[Base::MOST_COLUMNS] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      const float* e = block.e + i * columns * LANES;
-      float* coefficients = back.coefficients + i * columns * LANES;
-      const V w = load<V>(block.weights + i * LANES), u = load<V>(u_ + i * LANES);
-      V h{};
-      for (int64_t k = 0; k < columns; ++k) h += load<V>(e + k * LANES) * load<V>(back.y + k * LANES);
-      h *= problem.weights ? (w > 0 ? u / w : V{}) : u;
-      const V z = v ? u * h : V{};
-      store(back.by_weights + i * LANES, load<V>(back.by_weights + i * LANES) - h);
-      for (int64_t k = 0; k < columns; ++k) {
-        const V before = v ? load<V>(v + k * LANES) : V{};
-        c[k] += load<V>(e + k * LANES) * (z + u * mean);
-        store(coefficients + k * LANES,
-              load<V>(coefficients + k * LANES) + (z * before - u * load<V>(back.y + k * LANES)));
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* e = block.e + i * columns * LANES;
+        float* coefficients = back.coefficients + i * columns * LANES;
+        const V w = load<V>(block.weights + i * LANES), u = load<V>(back.u + (t * rows + i) * LANES);
+        V h{};
+        for (int64_t k = 0; k < columns * LANES; k += LANES) h += load<V>(e + k) * load<V>(back.y + k);
+        h *= problem.weights ? (w > 0 ? u / w : V{}) : u;
+        store(back.by_weights + i * LANES, load<V>(back.by_weights + i * LANES) - h);
+        for (int64_t k = 0; k < columns * LANES; k += LANES) {
+          const V vk = v ? load<V>(v + k) : V{};
+          store(back.by_g + k, load<V>(back.by_g + k) + load<V>(e + k) * (u * (h + mean) * vk));
+          store(coefficients + k, load<V>(coefficients + k) + u * (h * vk - load<V>(back.y + k)));
+        }
       }
     }
-    if (!v) return;
-    for (int64_t k = 0; k < columns; ++k) store(back.by_g + k * LANES, c[k] * load<V>(v + k * LANES));
   }
 
   // Writes the gradients. A share or weight of 0 has none.

@@ -1,5 +1,5 @@
-// Gradients through Sinkhorn's iterations. The forms of solve_sinkhorn run again and leave the column potentials of each
-// iteration. Then the iterations are gone through backwards, by the formulas in proto_reg/kernels/sinkhorn_gradient.py.
+// Gradients through Sinkhorn's iterations. The forms of solve_sinkhorn run again and leave each iteration's potentials.
+// Then the iterations are gone through backwards, by the formulas in proto_reg/kernels/sinkhorn_gradient.py.
 #pragma once
 
 #include "rows_cpu_kernel.h"
@@ -61,7 +61,10 @@ struct ReverseSinkhorn {
     }
     bring_up_to_date();
     each_chunk([&](int64_t chunk) { through_start(chunk); });
-    finish_targets();
+    // A share or weight of 0 has no gradient.
+    for (int64_t k = 0; by_marginals && k < columns; ++k)
+      by_marginals[k] = group.marginal(k) > 0 ? static_cast<float>(totals[k] / group.marginal(k)) : 0.f;
+    for (int64_t i = 0; by_weights && i < rows; ++i) by_weights[i] = group.weight(i) > 0 ? row_sums[i] : 0.f;
   }
 
   // by_scores = P (G - sum_j P_j G_j), and its column sums.
@@ -195,16 +198,6 @@ struct ReverseSinkhorn {
       });
       if (by_weights) row_sums[i] -= sum(total);
     }
-  }
-
-  // A share or weight of 0 has no gradient.
-  void finish_targets() {
-    if (by_marginals)
-      for (int64_t k = 0; k < columns; ++k)
-        by_marginals[k] = group.marginal(k) > 0 ? static_cast<float>(totals[k] / group.marginal(k)) : 0.f;
-    if (by_weights)
-      for (int64_t i = 0; i < rows; ++i)
-        by_weights[i] = group.weight(i) > 0 ? row_sums[i] : 0.f;
   }
 };
 
