@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import deque
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._checks import warn
 from ._distributed import is_sharded
+from ._wiring import MANY, Wiring, parameters_behind
 from .batch import BatchShard
 from .functional.metrics import SEPARATION
 from .output import RegularizerOutput
 from .schedule import Schedule
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next look is at twice as many
-MANY = 2048  # a look takes at most this many prototypes, entries of a parameter or nodes of a graph
 SETTLED = 400  # after so many training steps a loss of ln K, or close prototypes, are no longer a start
 # An r^2/D that is so many times too small or too large does not mend: after SETTLED steps, after four times as many.
 # On Fashion-MNIST .14 at SETTLED steps came to 1 later; .06 to .10 did not.
@@ -41,9 +40,15 @@ class LayerWatch:
         self.active_steps = -math.inf  # after the warm-up, at the last look that has arrived
         self.steps: int | None = None  # what the host knows of the layer's count
         self.follows = False  # whether the std follows the scale of the latents
+        self.wiring = Wiring(self.said)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"said": set(self.said), "_last": None, "_behind": None, "_pending": None}
+        gone = {"wiring": None, "_last": None, "_behind": None, "_pending": None}
+        return self.__dict__ | {"said": set(self.said)} | gone
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.wiring = Wiring(self.said)
 
     def forget(self) -> None:
         """Forget the step: the layer's count was changed."""
@@ -154,7 +159,7 @@ class LayerWatch:
 
     def _no_optimizer_steps(self, tokens: Tensor) -> Tensor | None:
         """() bool: whether the encoder is unchanged since the last look, as in accumulation; None if nobody knows."""
-        parameter, before = _parameter_behind(tokens), self._behind
+        parameter, before = next(iter(parameters_behind(tokens)[0]), None), self._behind
         self._behind = None
         # FSDP frees the memory of parameters that it has sharded again.
         if parameter is None or is_sharded(parameter) or not parameter.untyped_storage().size():
@@ -315,21 +320,3 @@ class LayerWatch:
             "Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
             f"{radius:.2g} after {steps:.0f} steps, where {target} has 1"
         )
-
-
-def _parameter_behind(z: Tensor) -> nn.Parameter | None:
-    """The parameter that is nearest to ``z`` in its graph. It tells whether an optimizer steps."""
-    if isinstance(z, nn.Parameter):
-        return z
-    waiting: deque = deque([z.grad_fn])
-    seen: set = set()
-    while waiting and len(seen) < MANY:
-        node = waiting.popleft()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found = getattr(node, "variable", None)  # of a leaf's node
-        if isinstance(found, nn.Parameter):
-            return found
-        waiting.extend(before for before, _ in node.next_functions)
-    return None

@@ -24,7 +24,6 @@ from .regularizer import PrototypicalRegularizer
 Select = int | str | slice | None
 # Classes that save and load the layer too, for libraries that build their models anew.
 OURS = {"diffusers": "diffusers.PrototypicalAutoencoder", "scvi": "scvi.PrototypicalSCVI"}
-PATIENCE = 10  # training passes without a gradient at the latents, after which we say so
 
 
 def attach(
@@ -161,8 +160,7 @@ class _LatentHook:
         self.output: RegularizerOutput | None = None
         # Kept here for its pickled form, which reserves the hook's id in the process that unpickles it.
         self.handle: RemovableHandle | None = None
-        self.passes: int | None = 0  # training passes so far; None once a gradient has come back
-        self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self.model: weakref.ref[nn.Module] | None = weakref.ref(model)  # None once it was looked at
         self.path = path
 
     @property
@@ -173,35 +171,21 @@ class _LatentHook:
         layer = self.layer
         axis = layer.layout.latent_axis
         latent = _take(output, self.select, axis)
-        if self.passes is not None and layer.training:
-            self._first_passes(module, latent)
+        if self.model is not None:
+            self._look_at(self.model(), module)
         z, self.output = layer(latent)
         return _put(output, self.select, axis, z)
 
-    def _first_passes(self, module: nn.Module, latent: Tensor) -> None:
-        """Look at the wiring until a gradient has come back to the latents."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming():
+    def _look_at(self, model: nn.Module | None, module: nn.Module) -> None:
+        """ValueError if an adapter was put around ``module`` after the layer was attached."""
+        if torch.compiler.is_compiling() or transforming():
             return
-        model = None if self.model is None else self.model()
         if model is not None and _is_wrapped(model, self.path, module):
             raise ValueError(
                 f"encode: expected {self.path!r} as it was, got it inside an adapter, which adds to the latent behind "
                 "the layer. Attach to a submodule around it, or leave it out of the adapter's target_modules."
             )
-        if not latent.requires_grad:  # a frozen encoder
-            return
-        if self.passes == PATIENCE:
-            self.passes = None
-            warn(
-                f"No gradient has come back to the latents in {PATIENCE} training passes: neither the encoder nor the "
-                f"prototypes learn from the decoder. Decode what {self.path!r} returns, without detach() or rounding."
-            )
-            return
-        self.passes = (self.passes or 0) + 1
-        latent.register_hook(self._arrived)
-
-    def _arrived(self, gradient: Tensor) -> None:
-        self.passes = None
+        self.model = None
 
     def __getstate__(self) -> dict:
         """The state without the last output, whose graph cannot be copied, and without the model."""

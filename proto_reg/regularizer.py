@@ -181,7 +181,7 @@ class PrototypicalRegularizer(nn.Module):
         if counting:
             self._look(batch, output)
             self._follow_scale(batch, output)
-        return z, self._restored(output, z)
+        return z, self._restored(self._watched(batch, z, output, counting), z)
 
     def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
         """Both losses of ``z``, differentiable in either mode: what Algorithm 1 steps on.
@@ -312,6 +312,17 @@ class PrototypicalRegularizer(nn.Module):
         temperature = self.schedule.temperature_at(self.steps)
         at, kernel = self.steps - begin, self.mmd.options.kernel
         self.watch.look(batch, output, prototypes, head.std, temperature, kernel, at, head.follows_scale)
+
+    def _watched(self, batch: BatchShard, z: Tensor, output: RegularizerOutput, counting: bool) -> RegularizerOutput:
+        """``output`` of one of the first calls, by which a mistake in the wiring is noticed."""
+        wiring, training = self.watch.wiring, self.training
+        if not wiring.open or torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
+            return output
+        if not training:
+            wiring.watch_evaluation(z, lambda: bool(self.steps))
+        if not counting:
+            return output
+        return output._replace(loss=wiring.watch(batch.tokens, z, output.loss, self.head, self.mode == "balanced"))
 
     def _follow_scale(self, batch: BatchShard, output: RegularizerOutput) -> None:
         """Every few hundred steps a std that was not given goes to that of the latents."""

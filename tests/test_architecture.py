@@ -45,6 +45,7 @@ ROOMS = [
     "record",
     "fused",
     "revival",
+    "_wiring",
     "_warnings",
     "scale",
     "regularizer",
