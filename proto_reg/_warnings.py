@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from ._checks import warn
 from ._distributed import is_sharded
 from ._wiring import MANY, Wiring, parameters_behind
@@ -23,6 +25,9 @@ SETTLED = 400  # after so many training steps a loss of ln K, or close prototype
 # On Fashion-MNIST .14 at SETTLED steps came to 1 later; .06 to .10 did not.
 FAR, FAR_LATER = 8.0, 2.0
 GUESSING = 0.9  # share of ln K: predictions with a larger entropy are guesses
+
+
+_hinted = False  # whether this process was told that kernels can be compiled
 
 
 class LayerWatch:
@@ -156,6 +161,35 @@ class LayerWatch:
         figures = output.scores.detach() / temperature, output.assignments, output.prototype_loss.detach()
         idle = self._no_optimizer_steps(tokens)
         self._measure(tokens.detach(), batch.mask, prototypes, *figures, temperature, active_steps, idle)
+
+    def hint(self, device: torch.device) -> None:
+        """Say once in a process that compiled kernels would help, if they can be built here."""
+        global _hinted
+        if _hinted or device.type != "cpu":
+            return
+        _hinted = True
+        chosen = kernels.backends.choose("auto", torch.empty(0, dtype=torch.float32, device=device))
+        if chosen == "torch" and "PROTO_REG_BACKEND" not in os.environ and kernels.build.obstacle("cpu") is None:
+            self.say(
+                "kernels",
+                "Compiled kernels would make Sinkhorn about five times as fast on this CPU, and a compiler is there. "
+                "Run once: python -m proto_reg build cpu.",
+            )
+
+    def explain(self, metrics: dict[str, float]) -> None:
+        """Say why ``metrics`` are NaN."""
+        if math.isnan(metrics["perplexity"]):
+            self.say(
+                "nothing",
+                "metrics: no latent was counted since the last reset, so most figures are NaN. Read them after "
+                "training steps. The layer counts in training mode, with gradients enabled, while tracking is True.",
+            )
+        elif math.isnan(metrics["prototype_loss"] + metrics["mmd_loss"]):
+            self.say(
+                "metrics",
+                "metrics: a loss is NaN because a training step since the last reset had NaN or infinity in its "
+                "latents. Look for the overflow upstream, or use assigner=SinkhornAssigner(nan_policy='isolate').",
+            )
 
     def _no_optimizer_steps(self, tokens: Tensor) -> Tensor | None:
         """() bool: whether the encoder is unchanged since the last look, as in accumulation; None if nobody knows."""

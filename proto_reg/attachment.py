@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 import weakref
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from .regularizer import PrototypicalRegularizer
 
 Select = int | str | slice | None
 # Classes that save and load the layer too, for libraries that build their models anew.
+VARIATIONAL = re.compile(r"VAE|AutoencoderKL|log_?var|log_?sigma|log_?std|var_encoder|fc_var", re.IGNORECASE)
 OURS = {"diffusers": "diffusers.PrototypicalAutoencoder", "scvi": "scvi.PrototypicalSCVI"}
 
 
@@ -49,6 +51,10 @@ def attach(
 
     Under PEFT attach first, and name the layer in ``modules_to_save=["prototypes"]``. Then it is trained and saved with
     the adapter, and ``attachment.layer`` is the one at work.
+
+    The model keeps its noise and its KL term, which pulls all prototypes to one point: set the term's weight to 0. On
+    MNIST the test error is .0164 with both and .0072 without, and control .55 and .97 (docs/how-it-works.md). If the
+    model looks like a VAE, a warning says so.
 
     Every call of ``encode`` is a step of its own. If a forward pass calls it twice, it counts two, and ``output`` and
     ``loss`` belong to the last call. A second run by ``torch.utils.checkpoint`` in the backward pass is not a step.
@@ -87,7 +93,7 @@ def attach(
     model.__dict__[name] = layer  # plain access: the layer is registered once, in its owner
     hook = _LatentHook(model, path, owner, name, select)
     hook.handle = target.register_forward_hook(hook)
-    _say_what_comes_back_without(model)
+    _say_what_stays(model)
     return Attachment(model, hook)
 
 
@@ -205,6 +211,11 @@ def _find(model: nn.Module, encode: str | nn.Module) -> tuple[nn.Module, str]:
             raise ValueError(f"encode: expected a submodule of the model, got another module. Choose from {names}.")
     elif encode in names:
         path = encode
+    elif callable(getattr(model, str(encode), None)):
+        raise ValueError(
+            f"encode: expected the name of a submodule, got {encode!r}, which is a method of {type(model).__name__}. A "
+            f"hook sees submodules only: name the one whose output the method returns, of {names}."
+        )
     else:
         raise ValueError(f"encode: expected the name of a submodule, got {encode!r}. Choose from {names}.")
     target = modules[path]
@@ -239,16 +250,22 @@ def _is_wrapped(model: nn.Module, path: str, module: nn.Module) -> bool:
         return False
 
 
-def _say_what_comes_back_without(model: nn.Module) -> None:
-    """Warn if a library builds this model anew, unless ``model`` attaches in its own ``__init__``."""
-    libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
-    if not hasattr(model, "from_pretrained") and "scvi" not in libraries:
-        return
+def _say_what_stays(model: nn.Module) -> None:
+    """Warn of a KL term and of a library that builds ``model`` anew, unless it attaches in its own ``__init__``."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__" and any(value is model for value in frame.f_locals.values()):
             return
         frame = frame.f_back
+    if VARIATIONAL.search(" ".join([type(model).__name__, *(name for name, _ in model.named_modules())])):
+        warn(
+            f"attach leaves the model's KL term and noise as they are, and {type(model).__name__} looks like a VAE. "
+            "The KL term pulls all prototypes to one point: on MNIST the test error is .0164 with both, .0072 without. "
+            "Set the term's weight to 0 if your loss has one."
+        )
+    libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if not hasattr(model, "from_pretrained") and "scvi" not in libraries:
+        return
     builder = "scvi's load" if "scvi" in libraries else f"{type(model).__name__}.from_pretrained"
     ours = next((f", or use proto_reg.integrations.{OURS[name]}" for name in libraries if name in OURS), "")
     warn(

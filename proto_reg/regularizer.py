@@ -306,6 +306,8 @@ class PrototypicalRegularizer(nn.Module):
         past = 0 if queue is None else queue.size
         if not self.watch.due(batch.total + past, head.num_prototypes, begin) or not batch.tokens.shape[0]:
             return
+        if self.assigner.backend == "auto":
+            self.watch.hint(batch.tokens.device)
         # Prototypes that FSDP2 gathered do not tell whether an optimizer has touched the shards.
         moving = head.shards is None and self.prototype_weight
         prototypes = head.prototypes if moving else head.prototypes.detach()
@@ -411,7 +413,9 @@ class PrototypicalRegularizer(nn.Module):
               ramp.
         """
         active = self.schedule.loss_shares(self._now(), self.mmd_weight)[0]
-        return self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=active)
+        figures = self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=active)
+        self.watch.explain(figures)
+        return figures
 
     def reset_metrics(self) -> None:
         """Start counting anew, for example with each epoch."""

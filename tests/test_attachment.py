@@ -185,6 +185,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:attach leaves the model:proto_reg.PrototypeWarning")
 def test_outputs_of_other_forms(form: str) -> None:
     build, select, read = FORMS[form]
 

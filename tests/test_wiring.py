@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import os
 import pickle
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +21,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
 import proto_reg
 from proto_reg import PrototypeWarning, PrototypicalRegularizer
+from proto_reg.kernels import build
 
 DIM, K = 8, 4
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Model(nn.Module):
@@ -229,3 +237,90 @@ def test_a_layer_that_goes_takes_its_hook_along() -> None:
     model(torch.rand(32, 12))
     del model
     assert len(hooks) == before
+
+
+@pytest.mark.parametrize("name", ["VAE", "Net"])
+def test_attach_says_that_a_kl_term_stays(name: str) -> None:
+    model = type(name, (nn.Module,), {})()
+    model.mu = nn.Linear(12, DIM)
+    if name == "Net":
+        model.fc_logvar = nn.Linear(12, DIM)
+    with pytest.warns(PrototypeWarning, match=r"KL term and noise as they are.*\.0164 with both, \.0072 without"):
+        proto_reg.attach(model, "mu", DIM, K)
+
+
+def test_attach_to_a_method_is_explained() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mu = nn.Linear(12, DIM)
+
+        def encode(self, x: Tensor) -> Tensor:
+            return self.mu(x)
+
+    with pytest.raises(ValueError, match=r"got 'encode', which is a method of Net.*of \['mu'\]"):
+        proto_reg.attach(Net(), "encode", DIM, K)
+
+
+def test_metrics_that_are_nan_say_why() -> None:
+    model = Model()
+    with pytest.warns(PrototypeWarning, match="metrics: no latent was counted since the last reset"):
+        assert model.layer.metrics()["perplexity"] != model.layer.metrics()["perplexity"]
+    model.layer(model.encoder(torch.rand(32, 12)))
+    model.layer(model.encoder(torch.rand(32, 12)) * torch.tensor([[torch.nan]] + [[1.0]] * 31))
+    with pytest.warns(PrototypeWarning, match="metrics: a loss is NaN because"):
+        model.layer.metrics()
+
+
+HINTED = """
+import torch, warnings
+from proto_reg import PrototypicalRegularizer
+for _ in range(2):
+    layer, z = PrototypicalRegularizer(8, 4), torch.randn(32, 8, requires_grad=True)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for _ in range(120):
+            layer(z)
+    print(["build cpu" in str(w.message) for w in record if "Compiled kernels" in str(w.message)])
+"""
+
+
+@pytest.mark.parametrize("settings", [{}, {"PROTO_REG_BACKEND": "torch"}, {"CXX": "no-compiler"}], ids=str)
+def test_a_hint_where_kernels_can_be_compiled_and_are_not(settings: dict[str, str], tmp_path: Path) -> None:
+    if build.obstacle("cpu"):
+        pytest.skip(build.obstacle("cpu"))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PROTO_REG")}
+    environment = kept | {"PROTO_REG_CACHE": str(tmp_path)} | settings
+    run = subprocess.run([sys.executable, "-c", HINTED], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == (["[]", "[]"] if settings else ["[True]", "[]"])
+
+
+TROUBLE = (Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+SAYS = {"warn", "say"}
+
+
+def warnings_of_the_sources() -> list[str]:
+    """The constant parts of every warning's text, joined by ``…``."""
+    found = []
+    for path in sorted([*ROOT.glob("proto_reg/**/*.py"), *ROOT.glob("integrations/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if name in SAYS and node.args:
+                text = text_of(node.args[1 if name == "say" and len(node.args) > 1 else 0])
+                if len(text.split()) > 4:
+                    found.append(text)
+    return sorted(set(found))
+
+
+def text_of(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return "".join(map(text_of, node.values)) if isinstance(node, ast.JoinedStr) else "…"
+
+
+ENTRIES = re.findall(r"^\| (`[^|]*`) \|", TROUBLE, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", warnings_of_the_sources())
+def test_every_warning_is_on_the_page_of_troubles(text: str) -> None:
+    assert any(all(part in text for part in re.findall("`([^`]*)`", entry)) for entry in ENTRIES), text
