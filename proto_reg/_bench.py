@@ -104,7 +104,8 @@ def rows(case: Case, seconds: float, field: Mapping[str, Contender], *, backward
     wide = case._replace(scores=case.scores.double())
     expected, device = _task(reference, wide, backward)(), case.scores.device
     calls = {name: _task(contender.method, case, backward) for name, contender in field.items()}
-    errors = {name: _error(call, expected) for name, call in calls.items()}
+    size = expected.abs().max().item() if backward else 1.0
+    errors = {name: _error(call, expected, size) for name, call in calls.items()}
     right = {name: call for name, call in calls.items() if errors[name][0] <= field[name].bound}
     took = medians(right, device, seconds)
     base, threads, found = took.get("torch", math.nan), str(torch.get_num_threads()), []
@@ -125,8 +126,8 @@ def _task(method: _peers.Method, case: Case, backward: bool) -> Callable[[], Any
     return lambda: torch.autograd.grad(method(leaf, *case[2:]), leaf, weights)[0]
 
 
-def _error(call: Callable[[], Any], expected: Tensor) -> tuple[float, str]:
-    """The largest difference from what is ``expected``, beside its largest entry or 1, and its text.
+def _error(call: Callable[[], Any], expected: Tensor, size: float) -> tuple[float, str]:
+    """The largest difference from what is ``expected``, in units of ``size``, and its text.
 
     inf and the message if ``call`` raises.
     """
@@ -135,7 +136,6 @@ def _error(call: Callable[[], Any], expected: Tensor) -> tuple[float, str]:
     except (AssertionError, BufferError, RuntimeError, TypeError, ValueError) as objection:
         return math.inf, str(objection).split(". ")[0].splitlines()[0][:60]
     found = found if isinstance(found, Tensor) else torch.from_dlpack(found)
-    size = expected.abs().max().clamp_max(1)
     error = ((found.detach().to(expected) - expected).abs().max() / size).item()
     return error, f"{error:.1e}"
 

@@ -92,6 +92,15 @@ def test_named_shapes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not any(_bench.WRONG in row for row in rows)
 
 
+def test_errors_of_codes_are_absolute_and_those_of_gradients_relative() -> None:
+    case = _bench.case("400x200", CPU)
+    for backward in (False, True):
+        off = {"torch": _bench.Contender(lambda *arguments: _peers.swav(*arguments) * (1 + 1e-3), 1.0)}
+        exact = _bench._task(_bench.reference, case, backward)()
+        error = float(_bench.rows(case, 0.0, off, backward=backward)[0][6])
+        assert abs(error - (1e-3 if backward else 1e-3 * exact.max().item())) < 1e-4
+
+
 def test_a_gradient_is_judged() -> None:
     case = _bench.case("40x6", CPU)
     half = {"torch": _bench.Contender(lambda *arguments: _peers.swav(*arguments) / 2, _bench.PEER_BOUND)}
