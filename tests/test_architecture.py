@@ -30,6 +30,7 @@ ROOMS = [
     "kernels",
     "mixture",
     "functional",
+    "_peers",
     "_bench",
     "recent",
     "clusters",

@@ -15,7 +15,7 @@ import sinkhorn_race as race
 import torch
 from torch import Tensor
 
-from proto_reg import _bench
+from proto_reg import _bench, _peers
 from proto_reg.functional import sinkhorn
 
 Case = tuple[Tensor, float, int]
@@ -45,21 +45,6 @@ def cases() -> dict[str, Case]:
     }
 
 
-def batched_swav(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
-    """SwAV's algorithm for (B, K) or (G, B, K), with the operations of its listing."""
-    with torch.no_grad():
-        q = torch.exp(scores / epsilon).transpose(-1, -2)
-        columns, rows = q.shape[-2:]
-        q /= q.sum((-2, -1), keepdim=True)
-        for _ in range(num_iters):
-            q /= q.sum(-1, keepdim=True)
-            q /= columns
-            q /= q.sum(-2, keepdim=True)
-            q /= rows
-        q *= rows
-        return q.transpose(-1, -2)
-
-
 def thread_medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median seconds of each call on this thread, in turns: what others do on the machine counts less."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -79,7 +64,7 @@ def row(name: str, case: Case, seconds: float = 2.0) -> list[str]:
     error = (ours().double() - sinkhorn(scores.double(), epsilon, num_iters)).abs().max().item()
     if not error <= _bench.BOUND:
         return [name, _bench.WRONG, "", "", f"{error:.1e}"]
-    took = thread_medians({"ours": ours, "swav": partial(batched_swav, scores, epsilon, num_iters)}, seconds)
+    took = thread_medians({"ours": ours, "swav": partial(_peers.swav, scores, epsilon, num_iters)}, seconds)
     ratio = took["ours"] / took["swav"]
     return [name, f"{took['ours'] * 1e3:.3g}", f"{took['swav'] * 1e3:.3g}", f"{ratio:.3f}", f"{error:.1e}"]
 
