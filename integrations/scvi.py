@@ -9,6 +9,7 @@ profiles = model.get_prototype_expression()              # genes x prototypes
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 CONDITIONS = 64  # number of cells that are decoded at once
+_of_a_query = ContextVar("of_a_query", default=False)  # whether a module is built to take over another's state
 
 
 class PrototypicalVAE(VAE):
@@ -63,6 +65,11 @@ class PrototypicalVAE(VAE):
             raise ValueError(f"kl_weight: expected a number >= 0, got {kl_weight}. Use 0 for none, 1 for scVI's own.")
         self.kl_weight = kl_weight
         attach(self, "z_encoder.mean_encoder", self.n_latent, num_prototypes, **options)
+        head = self.prototypes.head
+        if _of_a_query.get() and head.clusters is not None:
+            # scvi looks up every entry of the state that comes: there has to be one for everything that a head learns.
+            head.fit(head.prototypes.detach(), group=None)
+            head.clusters.recent.count.fill_(1)
 
     def loss(self, tensors: Any, inference_outputs: Any, generative_outputs: Any, kl_weight: Any = 1.0) -> LossOutput:
         """scvi's loss, with the KL term of z at ``kl_weight`` times the model's own."""
@@ -106,6 +113,15 @@ class PrototypicalSCVI(SCVI):
         super().__init__(adata, registry, **ours, **kwargs)
         self._model_summary_string += f" num_prototypes: {num_prototypes}, kl_weight: {kl_weight}."
         self.init_params_ = self._get_init_params(locals())
+
+    @classmethod
+    def load_query_data(cls, *args: Any, **kwargs: Any) -> Any:
+        """As SCVI's."""
+        token = _of_a_query.set(True)
+        try:
+            return super().load_query_data(*args, **kwargs)
+        finally:
+            _of_a_query.reset(token)
 
     @property
     def prototypes(self) -> PrototypicalRegularizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import sys
@@ -21,22 +22,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("backends", help="which backends run here, from where, and why the others do not")
     builder = commands.add_parser("build", help="compile a backend's library into the cache")
     builder.add_argument("backend", choices=[*build.BACKENDS, "all"])
-    bench = commands.add_parser("bench", help="time every backend on this machine", description=_bench.__doc__)
-    bench.add_argument(
-        "--shapes", nargs="+", type=_bench.shape, default=_bench.SHAPES, metavar="BxK", help="e.g. 256x30"
-    )
-    bench.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch on the CPU")
-    bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    bench.add_argument("--seconds", type=float, default=1.0, help="about, for each shape (default: 1)")
+    _add_bench(commands.add_parser("bench", help="time every backend on this machine", description=_bench.__doc__))
     arguments = parser.parse_args(argv)
     if arguments.command == "backends":
         return _say(*_report())
     if arguments.command == "build":
         return _build(build.BACKENDS if arguments.backend == "all" else (arguments.backend,))
     if arguments.command == "bench":
-        return _time(arguments.shapes, arguments.threads, torch.device(arguments.device), arguments.seconds)
+        return _time(arguments)
     parser.print_help()
     return 0
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    """The options of ``bench``."""
+    names = ", ".join(_bench.NAMED)
+    bench.add_argument(
+        "--shapes", nargs="+", type=_shapes, default=[_bench.SHAPES], metavar="SHAPE", help=f"BxK, or of {names}"
+    )
+    bench.add_argument("--threads", type=_counts, help="of PyTorch on the CPU, such as 1,2")
+    bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    bench.add_argument("--seconds", type=float, default=1.0, help="about, for each shape (default: 1)")
+    bench.add_argument("--backward", action="store_true", help="time the codes and their gradient by the scores")
+    bench.add_argument("--compile", action="store_true", help="also time torch.compile of SwAV's rule")
+
+
+def _shapes(text: str) -> list[str]:
+    """``"tiny,256x30"`` as a list; ValueError for a shape that there is not."""
+    for name in text.split(","):
+        if name not in _bench.NAMED:
+            _bench.shape(name)
+    return text.split(",")
+
+
+def _counts(text: str) -> list[int]:
+    """``"1,2"`` as numbers >= 1."""
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(text)
+    return counts
 
 
 def _report() -> list[str]:
@@ -72,14 +96,26 @@ def _build(names: Sequence[str]) -> int:
     return status
 
 
-def _time(shapes: Sequence[tuple[int, int]], threads: int, device: torch.device, seconds: float) -> int:
+def _time(arguments: argparse.Namespace) -> int:
     """Print the table of this machine. The exit status is 1 if codes of a backend are wrong."""
-    torch.set_num_threads(threads)
-    _say(_bench.environment(device), _bench.SETTING)
-    rows = [row for size in shapes for row in _bench.rows(_bench.cosine_scores(*size, device), seconds)]
+    device = torch.device(arguments.device)
+    rows: list[list[str]] = []
+    for threads in arguments.threads or [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        if not rows:
+            _say(_bench.environment(device), _bench.SETTING)
+        field = _bench.contenders(device, backward=arguments.backward, compiled=arguments.compile)
+        for text in itertools.chain(*arguments.shapes):
+            case = _bench.case(text, device)
+            rows += _bench.rows(case, arguments.seconds, field, backward=arguments.backward)
     _say(_bench.table(_bench.HEADER, rows))
     for name in backends.NAMES[1:]:
-        _say(*(f"{name} did not run: {reason}" for reason in backends.reasons(name, device)))
+        if name == "cuda" and not torch.cuda.is_available():
+            _say("cuda did not run: PyTorch sees no GPU here.")
+        elif name in ("torch", device.type):
+            _say(*(f"{name} did not run: {reason}" for reason in backends.reasons(name, device)))
+        else:
+            _say(f"{name} did not run: it needs --device {name}.")
     return int(any(_bench.WRONG in row for row in rows))
 
 

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
-from collections import deque
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import kernels
 from ._checks import warn
 from ._distributed import is_sharded
+from ._wiring import MANY, Wiring, parameters_behind
 from .batch import BatchShard
 from .functional.metrics import SEPARATION
 from .output import RegularizerOutput
 from .schedule import Schedule
 
 FIRST_LOOK = 50  # training steps before the first look at the latents; the next look is at twice as many
-MANY = 2048  # a look takes at most this many prototypes, entries of a parameter or nodes of a graph
 SETTLED = 400  # after so many training steps a loss of ln K, or close prototypes, are no longer a start
 # An r^2/D that is so many times too small or too large does not mend: after SETTLED steps, after four times as many.
 # On Fashion-MNIST .14 at SETTLED steps came to 1 later; .06 to .10 did not.
 FAR, FAR_LATER = 8.0, 2.0
 GUESSING = 0.9  # share of ln K: predictions with a larger entropy are guesses
+
+
+_hinted = False  # whether this process was told that kernels can be compiled
 
 
 class LayerWatch:
@@ -41,9 +45,15 @@ class LayerWatch:
         self.active_steps = -math.inf  # after the warm-up, at the last look that has arrived
         self.steps: int | None = None  # what the host knows of the layer's count
         self.follows = False  # whether the std follows the scale of the latents
+        self.wiring = Wiring(self.said)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"said": set(self.said), "_last": None, "_behind": None, "_pending": None}
+        gone = {"wiring": None, "_last": None, "_behind": None, "_pending": None}
+        return self.__dict__ | {"said": set(self.said)} | gone
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.wiring = Wiring(self.said)
 
     def forget(self) -> None:
         """Forget the step: the layer's count was changed."""
@@ -152,9 +162,38 @@ class LayerWatch:
         idle = self._no_optimizer_steps(tokens)
         self._measure(tokens.detach(), batch.mask, prototypes, *figures, temperature, active_steps, idle)
 
+    def hint(self, device: torch.device) -> None:
+        """Say once in a process that compiled kernels would help, if they can be built here."""
+        global _hinted
+        if _hinted or device.type != "cpu":
+            return
+        _hinted = True
+        chosen = kernels.backends.choose("auto", torch.empty(0, dtype=torch.float32, device=device))
+        if chosen == "torch" and "PROTO_REG_BACKEND" not in os.environ and kernels.build.obstacle("cpu") is None:
+            self.say(
+                "kernels",
+                "Compiled kernels would make Sinkhorn about five times as fast on this CPU, and a compiler is there. "
+                "Run once: python -m proto_reg build cpu.",
+            )
+
+    def explain(self, metrics: dict[str, float]) -> None:
+        """Say why ``metrics`` are NaN."""
+        if math.isnan(metrics["perplexity"]):
+            self.say(
+                "nothing",
+                "metrics: no latent was counted since the last reset, so most figures are NaN. Read them after "
+                "training steps. The layer counts in training mode, with gradients enabled, while tracking is True.",
+            )
+        elif math.isnan(metrics["prototype_loss"] + metrics["mmd_loss"]):
+            self.say(
+                "metrics",
+                "metrics: a loss is NaN because a training step since the last reset had NaN or infinity in its "
+                "latents. Look for the overflow upstream, or use assigner=SinkhornAssigner(nan_policy='isolate').",
+            )
+
     def _no_optimizer_steps(self, tokens: Tensor) -> Tensor | None:
         """() bool: whether the encoder is unchanged since the last look, as in accumulation; None if nobody knows."""
-        parameter, before = _parameter_behind(tokens), self._behind
+        parameter, before = next(iter(parameters_behind(tokens)[0]), None), self._behind
         self._behind = None
         # FSDP frees the memory of parameters that it has sharded again.
         if parameter is None or is_sharded(parameter) or not parameter.untyped_storage().size():
@@ -315,21 +354,3 @@ class LayerWatch:
             "Mean r^2/D, the squared distance of latents from their prototypes per dimension and std^2, is "
             f"{radius:.2g} after {steps:.0f} steps, where {target} has 1"
         )
-
-
-def _parameter_behind(z: Tensor) -> nn.Parameter | None:
-    """The parameter that is nearest to ``z`` in its graph. It tells whether an optimizer steps."""
-    if isinstance(z, nn.Parameter):
-        return z
-    waiting: deque = deque([z.grad_fn])
-    seen: set = set()
-    while waiting and len(seen) < MANY:
-        node = waiting.popleft()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found = getattr(node, "variable", None)  # of a leaf's node
-        if isinstance(found, nn.Parameter):
-            return found
-        waiting.extend(before for before, _ in node.next_functions)
-    return None

@@ -98,14 +98,42 @@ class SinkhornAssigner(WideState):
             "group": self.ranks.active(self.training),
         }
 
-    def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Codes like ``scores`` (..., B, K): rows sum to 1. ``mask`` (..., B) bool leaves rows out."""
-        options = self._options()
-        return sinkhorn(scores, self.epsilon, self.num_iters, mask=mask, differentiable=self.differentiable, **options)
+    def forward(
+        self,
+        scores: Tensor,
+        mask: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        prototype_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Codes like ``scores`` (..., B, K): rows sum to 1.
+
+        Args:
+            mask: (..., B) bool, True where a row counts.
+            weights: (..., B) >= 0: a row of weight 2 counts as two rows.
+            prototype_mask: (K,) or (..., K) bool, True where a prototype takes part.
+        """
+        return sinkhorn(
+            scores,
+            self.epsilon,
+            self.num_iters,
+            mask=mask,
+            weights=weights,
+            prototype_mask=prototype_mask,
+            differentiable=self.differentiable,
+            **self._options(),
+        )
 
     if TYPE_CHECKING:  # torch's own returns Any
 
-        def __call__(self, scores: Tensor, mask: Tensor | None = None) -> Tensor: ...
+        def __call__(
+            self,
+            scores: Tensor,
+            mask: Tensor | None = None,
+            *,
+            weights: Tensor | None = None,
+            prototype_mask: Tensor | None = None,
+        ) -> Tensor: ...
 
     def cross_entropy_and_gradient(
         self, scores: Tensor, temperature: float, mask: Tensor | None = None, *, rows: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 import weakref
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ from .regularizer import PrototypicalRegularizer
 
 Select = int | str | slice | None
 # Classes that save and load the layer too, for libraries that build their models anew.
+VARIATIONAL = re.compile(r"VAE|AutoencoderKL|log_?var|log_?sigma|log_?std|var_encoder|fc_var", re.IGNORECASE)
 OURS = {"diffusers": "diffusers.PrototypicalAutoencoder", "scvi": "scvi.PrototypicalSCVI"}
-PATIENCE = 10  # training passes without a gradient at the latents, after which we say so
 
 
 def attach(
@@ -50,6 +51,10 @@ def attach(
 
     Under PEFT attach first, and name the layer in ``modules_to_save=["prototypes"]``. Then it is trained and saved with
     the adapter, and ``attachment.layer`` is the one at work.
+
+    The model keeps its noise and its KL term, which pulls all prototypes to one point: set the term's weight to 0. On
+    MNIST the test error is .0164 with both and .0072 without, and control .55 and .97 (docs/how-it-works.md). If the
+    model looks like a VAE, a warning says so.
 
     Every call of ``encode`` is a step of its own. If a forward pass calls it twice, it counts two, and ``output`` and
     ``loss`` belong to the last call. A second run by ``torch.utils.checkpoint`` in the backward pass is not a step.
@@ -88,7 +93,7 @@ def attach(
     model.__dict__[name] = layer  # plain access: the layer is registered once, in its owner
     hook = _LatentHook(model, path, owner, name, select)
     hook.handle = target.register_forward_hook(hook)
-    _say_what_comes_back_without(model)
+    _say_what_stays(model)
     return Attachment(model, hook)
 
 
@@ -161,8 +166,7 @@ class _LatentHook:
         self.output: RegularizerOutput | None = None
         # Kept here for its pickled form, which reserves the hook's id in the process that unpickles it.
         self.handle: RemovableHandle | None = None
-        self.passes: int | None = 0  # training passes so far; None once a gradient has come back
-        self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self.model: weakref.ref[nn.Module] | None = weakref.ref(model)  # None once it was looked at
         self.path = path
 
     @property
@@ -173,35 +177,21 @@ class _LatentHook:
         layer = self.layer
         axis = layer.layout.latent_axis
         latent = _take(output, self.select, axis)
-        if self.passes is not None and layer.training:
-            self._first_passes(module, latent)
+        if self.model is not None:
+            self._look_at(self.model(), module)
         z, self.output = layer(latent)
         return _put(output, self.select, axis, z)
 
-    def _first_passes(self, module: nn.Module, latent: Tensor) -> None:
-        """Look at the wiring until a gradient has come back to the latents."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming():
+    def _look_at(self, model: nn.Module | None, module: nn.Module) -> None:
+        """ValueError if an adapter was put around ``module`` after the layer was attached."""
+        if torch.compiler.is_compiling() or transforming():
             return
-        model = None if self.model is None else self.model()
         if model is not None and _is_wrapped(model, self.path, module):
             raise ValueError(
                 f"encode: expected {self.path!r} as it was, got it inside an adapter, which adds to the latent behind "
                 "the layer. Attach to a submodule around it, or leave it out of the adapter's target_modules."
             )
-        if not latent.requires_grad:  # a frozen encoder
-            return
-        if self.passes == PATIENCE:
-            self.passes = None
-            warn(
-                f"No gradient has come back to the latents in {PATIENCE} training passes: neither the encoder nor the "
-                f"prototypes learn from the decoder. Decode what {self.path!r} returns, without detach() or rounding."
-            )
-            return
-        self.passes = (self.passes or 0) + 1
-        latent.register_hook(self._arrived)
-
-    def _arrived(self, gradient: Tensor) -> None:
-        self.passes = None
+        self.model = None
 
     def __getstate__(self) -> dict:
         """The state without the last output, whose graph cannot be copied, and without the model."""
@@ -221,6 +211,11 @@ def _find(model: nn.Module, encode: str | nn.Module) -> tuple[nn.Module, str]:
             raise ValueError(f"encode: expected a submodule of the model, got another module. Choose from {names}.")
     elif encode in names:
         path = encode
+    elif callable(getattr(model, str(encode), None)):
+        raise ValueError(
+            f"encode: expected the name of a submodule, got {encode!r}, which is a method of {type(model).__name__}. A "
+            f"hook sees submodules only: name the one whose output the method returns, of {names}."
+        )
     else:
         raise ValueError(f"encode: expected the name of a submodule, got {encode!r}. Choose from {names}.")
     target = modules[path]
@@ -255,16 +250,22 @@ def _is_wrapped(model: nn.Module, path: str, module: nn.Module) -> bool:
         return False
 
 
-def _say_what_comes_back_without(model: nn.Module) -> None:
-    """Warn if a library builds this model anew, unless ``model`` attaches in its own ``__init__``."""
-    libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
-    if not hasattr(model, "from_pretrained") and "scvi" not in libraries:
-        return
+def _say_what_stays(model: nn.Module) -> None:
+    """Warn of a KL term and of a library that builds ``model`` anew, unless it attaches in its own ``__init__``."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__" and any(value is model for value in frame.f_locals.values()):
             return
         frame = frame.f_back
+    if VARIATIONAL.search(" ".join([type(model).__name__, *(name for name, _ in model.named_modules())])):
+        warn(
+            f"attach leaves the model's KL term and noise as they are, and {type(model).__name__} looks like a VAE. "
+            "The KL term pulls all prototypes to one point: on MNIST the test error is .0164 with both, .0072 without. "
+            "Set the term's weight to 0 if your loss has one."
+        )
+    libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if not hasattr(model, "from_pretrained") and "scvi" not in libraries:
+        return
     builder = "scvi's load" if "scvi" in libraries else f"{type(model).__name__}.from_pretrained"
     ours = next((f", or use proto_reg.integrations.{OURS[name]}" for name in libraries if name in OURS), "")
     warn(

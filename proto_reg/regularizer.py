@@ -181,7 +181,7 @@ class PrototypicalRegularizer(nn.Module):
         if counting:
             self._look(batch, output)
             self._follow_scale(batch, output)
-        return z, self._restored(output, z)
+        return z, self._restored(self._watched(batch, z, output, counting), z)
 
     def losses(self, z: Tensor, mask: Tensor | None = None, *, count: bool = False) -> RegularizerOutput:
         """Both losses of ``z``, differentiable in either mode: what Algorithm 1 steps on.
@@ -306,12 +306,25 @@ class PrototypicalRegularizer(nn.Module):
         past = 0 if queue is None else queue.size
         if not self.watch.due(batch.total + past, head.num_prototypes, begin) or not batch.tokens.shape[0]:
             return
+        if self.assigner.backend == "auto":
+            self.watch.hint(batch.tokens.device)
         # Prototypes that FSDP2 gathered do not tell whether an optimizer has touched the shards.
         moving = head.shards is None and self.prototype_weight
         prototypes = head.prototypes if moving else head.prototypes.detach()
         temperature = self.schedule.temperature_at(self.steps)
         at, kernel = self.steps - begin, self.mmd.options.kernel
         self.watch.look(batch, output, prototypes, head.std, temperature, kernel, at, head.follows_scale)
+
+    def _watched(self, batch: BatchShard, z: Tensor, output: RegularizerOutput, counting: bool) -> RegularizerOutput:
+        """``output`` of one of the first calls, by which a mistake in the wiring is noticed."""
+        wiring, training = self.watch.wiring, self.training
+        if not wiring.open or torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
+            return output
+        if not training:
+            wiring.watch_evaluation(z, lambda: bool(self.steps))
+        if not counting:
+            return output
+        return output._replace(loss=wiring.watch(batch.tokens, z, output.loss, self.head, self.mode == "balanced"))
 
     def _follow_scale(self, batch: BatchShard, output: RegularizerOutput) -> None:
         """Every few hundred steps a std that was not given goes to that of the latents."""
@@ -400,7 +413,9 @@ class PrototypicalRegularizer(nn.Module):
               ramp.
         """
         active = self.schedule.loss_shares(self._now(), self.mmd_weight)[0]
-        return self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=active)
+        figures = self.meter.metrics(whole(self.head.prototypes.detach()), self.head.std, active=active)
+        self.watch.explain(figures)
+        return figures
 
     def reset_metrics(self) -> None:
         """Start counting anew, for example with each epoch."""

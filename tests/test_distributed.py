@@ -78,6 +78,14 @@ def sinkhorn_of_the_global_batch() -> None:
                 codes, g = sinkhorn(own(at, split), 0.1, **part)
                 torch.testing.assert_close(codes, own(whole, split), atol=2e-6, rtol=0)
                 torch.testing.assert_close(g, potentials, atol=2e-5, rtol=2e-6)
+            codes, g, info = sinkhorn(own(scores, split), 0.1, **part, potentials=potentials / 2, return_info=True)
+            whole, potentials, expected = sinkhorn(
+                scores, 0.1, return_potentials=True, potentials=potentials / 2, return_info=True, **options
+            )
+            torch.testing.assert_close(codes, own(whole, split), atol=2e-6, rtol=0)
+            torch.testing.assert_close(g, potentials, atol=2e-5, rtol=2e-6)
+            torch.testing.assert_close(info.error, expected.error, atol=5e-6, rtol=1e-4)
+            assert (info.iterations, info.converged) == (expected.iterations, expected.converged)
         groups = spread(3, 2, n, 6)
         codes = sinkhorn(groups.split(split, 1)[dist.get_rank()], group="default")
         torch.testing.assert_close(codes, sinkhorn(groups).split(split, 1)[dist.get_rank()], atol=2e-6, rtol=0)
@@ -97,6 +105,8 @@ def bad_rows_of_the_global_batch() -> None:
         sinkhorn(own(scores, split), nan_policy="raise", group="default")
     with pytest.raises(ValueError, match="group: expected None with differentiable=True"):
         sinkhorn(own(scores, split), differentiable=True, group="default")
+    with pytest.raises(ValueError, match="slack: expected None with a group"):
+        sinkhorn(own(scores, split), slack=0.1, group="default")
 
 
 def cross_entropy_of_the_global_batch() -> None:

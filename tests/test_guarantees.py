@@ -264,6 +264,7 @@ def test_exponential_moving_average(use_buffers: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_resume_in_the_middle_of_an_epoch_is_exact(mode: str) -> None:
     def build() -> tuple[Autoencoder, torch.optim.Optimizer]:
         torch.manual_seed(1)

@@ -199,12 +199,16 @@ def test_profiles_of_one_batch() -> None:
     np.testing.assert_allclose(model.get_prototype_expression(), (one + other) / 2, rtol=1e-4)
 
 
-def test_a_query_leaves_the_prototypes_where_they_are() -> None:
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_query_leaves_the_prototypes_where_they_are(fitted: bool) -> None:
     adata = cells()
     model = trained(adata)
+    if fitted:
+        model.prototypes.head.fit(torch.from_numpy(model.get_latent_representation()))
     query = synthetic_iid(batch_size=50)
     query.obs["batch"] = query.obs["batch"].astype(str) + " new"
     mapped = PrototypicalSCVI.load_query_data(query, model)
+    assert all(map(torch.equal, mapped.prototypes.head.shapes, model.prototypes.head.shapes))
     mapped.train(2, batch_size=32, **QUIET)
     assert mapped.prototypes.steps == model.prototypes.steps + 2 * 3
     assert torch.equal(mapped.prototypes.head.prototypes, model.prototypes.head.prototypes)

@@ -151,6 +151,7 @@ def test_two_backward_passes_through_one_forward_are_scaled_by_their_own_norms(m
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_all_forwards_before_any_backward() -> None:
     layer = PrototypicalRegularizer(DIM, K).double()
     parts = torch.randn(2, BATCH, DIM, dtype=torch.float64).requires_grad_()
@@ -221,6 +222,7 @@ def test_mmd_leaves_prototypes_alone() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_a_single_prototype_follows_its_latents_without_a_gradient(rate: float) -> None:
     layer = PrototypicalRegularizer(DIM, 1, follow_rate=rate)
     encoder = nn.Linear(DIM, DIM)
@@ -431,6 +433,7 @@ def train(
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_exact_resume() -> None:
     def build() -> tuple[nn.Module, PrototypicalRegularizer, torch.optim.Optimizer]:
         torch.manual_seed(1)
@@ -607,6 +610,7 @@ def test_a_loss_that_ignores_the_rows_left_out(way: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_nothing_counts(mode: str) -> None:
     layer = PrototypicalRegularizer(DIM, K, mode=mode)
     z = torch.randn(BATCH, DIM, requires_grad=True)

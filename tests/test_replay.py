@@ -18,6 +18,8 @@ from proto_reg import LatentNoise
 PIXELS, BATCH = 12, 32
 everything = pytest.mark.parametrize("options", OPTIONS)
 modes = pytest.mark.parametrize("mode", ["balanced", "weighted"])
+# One loss serves both modes here, and some tests call a layer several times: the layer warns of both.
+pytestmark = pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 
 
 class Model(nn.Module):

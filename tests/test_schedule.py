@@ -100,6 +100,7 @@ def test_schedules_that_are_over_leave_the_same_bits(mode: str) -> None:
 @pytest.mark.parametrize(
     "schedule", [{"schedule": Schedule(warmup_steps=2)}, {"schedule": Schedule(mmd_steps=1, ramp_steps=1)}]
 )
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_checkpointing_at_the_step_at_which_schedules_end(mode: str, schedule: dict) -> None:
     layer = PrototypicalRegularizer(DIM, K, mode=mode, **schedule)
 
@@ -131,6 +132,7 @@ def test_prototypes_follow_nothing_until_they_are_warm() -> None:
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_temperature_and_epsilon_anneal_together(mode: str) -> None:
     layer = PrototypicalRegularizer(
         DIM,

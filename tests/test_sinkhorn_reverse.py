@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import cosines
 from torch import Tensor
 
 from proto_reg import SinkhornAssigner
-from proto_reg.functional import sinkhorn
+from proto_reg.functional import sinkhorn, sinkhorn_with_dustbin
 from proto_reg.kernels.sinkhorn_reference import balance_logits
 
 TINY, STRIP, SMALL, LONG = (37, 4, 4), (19, 5, 7), (3, 20, 17), (2, 40, 130)
@@ -124,17 +125,46 @@ def test_tol_ends_each_group_on_its_own(shape: tuple[int, ...], backend: str) ->
 
 @pytest.mark.parametrize("name", [True, "implicit"])
 def test_what_is_kept_does_not_grow_with_the_iterations(name: bool | str, backend: str) -> None:
-    leaf, kept = drawn((64, 48)).requires_grad_(), {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        leaf = drawn((64, 48)).to(dtype).requires_grad_()
+        kept = kept_bytes(lambda leaf=leaf: sinkhorn(leaf, 0.1, 100, differentiable=name))
+        assert kept <= (5 if dtype == torch.bfloat16 else 3) * leaf.numel() * dtype.itemsize
+
+
+def kept_bytes(call: Callable[[], object]) -> int:
+    """What autograd keeps of a call."""
+    kept = {}
 
     def keep(x: Tensor) -> Tensor:
         kept[x.data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            sinkhorn(leaf.to(dtype), 0.1, 100, differentiable=name)
-        assert sum(kept.values()) <= (5 if dtype == torch.bfloat16 else 3) * leaf.numel() * dtype.itemsize
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        call()
+    return sum(kept.values())
+
+
+def test_warm_starts_and_dustbins_keep_no_iteration_either(backend: str) -> None:
+    leaf, g = drawn((64, 48)).requires_grad_(), torch.randn(48)
+    options = {"differentiable": True, "potentials": g, "backend": backend}
+    for call in (
+        lambda: sinkhorn(leaf, 0.1, 100, **options),
+        lambda: sinkhorn(leaf, 0.1, 100, return_info=True, **options),
+        lambda: sinkhorn_with_dustbin(leaf, 0.0, 0.1, 100),
+    ):
+        assert kept_bytes(call) <= 8 * leaf.numel() * 4
+
+
+@pytest.mark.parametrize("name", [True, "implicit"])
+def test_gradients_after_a_warm_start(name: bool | str, backend: str) -> None:
+    scores, options, by = problem(SMALL)
+    by = by[0], torch.zeros_like(by[1])
+    g = sinkhorn(scores + 0.1 * drawn(SMALL), 0.5, 5, return_potentials=True, **options)[1]
+    found = ours(scores, options, 0.5, 200, by, differentiable=name, potentials=g, backend=backend)
+    wanted = autograd(scores, options, 0.5, 200, by)
+    close(found[:1], wanted[:1], 2e-5)
+    close(found[1:], wanted[1:], 1e-3)
+    assert not found[1][..., 1].any() and not found[2][..., 2].any()  # a share and a weight of 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -48,6 +48,7 @@ def test_metrics_are_those_of_all_latents_since_the_reset() -> None:
     assert all(type(value) is float for value in seen.values())
 
 
+@pytest.mark.filterwarnings("ignore::proto_reg.PrototypeWarning")
 def test_what_does_not_count_is_not_counted() -> None:
     layer = PrototypicalRegularizer(DIM, K)
     layer.eval()(torch.randn(BATCH, DIM))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from .clusters import PrototypeCounts, choose_num_prototypes, nearest_examples, prototype_hierarchy
+from .dustbin import sinkhorn_with_dustbin
 from .metrics import latent_metrics
 from .mmd import anchored_mmd
 from .noise import with_noise
 from .prototypes import prototype_cross_entropy, prototype_scores
-from .sinkhorn import sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
+from .sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
 __all__ = [
     "PrototypeCounts",
+    "SinkhornInfo",
     "anchored_mmd",
     "choose_num_prototypes",
     "latent_metrics",
@@ -21,5 +23,6 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_cross_entropy",
     "sinkhorn_cross_entropy_and_gradient",
+    "sinkhorn_with_dustbin",
     "with_noise",
 ]

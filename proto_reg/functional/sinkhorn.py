@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import kernels
-from .._checks import check_floating, check_number
+from .._checks import check_floating, check_number, compute_dtype
 from .._distributed import Group, resolve, size, with_gradients
-from .sinkhorn_arguments import IMPLICIT, SinkhornKeywords, SinkhornOptions, check_differentiable, operator_arguments
+from .sinkhorn_arguments import (
+    IMPLICIT,
+    SinkhornKeywords,
+    SinkhornOptions,
+    check_differentiable,
+    least_tol,
+    operator_arguments,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,18 +34,36 @@ _sinkhorn_codes_now = getattr(_sinkhorn_codes, "_op", _sinkhorn_codes)
 _sinkhorn_out = torch.ops.proto_reg.sinkhorn_out.default
 
 
+class SinkhornInfo(NamedTuple):
+    """How far the iterations of :func:`sinkhorn` came. Tensors on its device, with the leading axes of the scores."""
+
+    iterations: Tensor
+    """int64: how many there were."""
+    error: Tensor
+    """The largest relative error of a column of the codes against its marginal. With ``slack`` it is the largest
+    relative change that one more iteration makes to exp(g)."""
+    converged: Tensor
+    """bool: ``error`` is at most ``tol``, or without that what the dtype can tell."""
+
+
+class _Keywords(SinkhornKeywords, total=False):
+    hard: bool
+    differentiable: bool | Literal["implicit"]
+    out: Tensor | None
+    group: Group
+    potentials: Tensor | None
+    slack: float | None
+
+
 @overload
 def sinkhorn(
     scores: Tensor,
     epsilon: float = ...,
     num_iters: int = ...,
     *,
-    hard: bool = ...,
-    differentiable: bool | Literal["implicit"] = ...,
-    out: Tensor | None = ...,
-    group: Group = ...,
     return_potentials: Literal[False] = ...,
-    **options: Unpack[SinkhornKeywords],
+    return_info: Literal[False] = ...,
+    **options: Unpack[_Keywords],
 ) -> Tensor: ...
 @overload
 def sinkhorn(
@@ -46,13 +71,30 @@ def sinkhorn(
     epsilon: float = ...,
     num_iters: int = ...,
     *,
-    hard: bool = ...,
-    differentiable: bool | Literal["implicit"] = ...,
-    out: Tensor | None = ...,
-    group: Group = ...,
     return_potentials: Literal[True],
-    **options: Unpack[SinkhornKeywords],
+    return_info: Literal[False] = ...,
+    **options: Unpack[_Keywords],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def sinkhorn(
+    scores: Tensor,
+    epsilon: float = ...,
+    num_iters: int = ...,
+    *,
+    return_potentials: Literal[False] = ...,
+    return_info: Literal[True],
+    **options: Unpack[_Keywords],
+) -> tuple[Tensor, SinkhornInfo]: ...
+@overload
+def sinkhorn(
+    scores: Tensor,
+    epsilon: float = ...,
+    num_iters: int = ...,
+    *,
+    return_potentials: Literal[True],
+    return_info: Literal[True],
+    **options: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor, SinkhornInfo]: ...
 def sinkhorn(
     scores: Tensor,
     epsilon: float = 0.05,
@@ -69,8 +111,11 @@ def sinkhorn(
     backend: str = "auto",
     out: Tensor | None = None,
     group: Group = None,
+    potentials: Tensor | None = None,
+    slack: float | None = None,
     return_potentials: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor | SinkhornInfo, ...]:
     """Codes Q that maximise Tr(Q^T S) + eps h(Q) with balanced columns (paper, eq. 11 and 12), times B.
 
     With uniform marginals this is the iterate of SwAV and DINO after ``num_iters`` iterations, not only the same limit.
@@ -96,7 +141,8 @@ def sinkhorn(
             device, so torch.compile cannot use it. A column of -inf is no error: that prototype gets nothing.
         hard: 1 for the largest code of each row, 0 for the others.
         differentiable: gradients flow to scores, marginals and weights. Otherwise codes are constants. True: through
-            all iterations, in memory that does not grow with them.
+            all iterations, in memory that does not grow with them. With ``slack``, and with ``return_info`` and
+            ``tol``, it does grow, and ``"implicit"`` is an error.
             ``"implicit"``: through the fixed point that they approach. That is right only if the codes are balanced
             (use many iterations, or ``tol``); potentials are constants, and there is no second derivative. A marginal
             or weight of 0 has a gradient of 0.
@@ -106,7 +152,15 @@ def sinkhorn(
         group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, in plain torch. It
             takes ``num_iters`` + 1 all-reduces of K numbers, and one of 1 with ``weights``. B may differ and be 0. All
             ranks must call with the same options, ``marginals`` and ``prototype_mask``.
+        potentials: (K,) or (..., K) g of an earlier call, a warm start. The first iteration takes the row potentials
+            from it, ``f_i = -log W - logsumexp_k(S_ik / eps + g_k)``. Without it they are 0. -inf counts as 0. It is
+            a constant, and takes one more pass over the scores.
+        slack: tau > 0, in units of the scores. Columns may miss their marginals, at the price of tau times the KL
+            divergence between both (Chizat et al. 2018). A large tau balances; a small one leaves softmax(S / eps).
+            Plain torch computes it.
         return_potentials: also return g, (K,) or (..., K). Then ``softmax(S / eps + g)`` assigns new latents.
+        return_info: also return a :class:`SinkhornInfo`, last. It waits for no device. With ``tol`` plain torch
+            computes, because it counts its iterations.
 
     Returns:
         Codes like ``scores``. Every row sums to 1. No gradient flows through them unless ``differentiable``.
@@ -119,17 +173,20 @@ def sinkhorn(
         _check_grouped(ranks, backend, differentiable)
     # The entries of SinkhornOptions as a plain tuple: the named one takes as long as a tenth of a small problem.
     options: Any = (epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend)
+    if potentials is not None or slack is not None or return_info:
+        _check_observed(backend, tol, hard, differentiable, out, ranks, potentials, slack, return_info)
+        codes, g, info = _observed(scores, options, ranks, differentiable, potentials, slack, return_info)
+        codes = _delivered(codes, scores, hard, out)
+        if info is None:
+            return (codes, g) if return_potentials else codes
+        return (codes, g, info) if return_potentials else (codes, info)
     given, (scores, arguments) = scores, operator_arguments(scores, options, ranks, differentiable=bool(differentiable))
     solve: Callable[..., tuple[Tensor, Tensor]]
     if ranks is not None:
         solve = partial(kernels.sinkhorn_distributed.sinkhorn_over_group, ranks)
     elif differentiable:
-        implicit = check_differentiable(differentiable) == IMPLICIT
-        if out is not None or hard:
-            raise ValueError(
-                f"differentiable: expected False with out= or hard=True, got {differentiable!r}. Gradients need codes "
-                "of their own."
-            )
+        _check_own_codes(differentiable, hard, out)
+        implicit = differentiable == IMPLICIT
         solve = partial(kernels.sinkhorn_gradient.differentiable_codes, backend=backend, implicit=implicit)
     elif kernels.backends.choose(backend, scores) == "torch":
         solve = partial(kernels.sinkhorn_reference.sinkhorn_reference, with_potentials=return_potentials)
@@ -146,14 +203,14 @@ def sinkhorn(
         return _hardened(codes) if hard else codes
     else:
         solve = _sinkhorn
-    codes, potentials = solve(scores, *arguments) if out is None else _into(out, given, solve, scores, *arguments)
+    codes, g = solve(scores, *arguments) if out is None else _into(out, given, solve, scores, *arguments)
     if given.ndim > 3:
         codes = codes.reshape(given.shape)
-        potentials = potentials.unflatten(0, given.shape[:-2]) if return_potentials else None
+        g = g.unflatten(0, given.shape[:-2]) if return_potentials else g
     codes = codes if out is None else out
     if hard:
         _hardened(codes)
-    return (codes, potentials) if return_potentials else codes
+    return (codes, g) if return_potentials else codes
 
 
 def sinkhorn_cross_entropy(
@@ -250,6 +307,111 @@ def _check_grouped(ranks: ProcessGroup | None, backend: str, differentiable: boo
         )
 
 
+def _check_own_codes(differentiable: bool | Literal["implicit"], hard: bool, out: Tensor | None) -> None:
+    """ValueError if gradients are asked for codes that cannot have them, or of no known kind."""
+    check_differentiable(differentiable)
+    if out is not None or hard:
+        raise ValueError(
+            f"differentiable: expected False with out= or hard=True, got {differentiable!r}. Gradients need codes of "
+            "their own."
+        )
+
+
+def _check_observed(
+    backend: str,
+    tol: float | None,
+    hard: bool,
+    differentiable: bool | Literal["implicit"],
+    out: Tensor | None,
+    ranks: ProcessGroup | None,
+    potentials: Tensor | None,
+    slack: float | None,
+    return_info: bool,
+) -> None:
+    """ValueError for options that exclude each other."""
+    if differentiable:
+        _check_own_codes(differentiable, hard, out)
+    if slack is not None and (ranks is not None or potentials is not None):
+        others = "a group" if ranks is not None else "potentials"
+        raise ValueError(
+            f"slack: expected None with {others}, got {slack}. It starts cold, in one process. Leave one of them out."
+        )
+    if slack is None and (tol is None or not return_info):
+        return
+    wanted = "return_info and tol" if slack is None else "slack"
+    if differentiable == IMPLICIT:
+        raise ValueError(
+            f"differentiable: expected False or True with {wanted}, got {differentiable!r}. Use True: autograd goes "
+            "through all iterations."
+        )
+    if backend not in ("auto", "torch"):
+        raise ValueError(
+            f"backend: expected 'auto' or 'torch' with {wanted}, got {backend!r}. Plain torch computes that."
+        )
+
+
+def _observed(
+    given: Tensor,
+    options: Any,
+    ranks: ProcessGroup | None,
+    differentiable: bool | Literal["implicit"],
+    start: Tensor | None,
+    slack: float | None,
+    return_info: bool,
+) -> tuple[Tensor, Tensor, SinkhornInfo | None]:
+    """Codes (B, K) or (G, B, K) in the dtype of the computation, potentials (..., K), and what to know about them."""
+    scores, arguments = operator_arguments(given, options, ranks, differentiable=bool(differentiable))
+    scores = scores.to(compute_dtype(scores.dtype))
+    target, row_weights, epsilon, num_iters, tol, isolate = arguments
+    slack = slack if slack is None else check_number("slack", slack, above=0)
+    plain, leading = kernels.sinkhorn_observed, given.shape[:-2]
+    if start is not None:
+        start = _started(start, given, scores)
+        scores, epsilon = plain.warm_logits(scores, target, row_weights, epsilon, start, ranks), 1.0
+    if slack is None and (tol is None or not return_info):
+        others = {"nan_policy": "isolate" if isolate else "propagate", "backend": options[-1], "group": ranks}
+        others |= {"tol": tol, "marginals": target, "weights": row_weights, "differentiable": differentiable}
+        codes, g = sinkhorn(scores, epsilon, num_iters, return_potentials=True, **others)
+        iterations = scores.new_full(scores.shape[:-2], num_iters, dtype=torch.int64)
+    else:
+        arguments = (target, row_weights, epsilon, num_iters, tol, isolate)
+        codes, g, iterations = plain.sinkhorn_observed(scores, *arguments, slack, bool(differentiable), ranks)
+    info = None
+    if return_info:
+        wanted = target if slack is None else plain.relaxed_shares(target, g.detach(), epsilon / slack)
+        rate = 1.0 if slack is None else slack / (slack + epsilon)
+        error = rate * plain.column_errors(codes, wanted, row_weights, isolate, ranks)
+        converged = error <= (least_tol(scores.dtype, scores.shape[-1]) if tol is None else tol)
+        info = SinkhornInfo(*(x.reshape(leading) for x in (iterations, error, converged)))
+    g = g if start is None else start + g
+    return codes, g.reshape(*leading, g.shape[-1]), info
+
+
+def _started(potentials: Tensor, given: Tensor, scores: Tensor) -> Tensor:
+    """``potentials`` (K,) or (G, K) like the ``scores`` (..., B, K); the ``given`` ones may have more axes."""
+    check_floating("potentials", potentials)
+    *groups, _, columns = given.shape
+    if tuple(potentials.shape) not in ((columns,), (*groups, columns)):
+        expected = f"({columns},)" + (f" or {(*groups, columns)}" if groups else "")
+        raise ValueError(
+            f"potentials: expected shape {expected}, got {tuple(potentials.shape)}. Pass what return_potentials=True "
+            "gave for scores like these."
+        )
+    potentials = potentials.detach().to(scores)
+    potentials = torch.where(potentials == -torch.inf, 0.0, potentials)
+    return potentials if potentials.ndim < 3 else potentials.flatten(0, -2)
+
+
+def _delivered(codes: Tensor, given: Tensor, hard: bool, out: Tensor | None) -> Tensor:
+    """Codes in shape and dtype of the ``given`` scores, in ``out`` if there is one."""
+    codes = codes.to(given.dtype).reshape(given.shape)
+    codes = _hardened(codes) if hard else codes
+    if out is None:
+        return codes
+    _check_out(out, given)
+    return out.copy_(codes)
+
+
 def _cross_entropy_options(scores: Tensor, temperature: float, backend: str) -> tuple[bool, float]:
     """Whether plain torch computes it, and the temperature, checked."""
     check_floating("scores", scores)
@@ -266,8 +428,8 @@ def _hardened(codes: Tensor) -> Tensor:
     return codes.zero_().scatter_(-1, largest, 1.0).masked_fill_(undefined, torch.nan)
 
 
-def _into(out: Tensor, given: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """Write the codes of ``solve`` into ``out``, which is like the ``given`` scores."""
+def _check_out(out: Tensor, given: Tensor) -> None:
+    """ValueError unless ``out`` is like the ``given`` scores and apart from them."""
     fits = isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (given.shape, given.dtype, given.device)
     if not fits or not out.is_contiguous() or out.requires_grad:
         came = type(out).__name__
@@ -285,6 +447,11 @@ def _into(out: Tensor, given: Tensor, solve, scores: Tensor, *options) -> tuple[
         raise ValueError(
             "out: expected memory of its own, got that of scores. Allocate it with torch.empty_like(scores)."
         )
+
+
+def _into(out: Tensor, given: Tensor, solve, scores: Tensor, *options) -> tuple[Tensor, Tensor]:
+    """Write the codes of ``solve`` into ``out``, which is like the ``given`` scores."""
+    _check_out(out, given)
     flat = out.view(scores.shape)
     if solve is _sinkhorn:
         return flat, _sinkhorn_out(scores, *options, flat)

@@ -102,22 +102,26 @@ def operator_arguments(
 
 
 def reachable(tol: float, dtype: torch.dtype, num_prototypes: int) -> float:
-    """``tol``, or the least that the dtype of the computation can tell, with a warning.
-
-    Sums of K terms differ by this much from one iteration to the next, however many there are. This was measured on
-    every backend, up to K = 300,000.
-    """
-    computed = compute_dtype(dtype)
-    least = torch.finfo(computed).eps * max(16.0, num_prototypes / 256)
+    """``tol``, or the least that the dtype of the computation can tell, with a warning."""
+    least = least_tol(dtype, num_prototypes)
     if tol >= least:
         return tol
     if not torch.compiler.is_compiling():
-        single = computed == torch.float32
+        single = compute_dtype(dtype) == torch.float32
         warn(
             f"tol: {tol:.2g} is less than {'float32' if single else 'float64'} can tell with {num_prototypes} "
             f"prototypes: {least:.2g} counts in its place. Pass that or more{', or float64 scores' if single else ''}."
         )
     return least
+
+
+def least_tol(dtype: torch.dtype, num_prototypes: int) -> float:
+    """The least ``tol`` for scores of this dtype.
+
+    Sums of K terms differ by this much from one iteration to the next, however many there are. This was measured on
+    every backend, up to K = 300,000.
+    """
+    return torch.finfo(compute_dtype(dtype)).eps * max(16.0, num_prototypes / 256)
 
 
 def _check_scores(scores: Tensor, group: ProcessGroup | None) -> None:

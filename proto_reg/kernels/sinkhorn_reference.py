@@ -244,6 +244,8 @@ def balance_logits(
     num_iters: int,
     tol: float | None,
     group: ProcessGroup | None = None,
+    *,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The iterations for scores of any size, by one softmax over the rows each. No control flow depends on the scores.
 
@@ -253,9 +255,11 @@ def balance_logits(
 
     With a ``group`` the rows of all its ranks are one batch, which takes ``num_iters`` + 1 all-reduces of K numbers. A
     rank without rows takes part.
+
+    ``counter``: (..., 1) ones, to which each problem's iterations after the first are added.
     """
     start = start_of_iterations(x, marginals, weights, epsilon, group)
-    g = iterate(start, weights, num_iters - 1, tol, group)
+    g = iterate(start, weights, num_iters - 1, tol, group, counter=counter)
     codes = (start.x + g[..., None, :]).softmax(-1)
     largest = torch.finfo(g.dtype).max
     potentials = torch.where(g == -torch.inf, -torch.inf, (g - start.column_shift).clamp(-largest, largest))
@@ -281,26 +285,26 @@ def start_of_iterations(
     if marginals is not None:  # left-out columns do not influence how scores are centred; a NaN stays NaN
         x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
     counted = None if weights is None else weights > 0
-    log_weights = x.new_zeros(()) if weights is None else _log(weights, counted).to(x.dtype)[..., None]
-    tops = _column_tops(x, counted, log_weights, epsilon, group)
-    alive, column_top = tops != -torch.inf, _finite_or_zero(tops)
-    x, shift = _centre(x, column_top, epsilon)
+    log_weights = x.new_zeros(()) if weights is None else log_or_zero(weights, counted).to(x.dtype)[..., None]
+    tops = column_tops(x, counted, log_weights, epsilon, group)
+    alive, column_top = tops != -torch.inf, finite_or_zero(tops)
+    x, shift = centre(x, column_top, epsilon)
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
     offset = shift + log_weights
-    mass, total = _column_masses(x + offset, alive, counted, weights, group)
+    mass, total = column_masses(x + offset, alive, counted, weights, group)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
-    g = torch.where(alive & (mass != -torch.inf), _log(target, target > 0) - mass, -torch.inf)
+    g = torch.where(alive & (mass != -torch.inf), log_or_zero(target, target > 0) - mass, -torch.inf)
     if weights is not None or group is not None:
         g = torch.where(total > 0, g, 0.0)
     return Start(x, offset, column_top / epsilon, mass, g, total * target, total)
 
 
-def _log(x: Tensor, positive: Tensor | None) -> Tensor:
+def log_or_zero(x: Tensor, positive: Tensor | None) -> Tensor:
     """log x where it is ``positive``, 0 elsewhere: autograd has no slope for the logarithm of 0."""
     return (x if positive is None else torch.where(positive, x, 1.0)).log()
 
 
-def _column_tops(
+def column_tops(
     x: Tensor, counted: Tensor | None, log_weights: Tensor, epsilon: float, group: ProcessGroup | None
 ) -> Tensor:
     """The columns' maxima (..., K); in a group those of S + eps log w, so that exponentials sum safely."""
@@ -312,7 +316,7 @@ def _column_tops(
     return max_(tops, group)
 
 
-def _column_masses(
+def column_masses(
     logits: Tensor, alive: Tensor, counted: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """log sum_i exp(logits) of each column (..., K), -inf if not ``alive``; and the sum of all weights (..., 1)."""
@@ -329,7 +333,7 @@ def _column_masses(
     return torch.where(alive, logits.logsumexp(-2), -torch.inf), total
 
 
-def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """S / eps less its row and column maxima, subtracted before the division so that float32 keeps the digits.
 
     Returns the centred scores, and the shift (..., B, 1) of their rows in units of S / eps.
@@ -341,7 +345,7 @@ def _centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tens
     back = less - x
     lost = (x - (less - back)) - (columns + back)
     less = torch.where(x == -torch.inf, -torch.inf, less.clamp_min(lowest))
-    row_top = _finite_or_zero(less.amax(-1, keepdim=True)).detach()
+    row_top = finite_or_zero(less.amax(-1, keepdim=True)).detach()
     centred = (less - row_top) + torch.where(lost.isfinite(), lost, 0.0)
     return centred / epsilon, row_top / epsilon
 
@@ -352,11 +356,16 @@ def iterate(
     passes: int,
     tol: float | None,
     group: ProcessGroup | None = None,
+    *,
+    counter: Tensor | None = None,
     steps: list[Step] | None = None,
 ) -> Tensor:
-    """The column potentials (..., K) after ``passes`` further iterations, each of which is added to ``steps``."""
+    """The column potentials (..., K) after ``passes`` further iterations, each of which is added to ``steps``.
+
+    ``counter``: see :func:`balance_logits`.
+    """
     x, g, target = start.x, start.g, start.target
-    at_hand = group is None and x.is_cpu and not torch.compiler.is_compiling() and not transforming()
+    at_hand = group is None and readable(x)
     for _ in range(passes):
         p = (x + g[..., None, :]).softmax(-1)
         if weights is not None:
@@ -373,21 +382,32 @@ def iterate(
         # The other columns share what columns of nothing but -inf do not take.
         left = torch.where(gone, 0.0, target).sum(-1, keepdim=True) / target.sum(-1, keepdim=True)
         error = torch.where(gone, 0.0, (met * left - 1).abs()).amax(-1, keepdim=True)
-        # The rounding of the potentials is an error of this size.
-        rounding = torch.where(g == -torch.inf, 0.0, g.abs()).amax(-1, keepdim=True) * torch.finfo(g.dtype).eps
-        settled = error <= rounding.clamp_min(tol)
+        settled = error <= least_error(g).clamp_min(tol)
         if steps is not None:
             steps.append((g, settled))
         # The test stays on the device: after convergence the potentials no longer move.
         g = torch.where(settled, g, updated)
-        if at_hand and bool((settled | error.isnan()).all()):
-            _say_if_short_of(tol, error)
+        if counter is not None:
+            counter += ~settled
+        if at_hand and ended(settled, error, tol):
             break
     return g
 
 
-def _say_if_short_of(tol: float, error: Tensor) -> None:
-    """Warn if iterations ended at an ``error`` above ``tol``."""
+def least_error(g: Tensor) -> Tensor:
+    """The error (..., 1) that the rounding of the potentials (..., K) makes. No iteration gets below it."""
+    return torch.where(g == -torch.inf, 0.0, g.abs()).amax(-1, keepdim=True) * torch.finfo(g.dtype).eps
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the host may look at numbers computed from ``x``: on the CPU that waits for nothing."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not transforming()
+
+
+def ended(settled: Tensor, error: Tensor, tol: float) -> bool:
+    """Whether no problem goes on. Warns if one of them ends at an ``error`` above ``tol``."""
+    if not bool((settled | error.isnan()).all()):
+        return False
     reached = float(error.detach().amax())
     if reached > tol:
         single = error.dtype == torch.float32
@@ -396,9 +416,10 @@ def _say_if_short_of(tol: float, error: Tensor) -> None:
             f"epsilon: the iterations ended at an error of {reached:.2g}. Use a larger tol or epsilon"
             f"{', or float64 scores.' if single else '.'}"
         )
+    return True
 
 
-def _finite_or_zero(top: Tensor) -> Tensor:
+def finite_or_zero(top: Tensor) -> Tensor:
     """Maxima. A maximum of -inf becomes 0, which shifts nothing."""
     return torch.where(top == -torch.inf, 0.0, top)
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from sinkhorn_race import swav
 from torch import Tensor
 
+from proto_reg import _peers
 from proto_reg._bench import EPSILON, NUM_ITERS
 
 Method = Callable[[Tensor], object]
@@ -56,18 +57,6 @@ def compiled_swav(scores: Tensor) -> Method:
     return method
 
 
-def _pot(scores: Tensor) -> Method:
-    ot = importlib.import_module("ot")
-
-    def method(scores: Tensor) -> Tensor:
-        rows, columns = scores.shape
-        a, b = scores.new_full((rows,), 1 / rows), scores.new_full((columns,), 1 / columns)
-        options = {"numItermax": NUM_ITERS, "stopThr": 0, "warn": False}
-        return ot.bregman.sinkhorn_log(a, b, -scores, EPSILON, **options) * rows
-
-    return method
-
-
 def _lightly(scores: Tensor) -> Method:
     sinkhorn = _lightly_module("swav_loss").sinkhorn
     return lambda scores: sinkhorn(scores, NUM_ITERS, EPSILON)
@@ -92,46 +81,14 @@ def _lightly_module(name: str):
     return module
 
 
-def _geomloss(scores: Tensor) -> Method:
-    """Symmetric updates with annealing. This iterate is different: its rows do not sum to 1 before it converges."""
-    ot = importlib.import_module("geomloss.ot")
-
-    def method(scores: Tensor) -> Tensor:
-        grad = torch.is_grad_enabled()
-        try:
-            return ot.solve(-scores, reg=EPSILON, max_iter=NUM_ITERS).plan * len(scores)
-        finally:
-            torch.set_grad_enabled(grad)  # it leaves autograd off after an error
-
-    return method
-
-
-def _ott(scores: Tensor) -> Method:
-    """OTT-jax in its log domain, compiled. It takes scores and returns codes without a copy."""
-    # jax reads this at its start. It then has as many threads as PyTorch.
-    one = torch.get_num_threads() == 1
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false" if one else "")
-    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
-    jax = importlib.import_module("jax")
-    geometry = importlib.import_module("ott.geometry.geometry")
-    problem = importlib.import_module("ott.problems.linear.linear_problem")
-    linear = importlib.import_module("ott.solvers.linear.sinkhorn")
-    counts = {"min_iterations": NUM_ITERS, "max_iterations": NUM_ITERS, "inner_iterations": NUM_ITERS}
-    solver = linear.Sinkhorn(lse_mode=True, threshold=-1.0, **counts)
-
-    def codes(x):
-        cost = geometry.Geometry(cost_matrix=-x, epsilon=EPSILON)
-        return solver(problem.LinearProblem(cost)).matrix * x.shape[0]
-
-    compiled = jax.jit(codes)
-    return lambda scores: compiled(jax.dlpack.from_dlpack(scores)).block_until_ready()
+def _package(name: str, scores: Tensor) -> Method:
+    method = _peers.PACKAGES[name][0]()
+    return lambda scores: method(scores, EPSILON, NUM_ITERS)
 
 
 # For each peer: a function that loads it for scores like these, and the command that installs it.
 LOADERS: dict[str, tuple[Callable[[Tensor], Method], str]] = {
     "lightly": (_lightly, "pip install --no-deps lightly"),
     "lightly CAPI": (_lightly_capi, "pip install --no-deps lightly"),
-    "POT sinkhorn_log": (_pot, "pip install POT"),
-    "OTT-jax lse": (_ott, "pip install ott-jax"),
-    "geomloss": (_geomloss, "pip install geomloss"),
+    **{name: (partial(_package, name), cure) for name, (_, cure) in _peers.PACKAGES.items()},
 }

@@ -16,7 +16,7 @@ import sinkhorn_race as race
 import torch
 from torch import Tensor
 
-from proto_reg import _bench
+from proto_reg import _bench, _peers
 from proto_reg.functional import sinkhorn
 
 Case = tuple[Tensor, float, int]
@@ -46,21 +46,6 @@ def cases() -> dict[str, Case]:
     }
 
 
-def batched_swav(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
-    """SwAV's algorithm for (B, K) or (G, B, K), with the operations of its listing."""
-    with torch.no_grad():
-        q = torch.exp(scores / epsilon).transpose(-1, -2)
-        columns, rows = q.shape[-2:]
-        q /= q.sum((-2, -1), keepdim=True)
-        for _ in range(num_iters):
-            q /= q.sum(-1, keepdim=True)
-            q /= columns
-            q /= q.sum(-2, keepdim=True)
-            q /= rows
-        q *= rows
-        return q.transpose(-1, -2)
-
-
 def gradient_cases() -> dict[str, Case]:
     """Those for gradients through the iterations."""
     generator = torch.Generator().manual_seed(0)
@@ -73,17 +58,6 @@ def gradient_cases() -> dict[str, Case]:
     }
 
 
-def unrolled(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
-    """Codes in plain torch for (G, B, K), with exponentials taken once: what autograd goes through fastest."""
-    top = scores.detach().amax((-2, -1), keepdim=True)
-    e = ((scores - top) / epsilon).exp()
-    target = e.shape[-2] / e.shape[-1]
-    v = target / e.sum(-2, keepdim=True).mT
-    for _ in range(num_iters - 1):
-        v = target / (e.mT @ (1 / (e @ v)))
-    return e * v.mT / (e @ v)
-
-
 def gradient(codes: Callable[..., Tensor], case: Case, by_codes: Tensor) -> Tensor:
     """The gradient by the scores of the sum of ``codes * by_codes``."""
     scores, epsilon, num_iters = case
@@ -94,9 +68,9 @@ def gradient(codes: Callable[..., Tensor], case: Case, by_codes: Tensor) -> Tens
 def gradient_row(name: str, case: Case, seconds: float = 2.0) -> list[str]:
     """The cells of one case: milliseconds, the ratio, and the error against float64, relative to the largest entry."""
     by_codes = torch.randn(case[0].shape, generator=torch.Generator().manual_seed(1))
-    wanted = gradient(unrolled, (case[0].double(), *case[1:]), by_codes.double())
+    wanted = gradient(_peers.exp_once, (case[0].double(), *case[1:]), by_codes.double())
     through = {name: partial(sinkhorn, differentiable=name) for name in (True, "implicit")}
-    ours, implicit, plain = (partial(gradient, codes, case, by_codes) for codes in (*through.values(), unrolled))
+    ours, implicit, plain = (partial(gradient, codes, case, by_codes) for codes in (*through.values(), _peers.exp_once))
     error = ((ours().double() - wanted).abs().max() / wanted.abs().max()).item()
     if not error <= _bench.BOUND:
         return [name, _bench.WRONG, "", "", "", f"{error:.1e}"]
@@ -124,7 +98,7 @@ def row(name: str, case: Case, seconds: float = 2.0) -> list[str]:
     error = (ours().double() - sinkhorn(scores.double(), epsilon, num_iters)).abs().max().item()
     if not error <= _bench.BOUND:
         return [name, _bench.WRONG, "", "", f"{error:.1e}"]
-    took = thread_medians({"ours": ours, "swav": partial(batched_swav, scores, epsilon, num_iters)}, seconds)
+    took = thread_medians({"ours": ours, "swav": partial(_peers.swav, scores, epsilon, num_iters)}, seconds)
     ratio = took["ours"] / took["swav"]
     return [name, f"{took['ours'] * 1e3:.3g}", f"{took['swav'] * 1e3:.3g}", f"{ratio:.3f}", f"{error:.1e}"]
 

@@ -13,7 +13,7 @@ import sinkhorn_race as race
 import torch
 from sinkhorn_race import Contender
 
-from proto_reg import _bench
+from proto_reg import _bench, _peers
 
 CPU = torch.device("cpu")
 
@@ -168,11 +168,8 @@ def test_the_table_of_shapes_times_what_is_right(cpu_library: Path) -> None:
     right = sinkhorn_shapes.row("right", (scores, 0.5, 3), seconds=0.001)
     assert float(right[3]) > 0
     assert float(right[4]) < _bench.BOUND
-    torch.testing.assert_close(
-        sinkhorn_shapes.batched_swav(scores.double(), 0.5, 3)[7], race.swav(scores[7].double(), 0.5, 3)
-    )
-    unrolled = sinkhorn_shapes.unrolled(scores.double(), 0.5, 3)
-    torch.testing.assert_close(unrolled[7], race.swav(scores[7].double(), 0.5, 3))
+    for peer in (_peers.swav, _peers.exp_once):
+        torch.testing.assert_close(peer(scores.double(), 0.5, 3)[7], race.swav(scores[7].double(), 0.5, 3))
     spoilt = scores.masked_fill(torch.arange(5) == 2, torch.nan)
     for table in (sinkhorn_shapes.row, sinkhorn_shapes.gradient_row):
         assert table("wrong", (spoilt, 0.5, 3), seconds=0.001)[1] == _bench.WRONG
