@@ -102,10 +102,10 @@ def contenders(device: torch.device, *, backward: bool = False, compiled: bool =
 def rows(case: Case, seconds: float, field: Mapping[str, Contender], *, backward: bool = False) -> list[list[str]]:
     """The cells below HEADER: a row for each of the ``field``, all timed in about ``seconds``."""
     wide = case._replace(scores=case.scores.double())
-    expected, device = _task(reference, wide, backward)(), case.scores.device
-    calls = {name: _task(contender.method, case, backward) for name, contender in field.items()}
+    expected, device = task(reference, wide, backward=backward)(), case.scores.device
+    calls = {name: task(contender.method, case, backward=backward) for name, contender in field.items()}
     size = expected.abs().max().item() if backward else 1.0
-    errors = {name: _error(call, expected, size) for name, call in calls.items()}
+    errors = {name: largest_error(call, expected, size) for name, call in calls.items()}
     right = {name: call for name, call in calls.items() if errors[name][0] <= field[name].bound}
     took = medians(right, device, seconds)
     base, threads, found = took.get("torch", math.nan), str(torch.get_num_threads()), []
@@ -117,7 +117,7 @@ def rows(case: Case, seconds: float, field: Mapping[str, Contender], *, backward
     return found
 
 
-def _task(method: _peers.Method, case: Case, backward: bool) -> Callable[[], Any]:
+def task(method: _peers.Method, case: Case, *, backward: bool) -> Callable[[], Any]:
     """What is timed: the codes, or the gradient of a weighted sum of them by the scores."""
     if not backward:
         return partial(method, *case[1:])
@@ -126,7 +126,7 @@ def _task(method: _peers.Method, case: Case, backward: bool) -> Callable[[], Any
     return lambda: torch.autograd.grad(method(leaf, *case[2:]), leaf, weights)[0]
 
 
-def _error(call: Callable[[], Any], expected: Tensor, size: float) -> tuple[float, str]:
+def largest_error(call: Callable[[], Any], expected: Tensor, size: float) -> tuple[float, str]:
     """The largest difference from what is ``expected``, in units of ``size``, and its text.
 
     inf and the message if ``call`` raises.

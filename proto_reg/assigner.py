@@ -12,8 +12,9 @@ from ._checks import check_choice, check_number, check_positive_int
 from ._distributed import Group, Ranks, sum_
 from ._state import WideState
 from .functional.prototypes import prototype_cross_entropy_and_gradient
-from .functional.sinkhorn import BACKENDS, sinkhorn, sinkhorn_cross_entropy_and_gradient
+from .functional.sinkhorn import BACKENDS, sinkhorn
 from .functional.sinkhorn_arguments import NAN_POLICIES, as_marginals, check_differentiable, check_marginals
+from .functional.sinkhorn_cross_entropy import sinkhorn_cross_entropy_and_gradient
 from .kernels.snapshot import snapshot
 
 ADAPTIVE = "adaptive"

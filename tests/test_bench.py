@@ -96,7 +96,7 @@ def test_errors_of_codes_are_absolute_and_those_of_gradients_relative() -> None:
     case = _bench.case("400x200", CPU)
     for backward in (False, True):
         off = {"torch": _bench.Contender(lambda *arguments: _peers.swav(*arguments) * (1 + 1e-3), 1.0)}
-        exact = _bench._task(_bench.reference, case, backward)()
+        exact = _bench.task(_bench.reference, case, backward=backward)()
         error = float(_bench.rows(case, 0.0, off, backward=backward)[0][6])
         assert abs(error - (1e-3 if backward else 1e-3 * exact.max().item())) < 1e-4
 

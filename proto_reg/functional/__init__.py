@@ -8,7 +8,8 @@ from .metrics import latent_metrics
 from .mmd import anchored_mmd
 from .noise import with_noise
 from .prototypes import prototype_cross_entropy, prototype_scores
-from .sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
+from .sinkhorn import SinkhornInfo, sinkhorn
+from .sinkhorn_cross_entropy import sinkhorn_cross_entropy, sinkhorn_cross_entropy_and_gradient
 
 __all__ = [
     "PrototypeCounts",

@@ -12,12 +12,13 @@ from typing_extensions import Unpack
 
 from .. import kernels
 from .._checks import check_floating, check_number, compute_dtype
-from .._distributed import Group, resolve, size, with_gradients
+from .._distributed import Group, resolve
 from .sinkhorn_arguments import (
     IMPLICIT,
+    Arguments,
     SinkhornKeywords,
-    SinkhornOptions,
     check_differentiable,
+    check_grouped,
     least_tol,
     operator_arguments,
 )
@@ -170,39 +171,24 @@ def sinkhorn(
         RuntimeError: a forced backend that is not built, with every reason.
     """
     if (ranks := None if group is None else resolve(group)) is not None:
-        _check_grouped(ranks, backend, differentiable)
+        check_grouped(ranks, backend, differentiable)
     # The entries of SinkhornOptions as a plain tuple: the named one takes as long as a tenth of a small problem.
     options: Any = (epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend)
     if potentials is not None or slack is not None or return_info:
         _check_observed(backend, tol, hard, differentiable, out, ranks, potentials, slack, return_info)
         codes, g, info = _observed(scores, options, ranks, differentiable, potentials, slack, return_info)
         codes = _delivered(codes, scores, hard, out)
-        if info is None:
-            return (codes, g) if return_potentials else codes
-        return (codes, g, info) if return_potentials else (codes, info)
+        found = (codes, g) if return_potentials else (codes,)
+        return (*found, info) if info is not None else found if return_potentials else codes
     given, (scores, arguments) = scores, operator_arguments(scores, options, ranks, differentiable=bool(differentiable))
-    solve: Callable[..., tuple[Tensor, Tensor]]
-    if ranks is not None:
-        solve = partial(kernels.sinkhorn_distributed.sinkhorn_over_group, ranks)
-    elif differentiable:
-        _check_own_codes(differentiable, hard, out)
-        implicit = differentiable == IMPLICIT
-        solve = partial(kernels.sinkhorn_gradient.differentiable_codes, backend=backend, implicit=implicit)
-    elif kernels.backends.choose(backend, scores) == "torch":
-        solve = partial(kernels.sinkhorn_reference.sinkhorn_reference, with_potentials=return_potentials)
-        scores = scores.detach() if scores.requires_grad else scores
-    elif out is None and not return_potentials:
-        # Without potentials and unused arguments: on a small problem they take as long as the problem.
-        target, row_weights, _, _, least, isolate = arguments
-        if target is None and row_weights is None and least is None and not isolate:
-            operator = _sinkhorn_codes if torch.compiler.is_compiling() else _sinkhorn_codes_now
-            codes = operator(scores, epsilon, num_iters)
-        else:
-            codes = _sinkhorn_codes(scores, epsilon, num_iters, target, row_weights, least, isolate)
+    constant = ranks is None and not differentiable
+    plain = not constant or kernels.backends.choose(backend, scores) == "torch"
+    if not plain and out is None and not return_potentials:
+        codes = _codes(scores, arguments)
         codes = codes if given.ndim < 4 else codes.reshape(given.shape)
         return _hardened(codes) if hard else codes
-    else:
-        solve = _sinkhorn
+    solve = _solver(plain, ranks, differentiable, backend, hard, out, return_potentials)
+    scores = scores.detach() if constant and scores.requires_grad else scores
     codes, g = solve(scores, *arguments) if out is None else _into(out, given, solve, scores, *arguments)
     if given.ndim > 3:
         codes = codes.reshape(given.shape)
@@ -213,98 +199,34 @@ def sinkhorn(
     return (codes, g) if return_potentials else codes
 
 
-def sinkhorn_cross_entropy(
-    scores: Tensor,
-    epsilon: float = 0.05,
-    num_iters: int = 3,
-    temperature: float = 0.1,
-    *,
-    group: Group = None,
-    return_codes: bool = False,
-    **options: Unpack[SinkhornKeywords],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``prototype_cross_entropy(scores, sinkhorn(scores), temperature)`` in one pass over the scores.
-
-    The last Sinkhorn iteration gives loss and gradient together: -(1/W) sum_i w_i sum_k q_ik log p_ik with
-    p = softmax(S / tau) (paper, eq. 10), and ``w_i (p - q) / (tau W)``. W is the sum of the weights. A prototype that
-    ``prototype_mask`` leaves out is in neither softmax: the loss is that of the scores without its column.
-
-    Args:
-        scores: (B, K), differentiable. Nothing else is.
-        temperature: tau, > 0.
-        return_codes: also return the codes (B, K), which carry no gradient.
-        group: the rows of all its ranks are one batch, see :func:`sinkhorn`. The loss is that of the whole
-            batch, equal on every rank. Gradients are those of this rank's rows; their average over the ranks is the
-            gradient of the whole.
-        epsilon, num_iters, tol, marginals, prototype_mask, mask, weights, nan_policy, backend: see :func:`sinkhorn`.
-
-    Returns:
-        The loss, a scalar.
-
-    Raises:
-        TypeError, ValueError: a wrong rank, dtype, size or value, named.
-        RuntimeError: a forced backend that is not built, with every reason.
-    """
-    given = SinkhornOptions(epsilon, num_iters, **options)
-    if isinstance(given.weights, Tensor) and given.weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "weights: expected a tensor without gradient, got requires_grad=True. Nothing flows back to weights here: "
-            "pass weights.detach(), or weigh the rows' losses yourself."
-        )
-    if (ranks := resolve(group)) is not None:
-        loss, gradient, codes = sinkhorn_cross_entropy_and_gradient(
-            scores.detach(), epsilon, num_iters, temperature, group=ranks, **options
-        )
-        loss = with_gradients(loss, [scores], [gradient])
-        return (loss, codes) if return_codes else loss
-    plain, temperature = _cross_entropy_options(scores, temperature, given.backend)
-    scores, arguments = operator_arguments(scores, given, entropy=True)
-    if kernels.first_order.transforming():
-        reference = kernels.sinkhorn_reference.sinkhorn_cross_entropy_reference
-        loss, _, _, codes = reference(scores, *arguments, temperature, return_codes)
-        return (loss, codes.detach()) if return_codes else loss
-    loss, _, _, codes = kernels.sinkhorn.CrossEntropy.apply(plain, scores, *arguments, temperature, return_codes)
-    return (loss, codes) if return_codes else loss
+def _codes(scores: Tensor, arguments: Arguments) -> Tensor:
+    """Compiled, without potentials and unused arguments: on a small problem they take as long as the problem."""
+    target, row_weights, epsilon, num_iters, tol, isolate = arguments
+    if target is None and row_weights is None and tol is None and not isolate:
+        operator = _sinkhorn_codes if torch.compiler.is_compiling() else _sinkhorn_codes_now
+        return operator(scores, epsilon, num_iters)
+    return _sinkhorn_codes(scores, epsilon, num_iters, target, row_weights, tol, isolate)
 
 
-def sinkhorn_cross_entropy_and_gradient(
-    scores: Tensor,
-    epsilon: float = 0.05,
-    num_iters: int = 3,
-    temperature: float = 0.1,
-    *,
-    group: Group = None,
-    **options: Unpack[SinkhornKeywords],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and codes of :func:`sinkhorn_cross_entropy` at once, for a backward pass of your own.
-
-    No graph is built. Arguments and errors are the same.
-
-    Returns:
-        loss: ()
-        gradient: (B, K) by ``scores``, in their dtype.
-        codes: (B, K)
-    """
-    given, ranks = SinkhornOptions(epsilon, num_iters, **options), resolve(group)
-    _check_grouped(ranks, given.backend)
-    plain, temperature = _cross_entropy_options(scores, temperature, given.backend)
-    scores, arguments = operator_arguments(scores, given, ranks, entropy=True)
+def _solver(
+    plain: bool,
+    ranks: ProcessGroup | None,
+    differentiable: bool | Literal["implicit"],
+    backend: str,
+    hard: bool,
+    out: Tensor | None,
+    with_potentials: bool,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes codes and potentials from the scores and ``Arguments``."""
     if ranks is not None:
-        return kernels.sinkhorn_distributed.cross_entropy_over_group(ranks, scores, *arguments, temperature)
-    loss, gradient, _, codes = kernels.sinkhorn.cross_entropy_without_graph(
-        plain, scores, *arguments, temperature, True
-    )
-    return loss, gradient, codes
-
-
-def _check_grouped(ranks: ProcessGroup | None, backend: str, differentiable: bool | str = False) -> None:
-    """ValueError for what only one process can do."""
-    if ranks is not None and (differentiable or backend not in ("auto", "torch")):
-        wanted = f"differentiable={differentiable!r}" if differentiable else f"backend={backend!r}"
-        raise ValueError(
-            f"group: expected None with {wanted}, got a group of {size(ranks)} processes. Across processes plain torch "
-            "computes, without a graph."
-        )
+        return partial(kernels.sinkhorn_distributed.sinkhorn_over_group, ranks)
+    if differentiable:
+        _check_own_codes(differentiable, hard, out)
+        implicit = differentiable == IMPLICIT
+        return partial(kernels.sinkhorn_gradient.differentiable_codes, backend=backend, implicit=implicit)
+    if plain:
+        return partial(kernels.sinkhorn_reference.sinkhorn_reference, with_potentials=with_potentials)
+    return _sinkhorn
 
 
 def _check_own_codes(differentiable: bool | Literal["implicit"], hard: bool, out: Tensor | None) -> None:
@@ -410,15 +332,6 @@ def _delivered(codes: Tensor, given: Tensor, hard: bool, out: Tensor | None) -> 
         return codes
     _check_out(out, given)
     return out.copy_(codes)
-
-
-def _cross_entropy_options(scores: Tensor, temperature: float, backend: str) -> tuple[bool, float]:
-    """Whether plain torch computes it, and the temperature, checked."""
-    check_floating("scores", scores)
-    if scores.ndim != 2:
-        raise ValueError(f"scores: expected (B, K), got {tuple(scores.shape)}. Take the groups one by one.")
-    temperature = check_number("temperature", temperature, above=0)
-    return kernels.backends.choose(backend, scores) == "torch", temperature
 
 
 def _hardened(codes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .._checks import (
     compute_dtype,
     warn,
 )
-from .._distributed import max_, sum_
+from .._distributed import max_, size, sum_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -214,6 +214,16 @@ def check_differentiable(differentiable: bool | Literal["implicit"]) -> bool | L
             "number of iterations."
         )
     return differentiable
+
+
+def check_grouped(ranks: ProcessGroup | None, backend: str, differentiable: bool | str = False) -> None:
+    """ValueError for what only one process can do."""
+    if ranks is not None and (differentiable or backend not in ("auto", "torch")):
+        wanted = f"differentiable={differentiable!r}" if differentiable else f"backend={backend!r}"
+        raise ValueError(
+            f"group: expected None with {wanted}, got a group of {size(ranks)} processes. Across processes plain torch "
+            "computes, without a graph."
+        )
 
 
 def as_marginals(marginals: Tensor | Sequence[float]) -> Tensor:

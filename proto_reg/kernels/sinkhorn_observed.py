@@ -11,8 +11,8 @@ from .._distributed import sum_
 from .sinkhorn_reference import (
     balance_logits,
     centre,
+    centred,
     column_masses,
-    column_tops,
     ended,
     finite_or_zero,
     least_error,
@@ -73,19 +73,14 @@ def relaxed_logits(
     All is in the log domain, because a column may keep any mass, however small. ``tol`` bounds the relative change that
     one more iteration makes to exp(g).
     """
-    if marginals is not None:
-        x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
-    counted = None if weights is None else weights > 0
-    log_weights = x.new_zeros(()) if weights is None else log_or_zero(weights, counted).to(x.dtype)[..., None]
-    tops = column_tops(x, counted, log_weights, epsilon, None)
-    alive, top = tops != -torch.inf, finite_or_zero(tops)
-    x, f = centre(x, top, epsilon)
+    x, f, log_weights, tops, top = centred(x, marginals, weights, epsilon)
+    alive = tops != -torch.inf
     # A shift of all columns alike changes no code, and the small numbers that are left keep their digits.
     offset = (top - finite_or_zero(tops.amax(-1, keepdim=True))) / epsilon
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
     log_target, rate, g = log_or_zero(target, target > 0), slack / (slack + epsilon), x.new_zeros(())
     for iteration in range(num_iters):
-        mass, total = column_masses(x + f + log_weights, alive, counted, weights, None)
+        mass, total = column_masses(x + f + log_weights, alive, weights)
         mass = mass - log_or_zero(total, total > 0)
         updated = torch.where(alive, rate * (log_target - mass) + (1 - rate) * offset, -torch.inf)
         updated = torch.where(total > 0, updated, 0.0)

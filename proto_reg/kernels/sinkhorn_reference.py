@@ -282,21 +282,31 @@ def start_of_iterations(
     x: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, group: ProcessGroup | None = None
 ) -> Start:
     """Centre the scores and balance the columns once, see :func:`balance_logits`."""
-    if marginals is not None:  # left-out columns do not influence how scores are centred; a NaN stays NaN
-        x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
-    counted = None if weights is None else weights > 0
-    log_weights = x.new_zeros(()) if weights is None else log_or_zero(weights, counted).to(x.dtype)[..., None]
-    tops = column_tops(x, counted, log_weights, epsilon, group)
-    alive, column_top = tops != -torch.inf, finite_or_zero(tops)
-    x, shift = centre(x, column_top, epsilon)
+    x, shift, log_weights, tops, top = centred(x, marginals, weights, epsilon, group)
+    alive, offset = tops != -torch.inf, shift + log_weights
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
-    offset = shift + log_weights
-    mass, total = column_masses(x + offset, alive, counted, weights, group)
+    mass, total = column_masses(x + offset, alive, weights, group)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
     g = torch.where(alive & (mass != -torch.inf), log_or_zero(target, target > 0) - mass, -torch.inf)
     if weights is not None or group is not None:
         g = torch.where(total > 0, g, 0.0)
-    return Start(x, offset, column_top / epsilon, mass, g, total * target, total)
+    return Start(x, offset, top / epsilon, mass, g, total * target, total)
+
+
+def centred(
+    x: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`centre` returns, and log weights (..., B, 1) or (), maxima (..., K) of the columns, and the shifts.
+
+    A column that gets nothing has a maximum of -inf. Its shift is 0, the others' are their maxima.
+    """
+    if marginals is not None:  # left-out columns do not influence how scores are centred; a NaN stays NaN
+        x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
+    counted = _counted(weights)
+    log_weights = x.new_zeros(()) if weights is None else log_or_zero(weights, counted).to(x.dtype)[..., None]
+    tops = _column_tops(x, counted, log_weights, epsilon, group)
+    top = finite_or_zero(tops)
+    return *centre(x, top, epsilon), log_weights, tops, top
 
 
 def log_or_zero(x: Tensor, positive: Tensor | None) -> Tensor:
@@ -304,7 +314,7 @@ def log_or_zero(x: Tensor, positive: Tensor | None) -> Tensor:
     return (x if positive is None else torch.where(positive, x, 1.0)).log()
 
 
-def column_tops(
+def _column_tops(
     x: Tensor, counted: Tensor | None, log_weights: Tensor, epsilon: float, group: ProcessGroup | None
 ) -> Tensor:
     """The columns' maxima (..., K); in a group those of S + eps log w, so that exponentials sum safely."""
@@ -317,10 +327,10 @@ def column_tops(
 
 
 def column_masses(
-    logits: Tensor, alive: Tensor, counted: Tensor | None, weights: Tensor | None, group: ProcessGroup | None
+    logits: Tensor, alive: Tensor, weights: Tensor | None, group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
     """log sum_i exp(logits) of each column (..., K), -inf if not ``alive``; and the sum of all weights (..., 1)."""
-    logits = _masked(logits, counted)
+    logits = _masked(logits, _counted(weights))
     rows = logits.new_full((*logits.shape[:-2], 1), logits.shape[-2])
     total = rows if weights is None else weights.sum(-1, keepdim=True).to(logits.dtype)
     if group is not None:
@@ -426,3 +436,7 @@ def finite_or_zero(top: Tensor) -> Tensor:
 
 def _masked(x: Tensor, counted: Tensor | None) -> Tensor:
     return x if counted is None else torch.where(counted[..., None], x, -torch.inf)
+
+
+def _counted(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights > 0

@@ -58,25 +58,19 @@ def gradient_cases() -> dict[str, Case]:
     }
 
 
-def gradient(codes: Callable[..., Tensor], case: Case, by_codes: Tensor) -> Tensor:
-    """The gradient by the scores of the sum of ``codes * by_codes``."""
-    scores, epsilon, num_iters = case
-    leaf = scores.detach().requires_grad_()
-    return torch.autograd.grad((codes(leaf, epsilon, num_iters) * by_codes).sum(), leaf)[0]
-
-
 def gradient_row(name: str, case: Case, seconds: float = 2.0) -> list[str]:
     """The cells of one case: milliseconds, the ratio, and the error against float64, relative to the largest entry."""
-    by_codes = torch.randn(case[0].shape, generator=torch.Generator().manual_seed(1))
-    wanted = gradient(_peers.exp_once, (case[0].double(), *case[1:]), by_codes.double())
-    through = {name: partial(sinkhorn, differentiable=name) for name in (True, "implicit")}
-    ours, implicit, plain = (partial(gradient, codes, case, by_codes) for codes in (*through.values(), _peers.exp_once))
-    error = ((ours().double() - wanted).abs().max() / wanted.abs().max()).item()
+    narrow = _bench.Case(name, *case)
+    wanted = _bench.task(_peers.exp_once, narrow._replace(scores=case[0].double()), backward=True)()
+    methods = {"ours": partial(sinkhorn, differentiable=True), "plain": _peers.exp_once}
+    methods["implicit"] = partial(sinkhorn, differentiable="implicit")
+    calls = {name: _bench.task(method, narrow, backward=True) for name, method in methods.items()}
+    error, text = _bench.largest_error(calls["ours"], wanted, wanted.abs().max().item())
     if not error <= _bench.BOUND:
-        return [name, _bench.WRONG, "", "", "", f"{error:.1e}"]
-    took = thread_medians({"ours": ours, "implicit": implicit, "plain": plain}, seconds)
+        return [name, _bench.WRONG, "", "", "", text]
+    took = thread_medians(calls, seconds)
     times = [f"{took[name] * 1e3:.3g}" for name in ("ours", "implicit", "plain")]
-    return [name, *times, f"{took['ours'] / took['plain']:.3f}", f"{error:.1e}"]
+    return [name, *times, f"{took['ours'] / took['plain']:.3f}", text]
 
 
 def thread_medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
