@@ -87,9 +87,12 @@ def _report() -> list[str]:
 def _build(names: Sequence[str]) -> int:
     status = 0
     for name in names:
-        _say(f"{name}: building ...")
+
+        def say(text: str, name: str = name) -> None:
+            _say(f"{name}: {text}")
+
         try:
-            _say(f"{name}: {build.build(name)}")
+            say(str(build.build(name, say=say)))
         except build.BuildError as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1

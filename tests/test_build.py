@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -184,6 +185,26 @@ def test_what_is_missing_is_named_with_its_cure(csrc: Path, monkeypatch: pytest.
     assert "torch 2.11 or later" in str(build.obstacle("cpu"))
     with pytest.raises(ValueError, match=r"expected one of 'cpu', 'cuda', got 'tpu'"):
         build.obstacle("tpu")
+
+
+@needs_compiler
+def test_it_says_what_it_does(csrc: Path, untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PROGRESS", 0.0)
+    said: list[str] = []
+    path = build.build("cpu", say=said.append)
+    assert said[0] == "compiling ..."
+    assert re.fullmatch(r"compiling \.\.\. \d+ s", said[1])
+    assert re.fullmatch(r"compiled in \d+ s", said[-1])
+    said.clear()
+    assert build.build("cpu", say=said.append) == path
+    assert said == ["already built"]
+    lock = build.cache_directory() / "cpu.lock"
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        monkeypatch.setattr(build, "TIMEOUT", 0.2)
+        with pytest.raises(build.BuildError):
+            build.build("cpu", say=said.append)
+    assert said[1:] == ["waiting for another build"]
 
 
 @needs_compiler

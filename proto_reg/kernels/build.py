@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -35,6 +35,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+Say = Callable[[str], None]
 BACKENDS = ("cpu", "cuda")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PREBUILT = Path(__file__).resolve().parent / "lib"  # filled by PROTO_REG_BUILD=... pip install
@@ -46,6 +47,7 @@ SOURCES = {
     "cuda": ("cuda_ops.cpp", "sinkhorn_cuda.cu"),
 }
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped
+PROGRESS = 10.0  # seconds from one word about a compiler to the next
 TIMEOUT = 1800.0  # seconds for one command; a process that waits for another's build waits as long
 MINIMUM_TORCH = (2, 11)  # the bindings use its stable ABI, which every later torch keeps
 DEFAULT_ARCHS = (80, 90, 120)
@@ -62,11 +64,18 @@ class BuildError(RuntimeError):
     """A library could not be compiled; the message says why and what to do."""
 
 
-def build(backend: str, *, directory: Path | None = None) -> Path:
+def _silent(text: str) -> None:
+    """Tell nobody."""
+
+
+def build(backend: str, *, directory: Path | None = None, say: Say = _silent) -> Path:
     """Compile the library of ``backend`` into ``directory`` (the cache), unless it is there already; return its path.
 
     Any number of processes may call this at once: one compiles, the others wait for it. A process that dies leaves
     nothing that blocks the next, and no process ever sees part of a library.
+
+    Args:
+        say: is told what goes on: a library that is there already, a wait, the seconds that the compiler has taken.
 
     Raises:
         BuildError: no compiler, no place to write, an error of the compiler, or one that never ends.
@@ -82,7 +91,7 @@ def build(backend: str, *, directory: Path | None = None) -> Path:
     with contextlib.ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            stack.enter_context(_locked(directory / f"{backend}.lock"))
+            stack.enter_context(_locked(directory / f"{backend}.lock", say))
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"tmp-{backend}-", dir=directory)))
         except OSError as error:
             raise BuildError(
@@ -91,12 +100,16 @@ def build(backend: str, *, directory: Path | None = None) -> Path:
             ) from error
         for path in directory.glob(f"{stem}-*.so"):
             if intact(path):
+                say("already built")
                 return path
             path.unlink(missing_ok=True)
         _remove_abandoned(directory, backend, scratch)
         output = scratch / "library.so"
-        _run([*command, "-o", str(output)], f"compile the {backend} library", "Fix what it names, or set CXX.")
+        begin = time.monotonic()
+        say("compiling ...")
+        _run([*command, "-o", str(output)], f"compile the {backend} library", "Fix what it names, or set CXX.", say=say)
         _try_to_load(output)
+        say(f"compiled in {time.monotonic() - begin:.0f} s")
         path = directory / f"{stem}-{_digest(output)}.so"
         output.replace(path)
     return path
@@ -312,7 +325,9 @@ def _output(command: list[str], purpose: str) -> str:
     return _run(command, purpose, "Check that it runs by itself.")
 
 
-def _run(command: list[str], purpose: str, cure: str, environment: dict[str, str] | None = None) -> str:
+def _run(
+    command: list[str], purpose: str, cure: str, environment: dict[str, str] | None = None, say: Say = _silent
+) -> str:
     """Its output; BuildError with what matters of it if it fails or takes longer than TIMEOUT."""
     try:
         # A session of its own, so that the compiler's own children can be ended with it.
@@ -322,7 +337,7 @@ def _run(command: list[str], purpose: str, cure: str, environment: dict[str, str
     except OSError as error:
         raise BuildError(f"Could not {purpose}: {shlex.join(command)}: {error}. {cure}") from error
     try:
-        output, _ = process.communicate(timeout=TIMEOUT)
+        output = _waited_for(process, say)
     except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -341,14 +356,27 @@ def _run(command: list[str], purpose: str, cure: str, environment: dict[str, str
     return text
 
 
+def _waited_for(process: subprocess.Popen, say: Say) -> bytes:
+    """The output of a ``process`` that ends within TIMEOUT."""
+    begin = time.monotonic()
+    while True:
+        left = begin + TIMEOUT - time.monotonic()
+        try:
+            return process.communicate(timeout=min(PROGRESS, max(left, 0)))[0]
+        except subprocess.TimeoutExpired:
+            if left <= PROGRESS:
+                raise
+            say(f"compiling ... {time.monotonic() - begin:.0f} s")
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, say: Say) -> Iterator[None]:
     """Hold the lock, which the system takes back from a process that dies.
 
     Where a file system has none, builders do not wait for each other: work is done twice, the result is the same.
     """
     with path.open("a") as file:
-        deadline = time.monotonic() + TIMEOUT
+        deadline, waiting = time.monotonic() + TIMEOUT, False
         while fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -358,6 +386,9 @@ def _locked(path: Path) -> Iterator[None]:
                         f"Another process has held {path} for {TIMEOUT:g} s. End it, or set PROTO_REG_CACHE to "
                         "another directory."
                     ) from None
+                if not waiting:
+                    say("waiting for another build")
+                waiting = True
                 time.sleep(0.05)
             except OSError:
                 break
