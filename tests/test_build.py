@@ -327,14 +327,17 @@ def test_architectures_of_the_machine_else_of_the_gpus_people_have(monkeypatch: 
     with pytest.raises(build.BuildError, match="PROTO_REG_CUDA_ARCHS"):
         build._architectures("nvcc")
     monkeypatch.delenv("PROTO_REG_CUDA_ARCHS")
-    monkeypatch.setattr(build, "_output", lambda *_: "sm_75\nsm_80\nsm_86\nsm_90\n")
+    monkeypatch.setattr(build, "_output", lambda *_: "sm_75\nsm_80\nsm_86\nsm_90\nsm_100\nsm_120\n")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert build._architectures("nvcc") == ["80", "90ptx"]
+    everywhere = ["75", "80", "90ptx", "120ptx"]
+    assert build._architectures("nvcc") == everywhere
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)):
+        assert build._serves(everywhere, capability)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 6), (9, 0)][index])
     assert build._architectures("nvcc") == ["86", "90"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 1))  # newer than this nvcc
-    assert build._architectures("nvcc") == ["80", "90ptx"]
+    assert build._architectures("nvcc") == everywhere
 
 
 @pytest.mark.parametrize(

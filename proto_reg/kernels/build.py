@@ -48,7 +48,8 @@ SOURCES = {
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped
 TIMEOUT = 1800.0  # seconds for one command; a process that waits for another's build waits as long
 MINIMUM_TORCH = (2, 11)  # the bindings use its stable ABI, which every later torch keeps
-DEFAULT_ARCHS = (80, 90, 120)
+DEFAULT_ARCHS = (75, 80, 90, 120)
+PORTABLE = 90  # its PTX serves 100, 103 and 110; that of the newest serves what comes later
 
 # With the target, a header of a later torch offers only what the lowest one has.
 TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MINIMUM_TORCH)
@@ -237,7 +238,7 @@ def _architectures(nvcc: str) -> list[str]:
     if seen and seen <= known:
         return [str(number) for number in sorted(seen)]
     fat = [number for number in DEFAULT_ARCHS if number in known] or sorted(known)[-1:]
-    return [*map(str, fat[:-1]), f"{fat[-1]}ptx"]
+    return [f"{number}ptx" if number in (PORTABLE, fat[-1]) else str(number) for number in fat]
 
 
 def _host_compiler() -> str | None:
