@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
 
-ON_CHIP = 8192  # entries of a matrix that one program holds; half as many with a cross-entropy, or registers spill
-WIDEST = 8192  # columns of a row that one program holds
+ON_CHIP = 8192  # entries of a matrix that one program holds
+WIDEST = 4096  # columns of a row that one program holds
 TILE = 4096  # entries of a tile of rows, streamed
 PROGRAMS = 512  # for one streamed matrix, at most
 # Fused multiply-adds are off: triton has changed its default, and a result should not depend on the version.
@@ -154,12 +154,11 @@ def _store_rows(
 
 @triton.jit
 def _one(
-    scores, marginals, weights, codes, potentials, loss, gradient, B, K, share_step, passes,
-    scale, eighths, tol, sharpness, slope,
+    scores, marginals, weights, codes, potentials, state, B, K, share_step, passes, scale, eighths, tol,
     MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr, TOL: tl.constexpr,
-    CODES: tl.constexpr, ENTROPY: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+    ENTROPY: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One problem, on the chip from the first read to the last write."""
+    """One problem, on the chip from the first read to the last write; with an entropy, as far as the state."""
     group = tl.program_id(0).to(tl.int64)
     rows, columns, first = tl.arange(0, BB), tl.arange(0, BK), group * B * K
     s = _load(scores + first, rows, columns, B, K)
@@ -175,16 +174,17 @@ def _one(
         if TOL:
             settled = settled | _settled(h, sums, share, total, tol)
         h = tl.where(settled, h, _moved(h, sums, share, total))
-    p = _plan(s, top, h, scale)
-    if ENTROPY and MARGINALS:
-        s = _load(scores + first, rows, columns, B, K)  # the entropy counts columns without a share
-    lost = _store_rows(
-        codes + first, gradient + first, s, p, w, rows, columns, B, K, total, sharpness,
-        slope, CODES, ENTROPY,
-    )  # fmt: skip
-    _store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
     if ENTROPY:
-        tl.store(loss + group, lost)
+        state += group * (3 * K + 2)
+        tl.store(state + columns, h, mask=columns < K)
+        tl.store(state + K + columns, top, mask=columns < K)
+        tl.store(state + 3 * K, total)
+    else:
+        p = _plan(s, top, h, scale)
+        _store_rows(
+            codes + first, codes, s, p, w, rows, columns, B, K, total, 1.0, 1.0, True, False,
+        )  # fmt: skip
+        _store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
 
 
 @triton.jit
@@ -380,46 +380,48 @@ def solve(
     """
     p = _Problem(scores, marginals, weights, epsilon)
     flags = {**p.given, "WEIGHTS": weights is not None, "ISOLATE": isolate}
-    out = {"CODES": codes is not None, "ENTROPY": temperature is not None}
-    gradient = None if temperature is None else torch.empty_like(p.scores)
-    slope = 0.0 if temperature is None else _finite(1 / temperature)
-    sharpness = 0.0 if temperature is None else _finite(8 * math.log2(math.e) / temperature)
+    BB, BK = (max(16, triton.next_power_of_2(size)) for size in (p.rows, p.columns))
+    small = BB * BK <= ON_CHIP
+    BR, _ = tile(p.columns)
+    block = BR * triton.cdiv(triton.cdiv(p.rows, BR), PROGRAMS)
+    parts = triton.cdiv(p.rows, block)
+    losses = p.potentials.new_empty(p.groups * parts)  # at first the blocks' weights
+    state = p.potentials.new_empty(p.groups * (3 * p.columns + 2))
     written = (p.scores if codes is None else codes, p.potentials)  # again, a pointer for what is not wanted
-    slopes = p.scores if gradient is None else gradient
-    BK = max(16, triton.next_power_of_2(p.columns))
-    BB = max(16, triton.next_power_of_2(p.rows))
-    limit = 0.0 if tol is None else tol
-    if (ON_CHIP if temperature is None else ON_CHIP // 2) >= BB * BK:
-        loss = p.potentials.new_empty(p.groups)
+    if small:
         _one[(p.groups,)](
-            p.scores, p.marginals, p.weights, *written, loss, slopes, *p.shape, num_iters - 1, p.scale, p.eighths,
-            limit, sharpness, slope, **flags, **out, TOL=tol is not None, BB=BB, BK=BK, num_warps=warps(BB * BK),
-            **OPTIONS,
+            p.scores, p.marginals, p.weights, *written, state, *p.shape, num_iters - 1, p.scale, p.eighths,
+            0.0 if tol is None else tol, **flags, ENTROPY=temperature is not None, TOL=tol is not None, BB=BB, BK=BK,
+            num_warps=warps(BB * BK), **OPTIONS,
         )  # fmt: skip
+        if temperature is None:
+            return p.potentials, None, None
     else:
-        loss = _stream(p, flags, out, num_iters, tol, written, slopes, sharpness, slope)
-    return p.potentials, None if temperature is None else loss.sum(), gradient
+        _stream(p, flags, num_iters, tol, state, losses, block, parts)
+    gradient = None if temperature is None else torch.empty_like(p.scores)
+    _write[(parts, p.groups)](
+        p.scores, p.marginals, p.weights, *written, losses, p.scores if gradient is None else gradient, state,
+        *p.shape, block, p.scale, p.eighths, _finite(8 * math.log2(math.e) / (temperature or 1.0)),
+        _finite(1 / (temperature or 1.0)), **flags, CODES=codes is not None, ENTROPY=temperature is not None,
+        BR=BR, BK=BK, num_warps=warps(BR * BK), **OPTIONS,
+    )  # fmt: skip
+    return p.potentials, None if temperature is None else losses.sum(), gradient
 
 
 def _stream(
     p: _Problem,
     flags: dict[str, bool],
-    out: dict[str, bool],
     num_iters: int,
     tol: float | None,
-    written: tuple[Tensor, Tensor],
-    slopes: Tensor,
-    sharpness: float,
-    slope: float,
-) -> Tensor:
-    """Launch the streamed kernels: 2 ``num_iters`` + 1, with ``tol`` one more an iteration. Returns the losses."""
+    state: Tensor,
+    losses: Tensor,
+    block: int,
+    parts: int,
+) -> None:
+    """Launch what leads to the state of a large matrix: 2 ``num_iters`` kernels, with ``tol`` one more an iteration."""
     BR, BK = tile(p.columns)
-    block = BR * triton.cdiv(triton.cdiv(p.rows, BR), PROGRAMS)
-    parts = triton.cdiv(p.rows, block)
     grid, tall = (parts, p.groups), (triton.cdiv(p.columns, 32), p.groups)
     partials = p.potentials.new_empty(p.groups * parts * 2 * p.columns)
-    losses = p.potentials.new_empty(p.groups * parts)  # at first the blocks' weights
-    state = p.potentials.new_empty(p.groups * (3 * p.columns + 2))
     wide = {**flags, "BR": BR, "BK": BK, "num_warps": warps(BR * BK), **OPTIONS}
     sums = {**p.given, "BP": 64, "BC": 32, "num_warps": 4, **OPTIONS}
     read = (p.scores, p.marginals, p.weights)
@@ -431,10 +433,6 @@ def _stream(
         if tol is not None:
             last = {**p.given, "BK": BK, "num_warps": warps(BK), **OPTIONS}
             _settle[(p.groups,)](p.marginals, state, p.columns, p.share_step, tol, **last)
-    _write[grid](
-        *read, *written, losses, slopes, state, *p.shape, block, p.scale, p.eighths, sharpness, slope, **wide, **out
-    )
-    return losses
 
 
 def tile(columns: int) -> tuple[int, int]:
