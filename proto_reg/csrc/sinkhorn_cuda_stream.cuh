@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSweepThreads) stream_weights(const SinkhornAr
 }
 
 // Each block's part of the rows' weight, in place of its loss, and a clean start. Without weights one block is enough.
-__global__ void __launch_bounds__(1024) stream_total(const SinkhornArgs a) {
+__global__ void __launch_bounds__(kSweepThreads) stream_total(const SinkhornArgs a) {
   const StreamState state(a);
   float total = static_cast<float>(a.problem.rows);
   if (a.problem.weights || a.problem.isolate) {
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(1024) stream_tolerance(const SinkhornArgs a) {
 }
 
 // Writes potentials, and the first block the loss.
-__global__ void __launch_bounds__(1024) stream_finish(const SinkhornArgs a) {
+__global__ void __launch_bounds__(kSweepThreads) stream_finish(const SinkhornArgs a) {
   const StreamState state(a);
   const float total = *state.total;
   const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
