@@ -33,7 +33,7 @@ class SinkhornAssigner(WideState):
         smoothing: in (0, 1]. Adaptive marginals are ``(1 - smoothing)`` times the estimate plus ``smoothing / K``. So
             no share falls below ``smoothing / K``, and no prototype dies of a low share. With 1 all shares are equal.
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
-        backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
         group: the processes whose rows are balanced as one batch in training mode: ``"default"`` (the default process
             group, if there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
 

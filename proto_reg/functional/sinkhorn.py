@@ -135,7 +135,7 @@ def sinkhorn(
         hard: 1 for the largest code of each row, 0 for the others.
         differentiable: gradients flow through the iterations to scores, marginals and weights, in plain torch.
             Otherwise codes are constants. A marginal or weight of 0 has a gradient of 0.
-        backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
+        backend: ``"torch"``, ``"cpu"``, ``"cuda"``, ``"triton"``, or ``"auto"`` for the fastest that can run
             (``python -m proto_reg backends`` lists them).
         out: contiguous tensor like ``scores`` that receives the codes and is returned.
         group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, in plain torch. It
