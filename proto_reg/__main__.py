@@ -74,8 +74,9 @@ def _report() -> list[str]:
         if name in os.environ:
             lines.append(f"{name}={os.environ[name]}")
     lines += ["", "torch: runs everywhere, in every dtype"]
-    for name in build.BACKENDS:
-        device = torch.device(name) if name == "cpu" or gpus else None
+    for name in backends.NAMES[2:]:
+        place = "cpu" if name == "cpu" else "cuda"
+        device = torch.device(place) if name == "cpu" or gpus else None
         against = backends.reasons(name, device)
         if name == "cuda" and not gpus:
             against.append("no GPU in sight: torch.cuda.device_count() is 0.")

@@ -36,7 +36,7 @@ class SinkhornAssigner(WideState):
         nan_policy: ``"propagate"``, ``"isolate"`` or ``"raise"``.
         differentiable: whether gradients flow through the codes of a call: False, True or ``"implicit"``, see
             :func:`~proto_reg.functional.sinkhorn`. The prototype loss takes codes as constants all the same.
-        backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
         group: the processes whose rows are balanced as one batch in training mode: ``"default"`` (the default process
             group, if there is one), None (this process alone) or a ProcessGroup. In eval mode each process works alone.
 

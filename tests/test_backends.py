@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -242,6 +242,20 @@ def test_a_gpu_that_the_library_does_not_run_on_is_found_out(loads: list[Path], 
         backends._resolve("cuda", torch.device("cuda"), torch.float32)
 
 
+def test_a_choice_made_inside_a_graph_capture_is_not_kept(loads: list[Path], monkeypatch) -> None:
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(backends, "_registered", lambda name, key: key == "CUDA")
+    assert backends._resolve("auto", torch.device("cuda"), torch.float32) == "cuda"
+    assert not backends._chosen
+    trials: list[str] = []
+    monkeypatch.setattr(backends, "_capturing", lambda: False)
+    monkeypatch.setattr(backends, "_trial", lambda *arguments: trials.append("once") or ["it does not run."])
+    assert backends._resolve("auto", torch.device("cuda"), torch.float32) == "torch"
+    assert trials == ["once"]
+
+
 def test_import_compiles_nothing_and_probes_nothing(nothing_built: Path) -> None:
     code = """
 import subprocess, sys, torch
@@ -278,7 +292,7 @@ def test_report(capsys: pytest.CaptureFixture[str], nothing_built: Path) -> None
 
 
 def test_command_line_builds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def only_cpu(backend: str) -> Path:
+    def only_cpu(backend: str, *, say: Callable[[str], None]) -> Path:
         if backend == "cuda":
             raise build.BuildError("no nvcc")
         return Path("the/library.so")

@@ -189,7 +189,7 @@ def test_what_is_missing_is_named_with_its_cure(csrc: Path, monkeypatch: pytest.
 
 @needs_compiler
 def test_it_says_what_it_does(csrc: Path, untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PROGRESS", 0.0)
+    monkeypatch.setattr(build, "PROGRESS", 0.05)
     said: list[str] = []
     path = build.build("cpu", say=said.append)
     assert said[0] == "compiling ..."
@@ -348,14 +348,17 @@ def test_architectures_of_the_machine_else_of_the_gpus_people_have(monkeypatch: 
     with pytest.raises(build.BuildError, match="PROTO_REG_CUDA_ARCHS"):
         build._architectures("nvcc")
     monkeypatch.delenv("PROTO_REG_CUDA_ARCHS")
-    monkeypatch.setattr(build, "_output", lambda *_: "sm_75\nsm_80\nsm_86\nsm_90\n")
+    monkeypatch.setattr(build, "_output", lambda *_: "sm_75\nsm_80\nsm_86\nsm_90\nsm_100\nsm_120\n")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert build._architectures("nvcc") == ["80", "90ptx"]
+    everywhere = ["75", "80", "90ptx", "120ptx"]
+    assert build._architectures("nvcc") == everywhere
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)):
+        assert build._serves(everywhere, capability)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 6), (9, 0)][index])
     assert build._architectures("nvcc") == ["86", "90"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 1))  # newer than this nvcc
-    assert build._architectures("nvcc") == ["80", "90ptx"]
+    assert build._architectures("nvcc") == everywhere
 
 
 @pytest.mark.parametrize(

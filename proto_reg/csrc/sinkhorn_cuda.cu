@@ -192,7 +192,16 @@ struct Sweeps {
     return plain(ceil_div(plan.stride, 32), plan.sweep_threads, 8 * plan.sweep_threads, stream);
   }
 
-  Launch one_block() const { return plain(1, plan.sweep_threads, 128, stream); }
+  // Over a vector: up to sweep_blocks blocks.
+  Launch vector(int64_t count) const {
+    const int64_t blocks = smaller(plan.sweep_blocks, ceil_div(count, plan.sweep_threads));
+    return plain(larger(1, blocks), plan.sweep_threads, 128, stream);
+  }
+
+  // One block, which sees all columns; as large as a block can be.
+  Launch one_block() const {
+    return plain(1, plan.sweep_threads < kSweepThreads ? plan.sweep_threads : 1024, 128, stream);
+  }
 
   Launch pass() const { return planned(plan, plan.blocks, stream); }
 
@@ -295,9 +304,11 @@ cudaError_t enqueue_streamed(const SinkhornArgs& a, cudaStream_t stream) {
   const Sweeps sweeps{a.plan, stream};
   cudaError_t error = cudaSuccess;
   if (a.problem.isolate) error = enqueue(stream_weights<T>, sweeps.rows(), a);
-  if (!error) error = enqueue(stream_total, sweeps.one_block(), a);
+  const bool weighted = a.problem.weights != nullptr || a.problem.isolate;
+  const Launch totals = sweeps.vector(weighted ? a.problem.rows : 1);
+  if (!error) error = enqueue(stream_total, totals, a);
   if (!error) error = enqueue(stream_start_columns<T>, sweeps.columns(), a);
-  if (!error) error = enqueue(stream_first_potentials, sweeps.gather(), a);
+  if (!error) error = enqueue(stream_first_potentials, sweeps.gather(), a, totals.grid.x);
   for (int64_t iteration = 1; iteration < a.problem.num_iters && !error; ++iteration) {
     error = enqueue_iteration<T>(a, sweeps, iteration == 1);
   }
@@ -305,7 +316,7 @@ cudaError_t enqueue_streamed(const SinkhornArgs& a, cudaStream_t stream) {
   if (!error) error = enqueue(stream_write<T>, sweeps.rows(), a);
   if (!error && a.problem.loss) error = enqueue_narrow<T, Narrow::entropy>(a, sweeps);
   if (!error && !a.problem.loss) error = enqueue_narrow<T, Narrow::codes>(a, sweeps);
-  return error ? error : enqueue(stream_finish, sweeps.one_block(), a);
+  return error ? error : enqueue(stream_finish, sweeps.vector(a.problem.columns), a);
 }
 
 // The problem of one group.

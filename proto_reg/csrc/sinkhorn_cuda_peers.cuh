@@ -104,16 +104,18 @@ struct Peers {
   template <int N, class Combine>
   PROTO_REG_DEVICE Values<N> over_lanes(int width, int lanes, float* scratch, Values<N> sum, Combine combine) {
     float* own = scratch + threadIdx.x * N;
-    unroll<N>([&](int j) { own[j] = sum.at[j]; });
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < width) {
-      for (int lane = 1; lane < lanes; ++lane) {
+    const int lane = threadIdx.x / width;
+    for (int step = 1; step < lanes; step *= 2) {  // a tree
+      unroll<N>([&](int j) { own[j] = sum.at[j]; });
+      __syncthreads();
+      if (lane % (2 * step) == 0 && lane + step < lanes) {
         Values<N> other;
-        unroll<N>([&](int j) { other.at[j] = own[lane * width * N + j]; });
+        unroll<N>([&](int j) { other.at[j] = own[step * width * N + j]; });
         sum = combine(sum, other);
       }
+      __syncthreads();
     }
-    return sum;  // agree() follows
+    return sum;
   }
 };
 

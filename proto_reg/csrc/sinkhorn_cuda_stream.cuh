@@ -70,16 +70,21 @@ __global__ void __launch_bounds__(kSweepThreads) stream_weights(const SinkhornAr
   }
 }
 
-// One block: the weight of all rows, and a clean start.
-__global__ void __launch_bounds__(1024) stream_total(const SinkhornArgs a) {
+// Each block's part of the rows' weight, in place of its loss, and a clean start. Without weights one block is enough.
+__global__ void __launch_bounds__(kSweepThreads) stream_total(const SinkhornArgs a) {
   const StreamState state(a);
-  float total = 0.0f;
-  for (int64_t row = threadIdx.x; row < a.problem.rows; row += blockDim.x) total += state.row_weight(a, row);
-  total = sum_block(total, shared_floats());
-  if (threadIdx.x == 0) {
-    *state.total = total;
-    *state.settled = *state.bound = 0.0f;
+  float total = static_cast<float>(a.problem.rows);
+  if (a.problem.weights || a.problem.isolate) {
+    total = 0.0f;
+    const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+    for (int64_t row = first; row < a.problem.rows; row += gridDim.x * static_cast<int64_t>(blockDim.x)) {
+      total += state.row_weight(a, row);
+    }
+    total = sum_block(total, shared_floats());
   }
+  if (threadIdx.x != 0) return;
+  state.losses[blockIdx.x] = total;
+  if (blockIdx.x == 0) *state.settled = *state.bound = 0.0f;
 }
 
 // The part of the matrix that a block of the column sweep covers, and its threads' layout there.
@@ -185,11 +190,16 @@ PROTO_REG_DEVICE void gather_partials(const SinkhornArgs& a, const float* partia
   finish(k, sum);
 }
 
-__global__ void __launch_bounds__(kSweepThreads) stream_first_potentials(const SinkhornArgs a) {
+// `count`: blocks of stream_total.
+__global__ void __launch_bounds__(kSweepThreads) stream_first_potentials(const SinkhornArgs a, int64_t count) {
   const StreamState state(a);
+  float total = 0.0f;
+  for (int64_t block = threadIdx.x; block < count; block += blockDim.x) total += state.losses[block];
+  total = sum_block(total, shared_floats());
+  if (blockIdx.x == 0 && threadIdx.x == 0) *state.total = total;
   gather_partials<2>(a, state.partials, a.plan.slabs, {{-infinity(), 0.0f}}, MergeExponentials{a.scale},
                      [&](int64_t k, const Values<2>& column) {
-                       start_column(a.problem, 0, k, *state.total, column.at[0], column.at[1], state.columns);
+                       start_column(a.problem, 0, k, total, column.at[0], column.at[1], state.columns);
                        state.fold(a, k);
                      });
 }
@@ -226,14 +236,15 @@ __global__ void __launch_bounds__(1024) stream_tolerance(const SinkhornArgs a) {
   }
 }
 
-// One block: writes potentials and loss.
-__global__ void __launch_bounds__(1024) stream_finish(const SinkhornArgs a) {
+// Writes potentials, and the first block the loss.
+__global__ void __launch_bounds__(kSweepThreads) stream_finish(const SinkhornArgs a) {
   const StreamState state(a);
   const float total = *state.total;
-  for (int64_t k = threadIdx.x; k < a.problem.columns; k += blockDim.x) {
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  for (int64_t k = first; k < a.problem.columns; k += gridDim.x * static_cast<int64_t>(blockDim.x)) {
     a.problem.potentials[k] = public_potential(a, state.columns.potential[k], state.columns.top[k], total);
   }
-  if (!a.problem.loss) return;
+  if (!a.problem.loss || blockIdx.x > 0) return;
   float loss = 0.0f;
   const int64_t blocks = state.narrow(a) ? a.plan.narrow_blocks : a.plan.sweep_blocks;
   for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x) loss += state.losses[block];

@@ -147,7 +147,7 @@ def sinkhorn(
             ``"implicit"``: through the fixed point that they approach. That is right only if the codes are balanced
             (use many iterations, or ``tol``); potentials are constants, and there is no second derivative. A marginal
             or weight of 0 has a gradient of 0.
-        backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the fastest that can run
+        backend: ``"torch"``, ``"cpu"``, ``"cuda"``, ``"triton"``, or ``"auto"`` for the fastest that can run
             (``python -m proto_reg backends`` lists them).
         out: contiguous tensor like ``scores`` that receives the codes and is returned.
         group: a ProcessGroup, or ``"default"``: the rows of all its ranks are balanced as one batch, in plain torch. It

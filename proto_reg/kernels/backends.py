@@ -1,12 +1,14 @@
-"""Which code computes a call: plain torch, or a compiled library. One set of checks chooses and explains.
+"""Which code computes a call: plain torch, a compiled library or Triton. One set of checks chooses and explains.
 
-A compiled backend bears the name of the device type that it computes on. Nothing here runs at import: libraries are
-looked for when the first tensor comes, GPUs asked only for a tensor that lies on one.
+A compiled backend bears the name of the device type that it computes on. Triton takes its place on a GPU without a
+library. Nothing here runs at import: libraries are looked for when the first tensor comes, GPUs asked and Triton
+imported only for a tensor that lies on one.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import threading
 import warnings
@@ -18,7 +20,8 @@ from torch import Tensor
 from .._checks import check_choice
 from . import build
 
-NAMES = ("auto", "torch", *build.BACKENDS)
+NAMES = ("auto", "torch", *build.BACKENDS, "triton")
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends of a type of device, the preferred one first
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SINKHORN = tuple(f"proto_reg::sinkhorn{rest}" for rest in ("", "_codes", "_out", "_cross_entropy"))
 ROWS = ("unit_rows", "unit_rows_pull_back", "balance", "typical_sums", "tally_float32", "follow_float32", "attach")
@@ -33,11 +36,12 @@ OPERATORS = {
 _chosen: dict[tuple[str, torch.device, torch.dtype], str] = {}
 _loaded: dict[str, Path] = {}
 _failed: dict[Path, str] = {}  # a library that did not load is not tried again
+_triton: list[torch.library.Library] = []  # while Triton's kernels are registered
 _lock = threading.RLock()
 
 
 def choose(backend: str, scores: Tensor) -> str:
-    """``"torch"``, ``"cpu"`` or ``"cuda"``: what computes this call. Loads the library when it is first needed.
+    """``"torch"``, ``"cpu"``, ``"cuda"`` or ``"triton"``: what computes this call. Loads it when it is first needed.
 
     Args:
         backend: one of ``NAMES``. For ``"auto"`` the environment's PROTO_REG_BACKEND counts, and without that what
@@ -82,8 +86,8 @@ def _decide(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     check_choice("backend", backend, NAMES)
     wanted, origin = (backend, "backend") if backend != "auto" else (_environment(), "PROTO_REG_BACKEND")
     if wanted == "auto":
-        usable = device.type in build.BACKENDS and not reasons(device.type, device, dtype)
-        chosen = device.type if usable else "torch"
+        usable = (name for name in DEVICES.get(device.type, ()) if not reasons(name, device, dtype))
+        chosen = next(usable, "torch")
     else:
         chosen = wanted
         if against := reasons(wanted, device, dtype):
@@ -93,8 +97,13 @@ def _decide(backend: str, device: torch.device, dtype: torch.dtype) -> str:
                 f"{origin}: expected a backend that can compute {str(dtype).removeprefix('torch.')} scores on "
                 f"{device}, got {wanted!r}, which cannot:{lines}\nOr use 'auto' for what can run."
             )
-    _chosen[backend, device, dtype] = chosen
+    if not (chosen in DEVICES["cuda"] and _capturing()):  # a capture leaves out the trial
+        _chosen[backend, device, dtype] = chosen
     return chosen
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -105,11 +114,10 @@ def _environment() -> str:
 def _misfits(backend: str, device: torch.device | None, dtype: torch.dtype | None) -> list[str]:
     """What is wrong with the tensor, not with the library."""
     found = []
-    if device is not None and device.type != backend:
-        where = ", where there is a GPU" if backend == "cuda" else ""
-        found.append(
-            f"it computes on {backend}, the scores are on {device}. Move them with scores.to({backend!r}){where}."
-        )
+    place = next(place for place, names in DEVICES.items() if backend in names)
+    if device is not None and device.type != place:
+        where = ", where there is a GPU" if place == "cuda" else ""
+        found.append(f"it computes on {place}, the scores are on {device}. Move them with scores.to({place!r}){where}.")
     if dtype is not None and dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         found.append(f"it computes {names}, the scores are {str(dtype).removeprefix('torch.')}. Use backend='torch'.")
@@ -120,6 +128,8 @@ def _missing(backend: str, device: torch.device | None, *, load: bool) -> list[s
     """What is wrong with the library; loads it, building it first where PROTO_REG_BUILD asks for that."""
     if backend in _loaded:
         return []
+    if backend == "triton":
+        return _missing_triton(load=load)
     on_gpu = device is not None and device.type == "cuda" == backend and torch.cuda.is_available()
     candidates = build.candidates(backend, torch.cuda.get_device_capability(device) if on_gpu else None)
     path = next((path for path, objection in candidates if objection is None), None)
@@ -140,8 +150,35 @@ def _missing(backend: str, device: torch.device | None, *, load: bool) -> list[s
     return _load(backend, path) if load else []
 
 
+def _missing_triton(*, load: bool) -> list[str]:
+    """What is in the way of Triton; registers its kernels."""
+    if "cuda" in _loaded:
+        return ["this process uses the CUDA library, which takes its place. Use backend='cuda'."]
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed. A torch for GPUs brings it; or pip install triton."]
+    if not torch.cuda.is_available():
+        return ["no GPU in sight: torch.cuda.is_available() is False."]
+    if load:
+        try:
+            from . import sinkhorn_triton
+        except Exception as error:  # a triton that does not fit this Python or torch may raise anything
+            return [f"triton does not import: {error!r}. Install the version that fits this torch."]
+        _triton.append(sinkhorn_triton.register())
+        _loaded["triton"] = Path(str(sinkhorn_triton.triton.__file__)).parent
+        _chosen.clear()  # what plain torch did until now
+    return []
+
+
+def _unload_triton() -> None:
+    while _triton:
+        _triton.pop()._destroy()
+    _loaded.pop("triton", None)
+
+
 def _load(backend: str, path: Path) -> list[str]:
     if path not in _failed:
+        if backend == "cuda":
+            _unload_triton()
         try:
             torch.ops.load_library(path)
         except OSError as error:
@@ -163,15 +200,15 @@ def _registered(name: str, key: str) -> bool:
 
 def _trial(backend: str, device: torch.device | None, dtype: torch.dtype | None) -> list[str]:
     """A GPU may lack the driver or the machine code for a library that loads: two rows tell."""
-    if backend != "cuda" or device is None or not torch.cuda.is_available():
-        return []
-    if torch.cuda.is_current_stream_capturing():
+    if backend not in DEVICES["cuda"] or device is None or not torch.cuda.is_available() or _capturing():
         return []
     try:
         scores = torch.zeros(2, 2, device=device, dtype=dtype)
         torch.ops.proto_reg.sinkhorn(scores, None, None, 1.0, 1, None, False)
         torch.cuda.synchronize(device)
-    except RuntimeError as error:
+    except Exception as error:  # Triton compiles now, and may raise anything
+        if backend == "cuda" and not isinstance(error, RuntimeError):
+            raise
         cure = "Run python -m proto_reg build cuda with a toolkit that fits the driver."
         return [f"{_loaded[backend]} does not run on {torch.cuda.get_device_name(device)}: {error}. {cure}"]
     return []
@@ -179,6 +216,7 @@ def _trial(backend: str, device: torch.device | None, dtype: torch.dtype | None)
 
 def _reset() -> None:
     """Forget every choice and failure, and what the environment said: for tests."""
+    _unload_triton()
     _chosen.clear()
     _loaded.clear()
     _failed.clear()

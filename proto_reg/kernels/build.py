@@ -50,7 +50,8 @@ SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the files that are shipped
 PROGRESS = 10.0  # seconds from one word about a compiler to the next
 TIMEOUT = 1800.0  # seconds for one command; a process that waits for another's build waits as long
 MINIMUM_TORCH = (2, 11)  # the bindings use its stable ABI, which every later torch keeps
-DEFAULT_ARCHS = (80, 90, 120)
+DEFAULT_ARCHS = (75, 80, 90, 120)
+PORTABLE = 90  # its PTX serves 100, 103 and 110; that of the newest serves what comes later
 
 # With the target, a header of a later torch offers only what the lowest one has.
 TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MINIMUM_TORCH)
@@ -250,7 +251,7 @@ def _architectures(nvcc: str) -> list[str]:
     if seen and seen <= known:
         return [str(number) for number in sorted(seen)]
     fat = [number for number in DEFAULT_ARCHS if number in known] or sorted(known)[-1:]
-    return [*map(str, fat[:-1]), f"{fat[-1]}ptx"]
+    return [f"{number}ptx" if number in (PORTABLE, fat[-1]) else str(number) for number in fat]
 
 
 def _host_compiler() -> str | None:

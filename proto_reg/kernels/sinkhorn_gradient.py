@@ -83,7 +83,7 @@ def sinkhorn_gradient_reference(
         a = updated if settled is None else torch.where(settled, a, updated)
     # The first iteration: each column's softmax over the rows.
     alive = (start.g > -torch.inf) & (start.mass > -torch.inf)
-    logits = x + start.offset - torch.where(alive, start.mass, 0.0)[..., None, :]
+    logits = start.logits - torch.where(alive, start.mass, 0.0)[..., None, :]
     mine = torch.where(row_weights[..., None] > 0, logits.exp(), 0.0) * torch.where(alive, a, 0.0)[..., None, :]
     by_x -= mine
     by_rows -= mine.sum(-1) / torch.where(row_weights > 0, row_weights, 1.0)

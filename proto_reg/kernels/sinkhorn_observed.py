@@ -73,14 +73,14 @@ def relaxed_logits(
     All is in the log domain, because a column may keep any mass, however small. ``tol`` bounds the relative change that
     one more iteration makes to exp(g).
     """
-    x, f, log_weights, tops, top = centred(x, marginals, weights, epsilon)
+    logits, x, log_weights, tops, top = centred(x, marginals, weights, epsilon)
     alive = tops != -torch.inf
     # A shift of all columns alike changes no code, and the small numbers that are left keep their digits.
     offset = (top - finite_or_zero(tops.amax(-1, keepdim=True))) / epsilon
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
     log_target, rate, g = log_or_zero(target, target > 0), slack / (slack + epsilon), x.new_zeros(())
     for iteration in range(num_iters):
-        mass, total = column_masses(x + f + log_weights, alive, weights)
+        mass, total = column_masses(logits + log_weights, alive, weights)
         mass = mass - log_or_zero(total, total > 0)
         updated = torch.where(alive, rate * (log_target - mass) + (1 - rate) * offset, -torch.inf)
         updated = torch.where(total > 0, updated, 0.0)
@@ -93,7 +93,7 @@ def relaxed_logits(
             if readable(x) and ended(settled, error, tol):
                 break
         g = updated
-        f = -(x + g[..., None, :]).logsumexp(-1, keepdim=True)
+        logits = x - (x + g[..., None, :]).logsumexp(-1, keepdim=True)
     return (x + g[..., None, :]).softmax(-1), torch.where(alive, g - offset, g)
 
 
@@ -155,7 +155,7 @@ def warm_logits(
     total = sum_(total, group)[..., None, None]
     log_total = log_or_zero(total, total > 0)
     if marginals is None:
-        return centre(scores, -epsilon * potentials, epsilon)[0].log_softmax(-1) - log_total
+        return centre(scores, -epsilon * potentials, epsilon)[1].log_softmax(-1) - log_total
     absent = (marginals == 0).unsqueeze(-2) & (scores < torch.inf)
-    logits, _ = centre(torch.where(absent, -torch.inf, scores), -epsilon * potentials, epsilon)
+    _, logits = centre(torch.where(absent, -torch.inf, scores), -epsilon * potentials, epsilon)
     return torch.where(absent, 0.0, logits.log_softmax(-1) - log_total)

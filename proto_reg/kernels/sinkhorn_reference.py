@@ -21,6 +21,7 @@ SAFE_RANGE = 40.5
 Step: TypeAlias = tuple[Tensor, Tensor | None]
 # Up to so many elements one common reference is accurate enough.
 SMALL = 1 << 16
+LEAST = 1e-37  # of the inverse of a scaling factor
 
 
 def sinkhorn_reference(
@@ -157,17 +158,25 @@ def _solve(
 ) -> tuple[Tensor, Any]:
     """Codes and potentials in the dtype of ``x``, by the fastest way that is safe for these scores."""
     marginals = normalised(marginals, x)
-    if x.ndim == 2 and x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling():  # fakes hold no number
+    if x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling():  # fakes hold no number
         # Here two numbers are read at no cost. Elsewhere control flow must not wait for the device.
-        if x.numel() < SMALL:
+        if x.ndim == 3:
+            reference, low = x.amax(-1, keepdim=True), x.amin()
+            high = reference.amax(-2, keepdim=True)
+        elif x.numel() < SMALL:
             low, high = x.aminmax()
             reference = high
         else:  # one for each row: two more operations, and small exponents where errors of many rows add up
             reference = x.amax(1, keepdim=True)
             low, high = x.amin(), reference.amax()
-        narrow = float(high) - float(low) < SAFE_RANGE * epsilon and 1e-30 < epsilon < 1e30
-        if narrow and (weights is None or bool(weights.any())):
-            return _scale(x, reference, high, marginals, weights, epsilon, num_iters, tol, with_potentials)
+        narrow = float(high.amax()) - float(low) < SAFE_RANGE * epsilon and 1e-30 < epsilon < 1e30
+        if narrow and (weights is None or bool(weights.any(-1).all())) and _exact_products():
+            if x.ndim == 2:
+                return _scale(x, reference, high, marginals, weights, epsilon, num_iters, tol, with_potentials)
+            if tol is None:  # groups settle one by one
+                return _scale_groups(x, reference, high, marginals, weights, epsilon, num_iters)
+    if tol is None and not transforming():
+        return scale_plans(x, marginals, weights, epsilon, num_iters, with_potentials)
     return balance_logits(x, marginals, weights, epsilon, num_iters, tol)
 
 
@@ -227,6 +236,43 @@ def _scale(
     return codes, v.log_().add_(uniform + sum(map(math.log, left_out)) - float(high) / epsilon)
 
 
+def _scale_groups(
+    x: Tensor,
+    reference: Tensor,
+    high: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_scale` for groups (G, B, K), by products of one matrix each."""
+    scale = math.log2(math.e) / epsilon
+    rows, columns = x.shape[1:]
+    e = (x - reference).mul_(scale).exp2_()
+    u = (reference - high).mul_(scale).exp2_()
+    total = e.new_tensor(rows) if weights is None else weights.sum(1)[:, None, None].to(e)
+    w = None if weights is None else weights[..., None].to(e) * (rows / total)
+    target = rows / columns if marginals is None else rows * marginals.view(-1, 1, columns)
+    v = target / _group_sums(e, u if w is None else u.mul_(w))
+    for _ in range(num_iters - 1):
+        u = torch.bmm(e, v.mT).reciprocal_()
+        v = target / _group_sums(e, u if w is None else u.mul_(w))
+    codes = e.mul_(v)
+    codes.div_(codes.sum(2, keepdim=True))
+    return codes, (v.log_() - total.log() - high / epsilon).squeeze(1)
+
+
+def _group_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
+    """Column sums (G, 1, K) of E (G, B, K) times u (G, B, 1)."""
+    return torch.bmm(u.mT, e) if e.shape[1] <= rows else (e * u).sum(1, keepdim=True)
+
+
+def _exact_products() -> bool:
+    """Whether products of matrices keep float32 on the CPU."""
+    chosen = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return chosen in ("none", "ieee") and not torch.is_autocast_enabled("cpu")
+
+
 def _column_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
     """``u @ e`` in stretches of ``rows``: one matrix-vector product would add a column up one by one."""
     if e.shape[0] <= rows:
@@ -234,6 +280,66 @@ def _column_sums(e: Tensor, u: Tensor, rows: int = 256) -> Tensor:
     whole = e.shape[0] - e.shape[0] % rows
     sums = torch.bmm(u[:whole].view(-1, 1, rows), e[:whole].view(-1, rows, e.shape[1])).sum((0, 1))
     return sums if whole == e.shape[0] else sums + torch.mv(e[whole:].t(), u[whole:])
+
+
+def scale_plans(
+    x: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    with_potentials: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`balance_logits` without a graph or ``tol``, in half as many operations.
+
+    The first iteration gives a plan E whose rows sum to 1. Then only scaling vectors change: ``u = 1 / E v`` and
+    ``v = r / E^T u``. In each iteration u v grows by at most B K (with marginals B K / r), so E is computed
+    again before an entry that underflowed could count.
+    """
+    if marginals is not None:
+        x = torch.where((marginals == 0).unsqueeze(-2) & (x < torch.inf), -torch.inf, x)
+    counted = total = w = None
+    if weights is not None:
+        counted, total = weights > 0, weights.sum(-1, keepdim=True).to(x.dtype)
+        w = weights * (x.shape[-2] / torch.where(total > 0, total, 1.0))
+    tops = _masked(x, counted).amax(-2)
+    tops = tops.clamp_min_(torch.finfo(x.dtype).min) if w is None else finite_or_zero(tops)
+    below, x = centre(x, tops, epsilon)
+    # Means instead of sums keep both vectors near 1. h is minus the potential, but for a constant; inf: gets nothing.
+    h = _mean_over_rows(_masked(below, counted).exp_(), w).log_().nan_to_num_(torch.nan, torch.inf, torch.inf)
+    shares = None if marginals is None else x.shape[-1] * marginals
+    h = h if shares is None else h - shares.log()
+    period, inverse = 4 if shares is None else 2, h  # the first iteration replaces it
+    for iteration in range(num_iters - 1):
+        if iteration % period == 0:
+            h = h if iteration == 0 else h + (inverse * x.shape[-1]).log_()
+            e, u = (x - h[..., None, :]).softmax(-1), w
+            if counted is not None:  # a row that does not count may hold a NaN
+                e = torch.where(counted[..., None], e, 1.0)
+        else:
+            u = (e / inverse[..., None, :]).mean(-1)
+            u = u.reciprocal_() if w is None else w / u
+        inverse = _mean_over_rows(e, u).clamp_min_(LEAST)  # of v
+        inverse = inverse if shares is None else (inverse / shares).clamp_(LEAST, 1 / LEAST)
+    h = h if num_iters == 1 else h + inverse.log_()
+    h = h if total is None else torch.where(total > 0, h, 0.0)
+    codes = (x - h[..., None, :]).softmax(-1)
+    return codes, _potentials(h, tops / epsilon, x, total, min(num_iters, 2)) if with_potentials else None
+
+
+def _potentials(h: Tensor, shift: Tensor, x: Tensor, total: Tensor | None, lost: int) -> Tensor:
+    """Potentials (..., K) from ``h``. Means have left out the total, and K ``lost`` times."""
+    # math.log() of a size would fix it in a torch.export.
+    rows = x.new_full((1,), x.shape[-2]) if total is None else torch.where(total > 0, total, 1.0)
+    left_out = rows.log() + lost * x.new_full((1,), x.shape[-1]).log()
+    largest = torch.finfo(x.dtype).max
+    g = torch.where(h == torch.inf, -torch.inf, (-h - left_out - shift).clamp(-largest, largest))
+    return g if total is None else torch.where(total > 0, g, 0.0)
+
+
+def _mean_over_rows(e: Tensor, u: Tensor | None) -> Tensor:
+    """The columns' means (..., K) of the rows times u (..., B)."""
+    return (e if u is None else e * u[..., None]).mean(-2)
 
 
 def balance_logits(
@@ -270,9 +376,9 @@ class Start(NamedTuple):
     """What the iterations start from."""
 
     x: Tensor  # (..., B, K) S / eps less the maxima of its columns and rows
-    offset: Tensor  # (..., B, 1) x + offset is S / eps less the columns' maxima, plus log w
+    logits: Tensor  # (..., B, K) S / eps less the maxima of its columns, plus log w
     column_shift: Tensor  # (..., K) the columns' maxima
-    mass: Tensor  # (..., K) log sum_i exp(x + offset), -inf for a column that gets nothing
+    mass: Tensor  # (..., K) log sum_i exp(logits), -inf for a column that gets nothing
     g: Tensor  # (..., K) the first potentials
     target: Tensor  # (..., K) W r, or (K,) if all groups share them
     total: Tensor  # (..., 1) W
@@ -282,15 +388,15 @@ def start_of_iterations(
     x: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float, group: ProcessGroup | None = None
 ) -> Start:
     """Centre the scores and balance the columns once, see :func:`balance_logits`."""
-    x, shift, log_weights, tops, top = centred(x, marginals, weights, epsilon, group)
-    alive, offset = tops != -torch.inf, shift + log_weights
+    below, x, log_weights, tops, top = centred(x, marginals, weights, epsilon, group)
+    alive, logits = tops != -torch.inf, below + log_weights
     target = x.new_full((x.shape[-1],), 1.0 / x.shape[-1]) if marginals is None else marginals
-    mass, total = column_masses(x + offset, alive, weights, group)
+    mass, total = column_masses(logits, alive, weights, group)
     # A column of -inf scores, or of marginal 0, gets nothing; the others are unaffected.
     g = torch.where(alive & (mass != -torch.inf), log_or_zero(target, target > 0) - mass, -torch.inf)
     if weights is not None or group is not None:
         g = torch.where(total > 0, g, 0.0)
-    return Start(x, offset, top / epsilon, mass, g, total * target, total)
+    return Start(x, logits, top / epsilon, mass, g, total * target, total)
 
 
 def centred(
@@ -344,20 +450,18 @@ def column_masses(
 
 
 def centre(x: Tensor, column_top: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """S / eps less its row and column maxima, subtracted before the division so that float32 keeps the digits.
+    """S / eps less its column maxima, and less its row maxima too; subtracted first so that float32 keeps the digits.
 
-    Returns the centred scores, and the shift (..., B, 1) of their rows in units of S / eps.
+    Returns both (..., B, K). A row of nothing but -inf is NaN in the second.
     """
-    lowest = torch.finfo(x.dtype).min
-    columns = column_top[..., None, :]
-    less = x - columns
+    x, columns = x * 0.125, column_top[..., None, :] * 0.125  # of eighths no difference overflows
+    below = x - columns
     # The rounding error of the subtraction (Knuth's two-sum): without it scores of hundreds lose 1e-4 of S / eps.
-    back = less - x
-    lost = (x - (less - back)) - (columns + back)
-    less = torch.where(x == -torch.inf, -torch.inf, less.clamp_min(lowest))
-    row_top = finite_or_zero(less.amax(-1, keepdim=True)).detach()
-    centred = (less - row_top) + torch.where(lost.isfinite(), lost, 0.0)
-    return centred / epsilon, row_top / epsilon
+    back = below - x
+    lost = ((x - (below - back)) - (columns + back)).nan_to_num(0.0)
+    centred = (below - below.detach().amax(-1, keepdim=True)) + lost
+    scale = min(8 / epsilon, torch.finfo(x.dtype).max)
+    return below * scale, centred * scale
 
 
 def iterate(

@@ -1,0 +1,498 @@
+"""Sinkhorn in Triton, behind the same operators: for GPUs without our CUDA library. Imported when it is first needed.
+
+Every iteration is one softmax over the rows in the log domain, as in ``sinkhorn_reference.balance_logits``. A small
+matrix stays on the chip: one program computes one problem. A larger one is streamed: programs sum columns over blocks
+of rows, and a second kernel adds the sums. Wider rows, and float64, go to plain torch. Logarithms are to base 2, scores
+in eighths, so that no difference overflows. ``h`` is minus a column's potential; inf means that it gets nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+from torch import Tensor
+
+from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
+
+ON_CHIP = 8192  # entries of a matrix that one program holds
+WIDEST = 4096  # columns of a row that one program holds
+TILE = 4096  # entries of a tile of rows, streamed
+PROGRAMS = 512  # for one streamed matrix, at most
+# Fused multiply-adds are off: triton has changed its default, and a result should not depend on the version.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _load(scores, rows, columns, B, K):
+    """Scores of a tile in eighths; -inf beyond the matrix."""
+    inside = (rows[:, None] < B) & (columns[None, :] < K)
+    at = rows[:, None] * K + columns[None, :]
+    return tl.load(scores + at, mask=inside, other=-float("inf")).to(tl.float32) * 0.125
+
+
+@triton.jit
+def _load_shares(marginals, columns, K, MARGINALS: tl.constexpr):
+    """The columns' shares; 0 beyond the matrix."""
+    share = tl.where(columns < K, 1.0 / K, 0.0)
+    if MARGINALS:
+        share = tl.load(marginals + columns, mask=columns < K, other=0.0)
+    return share
+
+
+@triton.jit
+def _load_weights(weights, s, share, rows, B, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr):
+    """The rows' weights; 0 beyond the matrix and for isolated rows. ``share`` is a tile's row."""
+    w = tl.where(rows < B, 1.0, 0.0)
+    if WEIGHTS:
+        w = tl.load(weights + rows, mask=rows < B, other=0.0)
+    if ISOLATE:
+        bad = tl.max(tl.where(s < float("inf"), 0, 1), 1)
+        possible = tl.max(tl.where((s > -float("inf")) & (share[None, :] > 0.0), 1, 0), 1)
+        w = tl.where((bad == 0) & (possible == 1), w, 0.0)
+    return w
+
+
+@triton.jit
+def _balanced(s, share, MARGINALS: tl.constexpr):
+    """Scores that take part in the balance: a column without a share offers nothing."""
+    if MARGINALS:
+        s = tl.where((share[None, :] == 0.0) & (s < float("inf")), -float("inf"), s)
+    return s
+
+
+@triton.jit
+def _column_top(s, w):
+    return tl.max(tl.where(w[:, None] > 0.0, s, -float("inf")), 0)
+
+
+@triton.jit
+def _column_mass(s, w, top, scale):
+    """Weighted sums of exponentials below ``top``, which is -inf for an empty column."""
+    finite = tl.where(top == -float("inf"), 0.0, top)
+    e = tl.exp2((s - finite[None, :]) * scale)
+    return tl.sum(tl.where(w[:, None] > 0.0, w[:, None] * e, 0.0), 0)
+
+
+@triton.jit
+def _started(mass, share, total):
+    """The first h, from the columns' masses."""
+    h = tl.where((mass == 0.0) | (share == 0.0), float("inf"), tl.log2(mass) - tl.log2(share * total))
+    return tl.where(total > 0.0, h, 0.0)
+
+
+@triton.jit
+def _plan(s, top, h, scale):
+    """Rows of the plan, each of sum 1: softmax of the scores less their columns' and rows' maxima, less h."""
+    below = s - top[None, :]
+    # The rounding error of the subtraction (Knuth's two-sum).
+    back = below - s
+    lost = (s - (below - back)) - (top[None, :] + back)
+    x = (below - tl.max(below, 1)[:, None]) + tl.where(lost == lost, lost, 0.0)
+    y = x * scale - h[None, :]
+    e = tl.exp2(y - tl.max(y, 1)[:, None])
+    return e / tl.sum(e, 1)[:, None]
+
+
+@triton.jit
+def _column_sum(p, w):
+    return tl.sum(tl.where(w[:, None] > 0.0, w[:, None] * p, 0.0), 0)
+
+
+@triton.jit
+def _moved(h, sums, share, total):
+    """h after an iteration with these column sums. A column of sum 0 stays as it is."""
+    return tl.where((sums == 0.0) | (share == 0.0), h, h + (tl.log2(sums) - tl.log2(share * total)))
+
+
+@triton.jit
+def _settled(h, sums, share, total, tol):
+    """Whether every column is within tol of its target, or as near as float32 can tell; all columns at once."""
+    gone = sums == 0.0
+    left = tl.sum(tl.where(gone, 0.0, share), 0) / tl.sum(share, 0)
+    met = tl.where(gone, 1.0, sums) / tl.where(gone, 1.0, share * total)
+    wrong = tl.where(gone, 0.0, tl.abs(met * left - 1.0))
+    size = tl.max(tl.where(tl.abs(h) < float("inf"), tl.abs(h), 0.0), 0) * 0.6931472
+    allowed = tl.maximum(tol, size * 1.1920929e-07)
+    return tl.sum(tl.where(wrong <= allowed, 0, 1), 0) == 0
+
+
+@triton.jit
+def _store_potentials(potentials, columns, K, h, top, total, eighths):
+    g = -(h + tl.log2(tl.where(total > 0.0, total, 1.0))) * 0.6931472 - top * eighths
+    g = tl.minimum(tl.maximum(g, -3.4028234663852886e38), 3.4028234663852886e38)
+    g = tl.where(h == float("inf"), -float("inf"), tl.where(h == h, g, h))
+    tl.store(potentials + columns, tl.where(total > 0.0, g, 0.0), mask=columns < K)
+
+
+@triton.jit
+def _store_rows(
+    codes, gradient, s, p, w, rows, columns, B, K, total, sharpness, slope,
+    CODES: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Writes codes and gradient of a tile; returns the sum of its losses. ``slope`` is 1 / temperature."""
+    inside = (rows[:, None] < B) & (columns[None, :] < K)
+    at = rows[:, None] * K + columns[None, :]
+    loss = 0.0
+    if ENTROPY:
+        below = s - tl.max(s, 1)[:, None]
+        e = tl.exp2(below * sharpness)
+        norm = tl.sum(e, 1)
+        share = w / tl.where(total > 0.0, total, 1.0)
+        terms = tl.sum(tl.where((p == 0.0) | (columns[None, :] >= K), 0.0, p * (below * sharpness)), 1)
+        loss = tl.sum(tl.where(w > 0.0, share * ((tl.log2(norm) - terms) * 0.6931472), 0.0), 0)
+        slopes = share[:, None] * slope * (e / norm[:, None] - p)
+        slopes = tl.where(w[:, None] > 0.0, slopes, 0.0)
+        tl.store(gradient + at, slopes.to(gradient.dtype.element_ty), mask=inside)
+    if CODES:
+        tl.store(codes + at, p.to(codes.dtype.element_ty), mask=inside)
+    return loss
+
+
+@triton.jit
+def _one(
+    scores, marginals, weights, codes, potentials, state, B, K, share_step, passes, scale, eighths, tol,
+    MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr, TOL: tl.constexpr,
+    ENTROPY: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One problem, on the chip from the first read to the last write; with an entropy, as far as the state."""
+    group = tl.program_id(0).to(tl.int64)
+    rows, columns, first = tl.arange(0, BB), tl.arange(0, BK), group * B * K
+    s = _load(scores + first, rows, columns, B, K)
+    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
+    s, total = _balanced(s, share, MARGINALS), tl.sum(w, 0)
+    top = _column_top(s, w)
+    h = _started(_column_mass(s, w, top, scale), share, total)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    settled = total == 0.0
+    for _ in range(passes):
+        sums = _column_sum(_plan(s, top, h, scale), w)
+        if TOL:
+            settled = settled | _settled(h, sums, share, total, tol)
+        h = tl.where(settled, h, _moved(h, sums, share, total))
+    if ENTROPY:
+        state += group * (3 * K + 2)
+        tl.store(state + columns, h, mask=columns < K)
+        tl.store(state + K + columns, top, mask=columns < K)
+        tl.store(state + 3 * K, total)
+    else:
+        p = _plan(s, top, h, scale)
+        _store_rows(
+            codes + first, codes, s, p, w, rows, columns, B, K, total, 1.0, 1.0, True, False,
+        )  # fmt: skip
+        _store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
+
+
+@triton.jit
+def _start(
+    scores, marginals, weights, partials, totals, B, K, share_step, block, scale,
+    MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """For each block of rows and column: the maximum, the sum of exponentials below it; and the block's weight."""
+    part, group, parts = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    columns, first = tl.arange(0, BK), group * B * K
+    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    top, mass, total = tl.full((BK,), -float("inf"), tl.float32), tl.zeros((BK,), tl.float32), 0.0
+    for at in range(0, block, BR):
+        rows = (part * block + at + tl.arange(0, BR)).to(tl.int64)
+        s = _load(scores + first, rows, columns, B, K)
+        w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
+        s, total = _balanced(s, share, MARGINALS), total + tl.sum(w, 0)
+        new = tl.maximum(top, _column_top(s, w))
+        finite = tl.where(new == -float("inf"), 0.0, new)
+        mass = mass * tl.exp2((top - finite) * scale) + _column_mass(s, w, new, scale)
+        top = new
+    out = partials + (group * parts + part) * 2 * K
+    tl.store(out + columns, top, mask=columns < K)
+    tl.store(out + K + columns, mass, mask=columns < K)
+    tl.store(totals + group * parts + part, total)
+
+
+@triton.jit
+def _sum_start(
+    marginals, partials, totals, state, B, K, share_step, parts, scale,
+    MARGINALS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The first h of BC columns from all blocks. ``state`` of a group: h, maxima, sums (K each), total, settled."""
+    columns, group = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1).to(tl.int64)
+    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    top, mass, total = tl.full((BC,), -float("inf"), tl.float32), tl.zeros((BC,), tl.float32), 0.0
+    for at in range(0, parts, BP):
+        own = at + tl.arange(0, BP)
+        total += tl.sum(tl.load(totals + group * parts + own, mask=own < parts, other=0.0), 0)
+        inside = (own[:, None] < parts) & (columns[None, :] < K)
+        place = partials + (group * parts + own[:, None]) * 2 * K + columns[None, :]
+        tops = tl.load(place, mask=inside, other=-float("inf"))
+        masses = tl.load(place + K, mask=inside, other=0.0)
+        new = tl.maximum(top, tl.max(tops, 0))
+        finite = tl.where(new == -float("inf"), 0.0, new)
+        mass = mass * tl.exp2((top - finite) * scale)
+        mass += tl.sum(tl.where(masses == 0.0, 0.0, masses * tl.exp2((tops - finite[None, :]) * scale)), 0)
+        top = new
+    state += group * (3 * K + 2)
+    tl.store(state + columns, _started(mass, share, total), mask=columns < K)
+    tl.store(state + K + columns, tl.where(top == -float("inf"), 0.0, top), mask=columns < K)
+    if tl.program_id(0) == 0:
+        tl.store(state + 3 * K, total)
+        tl.store(state + 3 * K + 1, tl.where(total > 0.0, 0.0, 1.0))
+
+
+@triton.jit
+def _pass(
+    scores, marginals, weights, partials, state, B, K, share_step, block, scale,
+    MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """For each block of rows: the column sums of the plan."""
+    part, group, parts = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    columns, first = tl.arange(0, BK), group * B * K
+    state += group * (3 * K + 2)
+    if tl.load(state + 3 * K + 1) != 0.0:
+        return
+    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    h = tl.load(state + columns, mask=columns < K, other=float("inf"))
+    top = tl.load(state + K + columns, mask=columns < K, other=0.0)
+    sums = tl.zeros((BK,), tl.float32)
+    for at in range(0, block, BR):
+        rows = (part * block + at + tl.arange(0, BR)).to(tl.int64)
+        s = _load(scores + first, rows, columns, B, K)
+        w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
+        sums += _column_sum(_plan(_balanced(s, share, MARGINALS), top, h, scale), w)
+    tl.store(partials + (group * parts + part) * K + columns, sums, mask=columns < K)
+
+
+@triton.jit
+def _sum_pass(
+    marginals, partials, state, B, K, share_step, parts,
+    MARGINALS: tl.constexpr, TOL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Column sums of all blocks for BC columns; without a tol also h."""
+    columns, group = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1).to(tl.int64)
+    state += group * (3 * K + 2)
+    if tl.load(state + 3 * K + 1) != 0.0:
+        return
+    sums = tl.zeros((BC,), tl.float32)
+    for at in range(0, parts, BP):
+        own = at + tl.arange(0, BP)
+        inside = (own[:, None] < parts) & (columns[None, :] < K)
+        place = partials + (group * parts + own[:, None]) * K + columns[None, :]
+        sums += tl.sum(tl.load(place, mask=inside, other=0.0), 0)
+    if TOL:
+        tl.store(state + 2 * K + columns, sums, mask=columns < K)
+    else:
+        share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+        h = tl.load(state + columns, mask=columns < K, other=float("inf"))
+        tl.store(state + columns, _moved(h, sums, share, tl.load(state + 3 * K)), mask=columns < K)
+
+
+@triton.jit
+def _settle(marginals, state, K, share_step, tol, MARGINALS: tl.constexpr, BK: tl.constexpr):
+    """With a tol: moves h, or says that it stays from now on."""
+    columns, group = tl.arange(0, BK), tl.program_id(0).to(tl.int64)
+    state += group * (3 * K + 2)
+    if tl.load(state + 3 * K + 1) != 0.0:
+        return
+    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    h = tl.load(state + columns, mask=columns < K, other=float("inf"))
+    sums, total = tl.load(state + 2 * K + columns, mask=columns < K, other=0.0), tl.load(state + 3 * K)
+    settled = _settled(h, sums, share, total, tol)
+    tl.store(state + columns, tl.where(settled, h, _moved(h, sums, share, total)), mask=columns < K)
+    tl.store(state + 3 * K + 1, tl.where(settled, 1.0, 0.0))
+
+
+@triton.jit
+def _write(
+    scores, marginals, weights, codes, potentials, losses, gradient, state, B, K, share_step, block,
+    scale, eighths, sharpness, slope,
+    MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr,
+    CODES: tl.constexpr, ENTROPY: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Codes, potentials, and each block's loss and gradient."""
+    part, group, parts = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    columns, first = tl.arange(0, BK), group * B * K
+    state += group * (3 * K + 2)
+    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    h = tl.load(state + columns, mask=columns < K, other=float("inf"))
+    top = tl.load(state + K + columns, mask=columns < K, other=0.0)
+    total, lost = tl.load(state + 3 * K), 0.0
+    for at in range(0, block, BR):
+        rows = (part * block + at + tl.arange(0, BR)).to(tl.int64)
+        s = _load(scores + first, rows, columns, B, K)
+        w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
+        p = _plan(_balanced(s, share, MARGINALS), top, h, scale)
+        lost += _store_rows(
+            codes + first, gradient + first, s, p, w, rows, columns, B, K, total, sharpness, slope,
+            CODES, ENTROPY,
+        )  # fmt: skip
+    if part == 0:
+        _store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
+    if ENTROPY:
+        tl.store(losses + group * parts + part, lost)
+
+
+class _Problem:
+    """The kernels' arguments for scores (B, K) or (G, B, K), and the tensors that they write."""
+
+    def __init__(self, scores: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float) -> None:
+        self.scores = scores.contiguous()
+        self.groups = scores.shape[0] if scores.ndim == 3 else 1
+        self.rows, self.columns = scores.shape[-2:]
+        self.potentials = scores.new_empty((*scores.shape[:-2], self.columns), dtype=torch.float32)
+        # A pointer that no kernel reads stands for what is not given.
+        self.marginals = self.potentials if marginals is None else marginals.float().contiguous()
+        self.weights = self.potentials if weights is None else weights.float().contiguous()
+        self.share_step = self.columns if marginals is not None and marginals.ndim == 2 else 0
+        self.given = {"MARGINALS": marginals is not None}
+        self.eighths = _finite(8 / epsilon)
+        self.scale = _finite(8 * math.log2(math.e) / epsilon)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.rows, self.columns, self.share_step
+
+
+def _finite(number: float) -> float:
+    return min(number, 1e38)
+
+
+def suits(scores: Tensor) -> bool:
+    """Whether these kernels compute scores of this shape and dtype. Plain torch computes the others."""
+    return scores.dtype != torch.float64 and 0 < scores.shape[-1] <= WIDEST and scores.numel() > 0
+
+
+def solve(
+    scores: Tensor,
+    marginals: Tensor | None,
+    weights: Tensor | None,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+    isolate: bool,
+    temperature: float | None,
+    codes: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Potentials, and with a ``temperature`` loss and gradient. Codes go into ``codes``, a contiguous tensor, if given.
+
+    The other arguments are those of :func:`sinkhorn_reference`.
+    """
+    p = _Problem(scores, marginals, weights, epsilon)
+    flags = {**p.given, "WEIGHTS": weights is not None, "ISOLATE": isolate}
+    BB, BK = (max(16, triton.next_power_of_2(size)) for size in (p.rows, p.columns))
+    small = BB * BK <= ON_CHIP
+    BR, _ = tile(p.columns)
+    block = BR * triton.cdiv(triton.cdiv(p.rows, BR), PROGRAMS)
+    parts = triton.cdiv(p.rows, block)
+    losses = p.potentials.new_empty(p.groups * parts)  # at first the blocks' weights
+    state = p.potentials.new_empty(p.groups * (3 * p.columns + 2))
+    written = (p.scores if codes is None else codes, p.potentials)  # again, a pointer for what is not wanted
+    if small:
+        _one[(p.groups,)](
+            p.scores, p.marginals, p.weights, *written, state, *p.shape, num_iters - 1, p.scale, p.eighths,
+            0.0 if tol is None else tol, **flags, ENTROPY=temperature is not None, TOL=tol is not None, BB=BB, BK=BK,
+            num_warps=warps(BB * BK), **OPTIONS,
+        )  # fmt: skip
+        if temperature is None:
+            return p.potentials, None, None
+    else:
+        _stream(p, flags, num_iters, tol, state, losses, block, parts)
+    gradient = None if temperature is None else torch.empty_like(p.scores)
+    _write[(parts, p.groups)](
+        p.scores, p.marginals, p.weights, *written, losses, p.scores if gradient is None else gradient, state,
+        *p.shape, block, p.scale, p.eighths, _finite(8 * math.log2(math.e) / (temperature or 1.0)),
+        _finite(1 / (temperature or 1.0)), **flags, CODES=codes is not None, ENTROPY=temperature is not None,
+        BR=BR, BK=BK, num_warps=warps(BR * BK), **OPTIONS,
+    )  # fmt: skip
+    return p.potentials, None if temperature is None else losses.sum(), gradient
+
+
+def _stream(
+    p: _Problem,
+    flags: dict[str, bool],
+    num_iters: int,
+    tol: float | None,
+    state: Tensor,
+    losses: Tensor,
+    block: int,
+    parts: int,
+) -> None:
+    """Launch what leads to the state of a large matrix: 2 ``num_iters`` kernels, with ``tol`` one more an iteration."""
+    BR, BK = tile(p.columns)
+    grid, tall = (parts, p.groups), (triton.cdiv(p.columns, 32), p.groups)
+    partials = p.potentials.new_empty(p.groups * parts * 2 * p.columns)
+    wide = {**flags, "BR": BR, "BK": BK, "num_warps": warps(BR * BK), **OPTIONS}
+    sums = {**p.given, "BP": 64, "BC": 32, "num_warps": 4, **OPTIONS}
+    read = (p.scores, p.marginals, p.weights)
+    _start[grid](*read, partials, losses, *p.shape, block, p.scale, **wide)
+    _sum_start[tall](p.marginals, partials, losses, state, *p.shape, parts, p.scale, **sums)
+    for _ in range(num_iters - 1):
+        _pass[grid](*read, partials, state, *p.shape, block, p.scale, **wide)
+        _sum_pass[tall](p.marginals, partials, state, *p.shape, parts, TOL=tol is not None, **sums)
+        if tol is not None:
+            last = {**p.given, "BK": BK, "num_warps": warps(BK), **OPTIONS}
+            _settle[(p.groups,)](p.marginals, state, p.columns, p.share_step, tol, **last)
+
+
+def tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile of the streamed kernels, powers of two."""
+    BK = max(16, triton.next_power_of_2(columns))
+    return max(1, TILE // BK), BK
+
+
+def warps(entries: int) -> int:
+    """Warps of a program, with 8 entries of its tile to a thread, or 16 in the largest."""
+    return min(16, max(1, entries // 256))
+
+
+def _codes_like(scores: Tensor) -> Tensor:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+def sinkhorn(scores: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """:func:`sinkhorn_reference` by these kernels."""
+    if not suits(scores):
+        return sinkhorn_reference(scores, *options)
+    codes = _codes_like(scores)
+    return codes, solve(scores, *(*options, None, codes))[0]
+
+
+def sinkhorn_codes(scores, epsilon, num_iters, marginals=None, weights=None, tol=None, isolate=False) -> Tensor:
+    return sinkhorn(scores, marginals, weights, epsilon, num_iters, tol, isolate)[0]
+
+
+def sinkhorn_out(scores: Tensor, *options_and_codes: Any) -> Tensor:
+    *options, codes = options_and_codes
+    if suits(scores):
+        return solve(scores, *(*options, None, codes))[0]
+    computed, potentials = sinkhorn_reference(scores, *options)
+    codes.copy_(computed)
+    return potentials
+
+
+def sinkhorn_cross_entropy(scores: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`sinkhorn_cross_entropy_reference` by these kernels."""
+    if not suits(scores):
+        return sinkhorn_cross_entropy_reference(scores, *options)
+    with_codes = options[-1]
+    codes = _codes_like(scores) if with_codes else None
+    potentials, loss, gradient = solve(scores, *(*options[:-1], codes))
+    assert loss is not None and gradient is not None  # as options hold a temperature
+    return loss, gradient, potentials, scores.new_empty((0, scores.shape[1])) if codes is None else codes
+
+
+OPERATORS: dict[str, Any] = {
+    "sinkhorn": sinkhorn,
+    "sinkhorn_codes": sinkhorn_codes,
+    "sinkhorn_out": sinkhorn_out,
+    "sinkhorn_cross_entropy": sinkhorn_cross_entropy,
+}
+
+
+def register() -> torch.library.Library:
+    """Put these kernels behind the operators on CUDA devices, for as long as the returned object lives."""
+    library = torch.library.Library("proto_reg", "IMPL", "CUDA")
+    for name, function in OPERATORS.items():
+        library.impl(name, torch.no_grad()(function))
+    return library
