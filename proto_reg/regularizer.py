@@ -318,8 +318,11 @@ class PrototypicalRegularizer(nn.Module):
     def _watched(self, batch: BatchShard, z: Tensor, output: RegularizerOutput, counting: bool) -> RegularizerOutput:
         """``output`` of one of the first calls, by which a mistake in the wiring is noticed."""
         wiring, training = self.watch.wiring, self.training
-        if not wiring.open or torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
+        if counting and not wiring.open:
             return output
+        if torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
+            return output
+        self.watch.uncounted |= not counting
         if not training:
             wiring.watch_evaluation(z, lambda: bool(self.steps))
         if not counting:
@@ -420,6 +423,7 @@ class PrototypicalRegularizer(nn.Module):
     def reset_metrics(self) -> None:
         """Start counting anew, for example with each epoch."""
         self.meter.reset_parameters()
+        self.watch.uncounted = False
 
     def reset_parameters(self) -> None:
         """Go back to step 0. Head, meter, follower and queue have a method of their own, as torch's modules do."""

@@ -78,6 +78,7 @@ def walk(layer: PrototypicalRegularizer, steps: int) -> list[Tensor]:
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "maps"])
 @pytest.mark.parametrize("kind", ["float64", "meta"])
+@pytest.mark.filterwarnings("ignore:metrics. no latent was counted:proto_reg.PrototypeWarning")
 def test_a_training_under_other_defaults_is_the_same(kind: str, options: str, mode: str) -> None:
     # With the plain options, the training goes past the 50 steps of the default start.
     steps = 60 if options == "plain" else STEPS

@@ -192,6 +192,7 @@ def test_algorithm_1_counts_a_batch_once_and_takes_every_flag(tmp_path: Path, sc
     assert module.prototypical.regularizer.metrics()["perplexity"] >= 1  # the isolated steps count, too
 
 
+@pytest.mark.filterwarnings("ignore:attach leaves the model:proto_reg.PrototypeWarning")
 def test_the_layer_goes_where_the_users_optimizer_finds_it(tmp_path: Path) -> None:
     class Wrapping(L.LightningModule):
         def __init__(self) -> None:
