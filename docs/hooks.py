@@ -57,6 +57,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return re.sub(r"\[([^\]]*)\]\(https://invalid\.invalid\)", r"\1", markdown)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Point a notebook's links to pages at their addresses."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'href="((?:\.\./)?)([\w-]+)\.(?:md|ipynb)(#[\w-]*)?"', r'href="../\1\2/\3"', html)
+
+
 def _linked(page: File) -> set[str]:
     """The files of the repository that ``page`` links to."""
     folder = posixpath.dirname(_in_repository(str(page.abs_src_path)))

@@ -486,6 +486,7 @@ def two_at_once(layer: PrototypicalRegularizer, call) -> list[torch.Tensor]:
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:The layer was called twice:proto_reg.PrototypeWarning")
 def test_two_forwards_before_one_backward(options: dict, mode: str) -> None:
     """The layer runs plain and compiled.
 
