@@ -184,7 +184,7 @@ def _once_for(wiring: Wiring, call: int) -> Callable[[Tensor], None]:
 class OnlyShown(Tensor):
     """``info.loss`` of a balanced layer in its first steps. Whoever adds it to a loss with a gradient is told.
 
-    All results are plain tensors, but those of a product, so that a weight in front of it hides nothing.
+    A product is of this class too: a weight in front hides nothing. All other results are plain tensors.
     """
 
     wiring: Wiring

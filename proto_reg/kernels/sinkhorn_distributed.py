@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._distributed import size, sum_
-from .sinkhorn_reference import balance_logits, cross_entropy_of_rows, normalised, usable_rows
+from .sinkhorn_reference import balance_logits, cross_entropy_of_rows, isolated, normalised, usable_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,8 +32,7 @@ def sinkhorn_over_group(
     """Codes of this rank's rows (..., B, K) and the potentials of all ranks (..., K); arguments as in one process."""
     x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, potentials = balance_logits(x, normalised(marginals, x), weights, epsilon, num_iters, tol, group)
-    if usable is not None:
-        codes = torch.where(usable[..., None], codes, torch.nan)
+    codes = isolated(codes, usable)
     return codes.to(scores.dtype), potentials
 
 
@@ -62,6 +61,5 @@ def cross_entropy_over_group(
     loss, total = sum_(torch.stack([torch.where(counted, weights * loss, 0.0).sum(), weights.sum()]), group)
     total = torch.where(total > 0, total, 1.0)
     gradient = torch.where(counted[:, None], (size(group) * weights / total)[:, None] * gradient, 0.0)
-    if usable is not None:
-        codes = torch.where(usable[:, None], codes, torch.nan)
+    codes = isolated(codes, usable)
     return loss / total, gradient.to(scores.dtype), codes.to(scores.dtype)

@@ -24,6 +24,7 @@ from .first_order import Once, transforming
 from .sinkhorn_reference import (
     Step,
     balance_logits,
+    isolated,
     iterate,
     normalised,
     sinkhorn_reference,
@@ -274,6 +275,5 @@ def differentiable_codes(
         codes, potentials = balance_logits(*arguments)
     else:
         codes, potentials = Iterations.apply(backends.choose(backend, x), implicit, *arguments)
-    if usable is not None:
-        codes = torch.where(usable[..., None], codes, torch.nan)
+    codes = isolated(codes, usable)
     return codes.to(scores.dtype), potentials

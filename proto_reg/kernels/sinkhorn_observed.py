@@ -15,6 +15,7 @@ from .sinkhorn_reference import (
     column_masses,
     ended,
     finite_or_zero,
+    isolated,
     least_error,
     log_or_zero,
     normalised,
@@ -52,7 +53,7 @@ def sinkhorn_observed(
             codes, potentials = balance_logits(*options, group, counter=counter)
         else:
             codes, potentials = relaxed_logits(*options, slack, counter)
-        codes = codes if usable is None else torch.where(usable[..., None], codes, torch.nan)
+        codes = isolated(codes, usable)
     return codes, potentials, counter.squeeze(-1)
 
 

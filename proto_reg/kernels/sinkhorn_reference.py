@@ -56,8 +56,7 @@ def sinkhorn_reference(
     """
     x, weights, usable = usable_rows(scores, marginals, weights, isolate)
     codes, potentials = _solve(x, marginals, weights, epsilon, num_iters, tol, with_potentials)
-    if usable is not None:
-        codes = torch.where(usable[..., None], codes, torch.nan)
+    codes = isolated(codes, usable)
     return codes if codes.dtype == scores.dtype else codes.to(scores.dtype), potentials
 
 
@@ -95,8 +94,7 @@ def sinkhorn_cross_entropy_reference(
         share = (weights / torch.where(weights.sum() > 0, weights.sum(), 1.0)).to(x.dtype)
         loss = torch.where(share > 0, share * loss, 0.0).sum()
         gradient = torch.where(share[:, None] > 0, share[:, None] * gradient, 0.0)
-    if usable is not None:
-        codes = torch.where(usable[:, None], codes, torch.nan)
+    codes = isolated(codes, usable)
     codes = codes.to(scores.dtype) if with_codes else scores.new_empty((0, scores.shape[1]))
     return loss, gradient.to(scores.dtype), potentials, codes
 
@@ -145,6 +143,11 @@ def usable_rows(
     else:
         usable = usable | (weights > 0)
     return torch.where(usable[..., None], x, 0.0), weights, usable
+
+
+def isolated(codes: Tensor, usable: Tensor | None) -> Tensor:
+    """``codes`` (..., B, K) with NaN in the rows that are not ``usable`` (..., B); None: all are."""
+    return codes if usable is None else torch.where(usable[..., None], codes, torch.nan)
 
 
 def _solve(

@@ -16,6 +16,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
+from .sinkhorn import sinkhorn_out_reference
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
 
 ON_CHIP = 8192  # entries of a matrix that one program holds
@@ -459,16 +460,16 @@ def sinkhorn(scores: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 
 def sinkhorn_codes(scores, epsilon, num_iters, marginals=None, weights=None, tol=None, isolate=False) -> Tensor:
+    """:func:`sinkhorn_codes_reference` by these kernels."""
     return sinkhorn(scores, marginals, weights, epsilon, num_iters, tol, isolate)[0]
 
 
 def sinkhorn_out(scores: Tensor, *options_and_codes: Any) -> Tensor:
+    """:func:`sinkhorn_out_reference` by these kernels."""
+    if not suits(scores):
+        return sinkhorn_out_reference(scores, *options_and_codes)
     *options, codes = options_and_codes
-    if suits(scores):
-        return solve(scores, *(*options, None, codes))[0]
-    computed, potentials = sinkhorn_reference(scores, *options)
-    codes.copy_(computed)
-    return potentials
+    return solve(scores, *(*options, None, codes))[0]
 
 
 def sinkhorn_cross_entropy(scores: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
