@@ -44,7 +44,6 @@ class LayerWatch:
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
         self.active_steps = -math.inf  # after the warm-up, at the last look that has arrived
         self.steps: int | None = None  # what the host knows of the layer's count
-        self.uncounted = False  # whether the layer was called without counting since the last reset
         self.follows = False  # whether the std follows the scale of the latents
         self.wiring = Wiring(self.said)
 
@@ -180,12 +179,10 @@ class LayerWatch:
     def explain(self, metrics: dict[str, float]) -> None:
         """Say why ``metrics`` are NaN."""
         if math.isnan(metrics["perplexity"]):
-            if not self.uncounted:  # nothing has happened yet
-                return
             self.say(
                 "nothing",
-                "metrics: no latent was counted since the last reset, so most figures are NaN. The layer was called, "
-                "but it counts in training mode alone, with gradients enabled, while tracking is True.",
+                "metrics: no latent was counted since the last reset, so most figures are NaN. Read them after "
+                "training steps: the layer counts in training mode, with gradients enabled, while tracking is True.",
             )
         elif math.isnan(metrics["prototype_loss"] + metrics["mmd_loss"]):
             self.say(

@@ -322,7 +322,6 @@ class PrototypicalRegularizer(nn.Module):
             return output
         if torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
             return output
-        self.watch.uncounted |= not counting
         if not training:
             wiring.watch_evaluation(z, lambda: bool(self.steps))
         if not counting:
@@ -423,7 +422,6 @@ class PrototypicalRegularizer(nn.Module):
     def reset_metrics(self) -> None:
         """Start counting anew, for example with each epoch."""
         self.meter.reset_parameters()
-        self.watch.uncounted = False
 
     def reset_parameters(self) -> None:
         """Go back to step 0. Head, meter, follower and queue have a method of their own, as torch's modules do."""

@@ -14,6 +14,7 @@ from proto_reg import PrototypicalRegularizer, Schedule, SinkhornAssigner
 DIM, K, BATCH = 8, 4, 24
 
 
+@pytest.mark.filterwarnings("ignore:metrics. no latent was counted:proto_reg.PrototypeWarning")
 def test_weights_grow_linearly_after_warm_up() -> None:
     layer = PrototypicalRegularizer(DIM, K, schedule=Schedule(warmup_steps=2, ramp_steps=3)).double()
     z, g = torch.randn(2, BATCH, DIM, dtype=torch.float64)
@@ -32,6 +33,7 @@ def test_weights_grow_linearly_after_warm_up() -> None:
 
 
 @pytest.mark.parametrize("mode", ["balanced", "weighted"])
+@pytest.mark.filterwarnings("ignore:metrics. no latent was counted:proto_reg.PrototypeWarning")
 def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
     warm = {"schedule": Schedule(warmup_steps=1, mmd_steps=2, mmd_weight=0.4, ramp_steps=1)}
     layer = PrototypicalRegularizer(DIM, K, mode=mode, follow_rate=0.0, **warm)
@@ -60,6 +62,7 @@ def test_the_mmd_is_alone_until_prototypes_are_warm(mode: str) -> None:
 
 
 @pytest.mark.warm_up
+@pytest.mark.filterwarnings("ignore:metrics. no latent was counted:proto_reg.PrototypeWarning")
 def test_the_default_is_some_steps_of_the_mmd_alone() -> None:
     default = PrototypicalRegularizer(DIM, K)
     assert default.schedule.mmd_steps == 50

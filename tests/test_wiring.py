@@ -264,14 +264,13 @@ def test_attach_to_a_method_is_explained() -> None:
 
 
 def test_metrics_that_are_nan_say_why() -> None:
-    model = Model()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert math.isnan(model.layer.metrics()["perplexity"])  # before training
-    model.eval()(torch.rand(32, 12))
-    model.train()
-    with pytest.warns(PrototypeWarning, match="metrics: no latent was counted since the last reset"):
-        model.layer.metrics()
+    untouched, evaluated, reset = Model(), Model(), Model()
+    evaluated.eval()(torch.rand(32, 12))
+    reset(torch.rand(32, 12))
+    reset.layer.reset_metrics()
+    for model in (untouched, evaluated, reset):
+        with pytest.warns(PrototypeWarning, match="metrics: no latent was counted since the last reset"):
+            assert math.isnan(model.layer.metrics()["perplexity"])
     model.layer(model.encoder(torch.rand(32, 12)))
     model.layer(model.encoder(torch.rand(32, 12)) * torch.tensor([[torch.nan]] + [[1.0]] * 31))
     with pytest.warns(PrototypeWarning, match="metrics: a loss is NaN because"):
