@@ -12,7 +12,7 @@ from torch import Tensor
 
 from proto_reg import SinkhornAssigner
 from proto_reg.functional import sinkhorn, sinkhorn_with_dustbin
-from proto_reg.kernels.sinkhorn_reference import balance_logits
+from proto_reg.kernels.sinkhorn_log import balance_logits
 
 TINY, STRIP, SMALL, LONG = (37, 4, 4), (19, 5, 7), (3, 20, 17), (2, 40, 130)
 SHAPES = [TINY, STRIP, SMALL, LONG, (9, 1), (1, 9), (50, 1, 3), (700, 5), (600, 70), (33, 65), (4, 300, 513)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._distributed import size, sum_
-from .sinkhorn_reference import balance_logits, cross_entropy_of_rows, isolated, normalised, usable_rows
+from .sinkhorn_log import balance_logits
+from .sinkhorn_reference import cross_entropy_of_rows, isolated, normalised, usable_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

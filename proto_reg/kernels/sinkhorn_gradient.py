@@ -21,16 +21,8 @@ from torch import Tensor
 
 from . import backends
 from .first_order import Once, transforming
-from .sinkhorn_reference import (
-    Step,
-    balance_logits,
-    isolated,
-    iterate,
-    normalised,
-    sinkhorn_reference,
-    start_of_iterations,
-    usable_rows,
-)
+from .sinkhorn_log import Step, balance_logits, iterate, start_of_iterations
+from .sinkhorn_reference import isolated, normalised, sinkhorn_reference, usable_rows
 
 MOST_CONJUGATE_STEPS = 100
 

@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 
 from .._distributed import sum_
-from .sinkhorn_reference import (
+from .sinkhorn_log import (
     balance_logits,
     centre,
     centred,
     column_masses,
     ended,
     finite_or_zero,
-    isolated,
     least_error,
     log_or_zero,
-    normalised,
     readable,
-    usable_rows,
 )
+from .sinkhorn_reference import isolated, normalised, usable_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

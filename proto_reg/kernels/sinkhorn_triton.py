@@ -1,6 +1,6 @@
 """Sinkhorn in Triton, behind the same operators: for GPUs without our CUDA library. Imported when it is first needed.
 
-Every iteration is one softmax over the rows in the log domain, as in ``sinkhorn_reference.balance_logits``. A small
+Every iteration is one softmax over the rows in the log domain, as in ``sinkhorn_log.balance_logits``. A small
 matrix stays on the chip: one program computes one problem. A larger one is streamed: programs sum columns over blocks
 of rows, and a second kernel adds the sums. Wider rows, and float64, go to plain torch. Logarithms are to base 2, scores
 in eighths, so that no difference overflows. ``h`` is minus a column's potential; inf means that it gets nothing.
