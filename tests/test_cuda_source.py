@@ -341,7 +341,7 @@ def test_the_launcher_takes_what_the_device_grants(library) -> None:
     names = []
     for clusters, cooperative, shared in ((True, True, 48), (False, True, 48), (False, False, 48), (True, True, 1024)):
         limits: Limits = device(8, 64, shared, clusters, cooperative)
-        result = solve(library, scores, limits=limits, allow=-1)
+        result = solve(library, scores, limits=limits, allow=None)
         names.append(result.plan.name)
         check(result, scores)
     assert names == ["cluster", "grid", "narrow", "cluster"]
@@ -385,9 +385,40 @@ def test_code_for_an_older_architecture_asks_for_no_cluster(library) -> None:
     for version, expected in ((90, "cluster"), (80, "grid")):
         library.pretend_ptx(version)
         try:
-            result = solve(library, scores, limits=device(8, 64), allow=-1)
+            result = solve(library, scores, limits=device(8, 64), allow=None)
         finally:
             library.pretend_ptx(90)
         assert result.plan.name == expected
         assert result.plan.narrow_cluster <= 1
         check(result, scores)
+
+
+def test_a_refused_grid_is_planned_again(library) -> None:
+    """Occupancy says that the grid fits, and the launch is refused: another process holds a part of the device."""
+    scores, limits = cosines(300, 100), device(8, 64, clusters=False)
+    names = []
+    for granted in (True, False):
+        library.grant_grids(granted)
+        try:
+            result = solve(library, scores, limits=limits, allow=None)
+        finally:
+            library.grant_grids(True)
+        names.append(result.plan.name)
+        check(result, scores)
+    assert names == ["grid", "narrow"]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("way", ["narrow", "fused", "sweeps"])
+def test_tol_of_many_columns(library, way: str, empty: bool) -> None:
+    """Several blocks decide. A column without mass leaves its share to the others."""
+    scores = cosines(40, 700)
+    if empty:
+        scores[:, 5] = -math.inf
+    runs = [solve(library, scores, num_iters=200, tol=1e-3, order=order, **WAYS[way]) for order in range(4)]
+    sums = runs[0].codes.double().sum(0)
+    kept = torch.arange(700) != 5 if empty else torch.ones(700, dtype=torch.bool)
+    assert (sums[kept] / sums[kept].mean() - 1).abs().max() < 2e-3
+    assert all(torch.equal(run.codes, runs[0].codes) for run in runs)
+    longer = solve(library, scores, num_iters=400, tol=1e-3, **WAYS[way])
+    assert torch.equal(longer.codes, runs[0].codes)  # it had stopped

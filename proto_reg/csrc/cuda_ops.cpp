@@ -16,19 +16,18 @@ struct Cuda {
   static void run(const SinkhornProblem& problem, const Tensor& scores) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "proto_reg: this PyTorch is built without CUDA");
     const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
-    SinkhornPlan plan;
-    check(plan_sinkhorn_cuda(problem, &plan));
-    // Freeing it on return is safe, because the allocator reuses it in the order of the stream.
-    std::optional<Tensor> workspace;
-    if (plan.workspace_floats > 0) workspace = empty(scores, {plan.workspace_floats}, ScalarType::Float);
-    float* const memory = workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(scores.get_device_index(), &stream));
-    check(launch_sinkhorn_cuda(problem, plan, memory, stream));
+    // Freeing it on return is safe, because the allocator reuses it in the order of the stream.
+    std::optional<Tensor> workspace;
+    const auto allocate = [&](const SinkhornPlan& plan) -> float* {
+      if (plan.workspace_floats == 0) return nullptr;
+      workspace = empty(scores, {plan.workspace_floats}, ScalarType::Float);
+      return static_cast<float*>(workspace->mutable_data_ptr());
+    };
+    const char* const error = run_sinkhorn_cuda(problem, allocate, stream);
+    STD_TORCH_CHECK(error == nullptr, "proto_reg: CUDA: ", error);
   }
-
- private:
-  static void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "proto_reg: CUDA: ", error); }
 };
 
 }  // namespace proto_reg

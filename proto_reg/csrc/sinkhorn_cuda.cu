@@ -198,11 +198,6 @@ struct Sweeps {
     return plain(larger(1, blocks), plan.sweep_threads, 128, stream);
   }
 
-  // One block, which sees all columns; as large as a block can be.
-  Launch one_block() const {
-    return plain(1, plan.sweep_threads < kSweepThreads ? plan.sweep_threads : 1024, 128, stream);
-  }
-
   Launch pass() const { return planned(plan, plan.blocks, stream); }
 
   Launch narrow() const {
@@ -284,7 +279,8 @@ cudaError_t enqueue_narrow(const SinkhornArgs& a, const Sweeps& sweeps) {
 }
 
 template <class T>
-cudaError_t enqueue_iteration(const SinkhornArgs& a, const Sweeps& sweeps, bool start) {
+cudaError_t enqueue_iteration(const SinkhornArgs& a, const Sweeps& sweeps, int64_t iteration) {
+  const bool start = iteration == 1;
   cudaError_t error = enqueue_narrow<T, Narrow::sums>(a, sweeps);
   if (error) return error;
   if (a.plan.fused) {
@@ -294,8 +290,8 @@ cudaError_t enqueue_iteration(const SinkhornArgs& a, const Sweeps& sweeps, bool 
     if (!error) error = enqueue(stream_sum_columns<T>, sweeps.columns(), a);
   }
   const int64_t partials = a.plan.fused ? a.plan.blocks / a.plan.cluster : a.plan.slabs;
-  if (!error) error = enqueue(stream_gather, sweeps.gather(), a, partials);
-  if (!error && a.problem.tol >= 0) error = enqueue(stream_tolerance, sweeps.one_block(), a);
+  if (!error) error = enqueue(stream_gather, sweeps.gather(), a, partials, iteration);
+  if (!error && a.problem.tol >= 0) error = enqueue(stream_tolerance, sweeps.vector(a.problem.columns), a, iteration);
   return error;
 }
 
@@ -310,7 +306,7 @@ cudaError_t enqueue_streamed(const SinkhornArgs& a, cudaStream_t stream) {
   if (!error) error = enqueue(stream_start_columns<T>, sweeps.columns(), a);
   if (!error) error = enqueue(stream_first_potentials, sweeps.gather(), a, totals.grid.x);
   for (int64_t iteration = 1; iteration < a.problem.num_iters && !error; ++iteration) {
-    error = enqueue_iteration<T>(a, sweeps, iteration == 1);
+    error = enqueue_iteration<T>(a, sweeps, iteration);
   }
   if (!error && a.problem.num_iters == 1) error = enqueue(stream_sum_rows<T>, sweeps.rows(), a, true);
   if (!error) error = enqueue(stream_write<T>, sweeps.rows(), a);
@@ -353,9 +349,10 @@ cudaError_t enqueue_all(const SinkhornArgs& a, cudaStream_t stream) {
 }
 
 // The fastest plan that the current device can run.
-cudaError_t plan_anew(const SinkhornProblem& problem, SinkhornPlan* plan) {
+cudaError_t plan_anew(const SinkhornProblem& problem, bool grids, SinkhornPlan* plan) {
   DeviceLimits limits{};
   cudaError_t error = current_limits(&limits);
+  limits.cooperative = limits.cooperative && grids;
   for (bool fit = false; !error && !fit;) {
     *plan = plan_sinkhorn(problem, limits);
     error = problem.dtype == Dtype::f32   ? fits<float>(*plan, limits, &fit)
@@ -375,7 +372,7 @@ cudaError_t plan_anew(const SinkhornProblem& problem, SinkhornPlan* plan) {
 
 }  // namespace
 
-const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* plan) {
+const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* plan, bool grids) {
   // What a plan depends on. Plans are kept, because to ask for occupancy takes longer than to launch.
   using Key = std::tuple<int, Dtype, int64_t, int64_t, int64_t>;
   constexpr size_t kMost = 1024;
@@ -387,11 +384,11 @@ const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* pla
   const Key key{device, problem.dtype, problem.groups, problem.rows, problem.columns};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
-  if (found != known.end()) {
+  if (grids && found != known.end()) {
     *plan = found->second;
     return nullptr;
   }
-  error = plan_anew(problem, plan);
+  error = plan_anew(problem, grids, plan);
   if (error) return message(error);
   if (known.size() >= kMost) known.clear();
   if (device < kDevices) known[key] = *plan;
@@ -399,12 +396,16 @@ const char* plan_sinkhorn_cuda(const SinkhornProblem& problem, SinkhornPlan* pla
 }
 
 const char* launch_sinkhorn_cuda(const SinkhornProblem& problem, const SinkhornPlan& plan, float* workspace,
-                                 void* stream) {
+                                 void* stream, bool* refused) {
   const SinkhornArgs a = arguments(problem, plan, workspace);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  return message(problem.dtype == Dtype::f32   ? enqueue_all<float>(a, queue)
-                 : problem.dtype == Dtype::f16 ? enqueue_all<__half>(a, queue)
-                                               : enqueue_all<__nv_bfloat16>(a, queue));
+  const cudaError_t error = problem.dtype == Dtype::f32   ? enqueue_all<float>(a, queue)
+                            : problem.dtype == Dtype::f16 ? enqueue_all<__half>(a, queue)
+                                                          : enqueue_all<__nv_bfloat16>(a, queue);
+  const char* const text = message(error);
+  if (error != cudaErrorCooperativeLaunchTooLarge || refused == nullptr) return text;
+  *refused = true;
+  return nullptr;
 }
 
 }  // namespace proto_reg

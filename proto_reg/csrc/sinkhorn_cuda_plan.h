@@ -77,7 +77,7 @@ constexpr int64_t kNarrowThreads = 512;
 constexpr int64_t kNarrowValues = 4;   // that are summed over a row at one time
 constexpr float kNarrowLimit = 40.0f;  // of exponents, base 2, without shifts
 constexpr int64_t kReserved = 1024;    // bytes of shared memory that the driver keeps of each block
-constexpr int64_t kStateFloats = 8;    // streamed: total weight, whether tol was met
+constexpr int64_t kStateFloats = 8;    // streamed: total weight, and what is in StreamState after it
 constexpr int64_t kScalars = 4;        // of a block's partial column sums: its weight, its loss
 
 PROTO_REG_BOTH inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -12,8 +12,10 @@ struct StreamState {
   float* sums;      // of a column over all rows
   float* folded;    // g minus the shift in the exponent: what a narrow pass adds to a score
   float* total;     // weight of all rows
-  float* settled;   // not 0: within tol, nothing changes any more
+  float* settled;   // not 0: the iteration that was within tol; nothing changes any more
   float* bound;     // of the scores' absolute values but for -inf, in eighths; +inf where one is NaN
+  int* empty;       // the last iteration in which a column that wants a share had none
+  int* far;         // the last iteration in which a column was further than tol from its target
   float* weight;    // of a row; written and read only with `isolate`
   float* row_top;
   float* shift;     // f
@@ -28,6 +30,8 @@ struct StreamState {
     total = folded + stride;
     settled = total + 1;
     bound = total + 2;
+    empty = reinterpret_cast<int*>(total + 3);
+    far = empty + 1;
     weight = total + kStateFloats;
     row_top = weight + rows;
     shift = row_top + rows;
@@ -84,7 +88,9 @@ __global__ void __launch_bounds__(kSweepThreads) stream_total(const SinkhornArgs
   }
   if (threadIdx.x != 0) return;
   state.losses[blockIdx.x] = total;
-  if (blockIdx.x == 0) *state.settled = *state.bound = 0.0f;
+  if (blockIdx.x > 0) return;
+  *state.settled = *state.bound = 0.0f;
+  *state.empty = *state.far = 0;
 }
 
 // The part of the matrix that a block of the column sweep covers, and its threads' layout there.
@@ -211,27 +217,34 @@ PROTO_REG_DEVICE void move_potential(const SinkhornArgs& a, const StreamState& s
 }
 
 // Computes column sums over all rows and, without tol, moves the potentials. `count`: rows of partial sums.
-__global__ void __launch_bounds__(kSweepThreads) stream_gather(const SinkhornArgs a, int64_t count) {
+// `iteration`: 1, 2, ...
+__global__ void __launch_bounds__(kSweepThreads) stream_gather(const SinkhornArgs a, int64_t count, int iteration) {
   const StreamState state(a);
   if (*state.settled != 0.0f) return;
   if (state.narrow(a)) count = a.plan.narrow_blocks / a.plan.narrow_cluster;
   gather_partials<1>(a, state.partials, count, {{0.0f}}, Add(), [&](int64_t k, const Values<1>& sum) {
     if (k >= a.problem.columns || *state.total == 0.0f) return;
-    if (a.problem.tol >= 0.0) {
-      state.sums[k] = sum.at[0];
-    } else {
-      move_potential(a, state, k, sum.at[0]);
-    }
+    if (!(a.problem.tol >= 0.0)) return move_potential(a, state, k, sum.at[0]);
+    state.sums[k] = sum.at[0];
+    const float target = column_target(a.problem, 0, k, *state.total);
+    if (is_far(a.problem, sum.at[0], target, 1.0f)) atomicMax(state.far, iteration);
+    if (sum.at[0] == 0.0f && target > 0.0f) atomicMax(state.empty, iteration);
   });
 }
 
-// One block: stops if every column is within tol, or else moves the potentials.
-__global__ void __launch_bounds__(1024) stream_tolerance(const SinkhornArgs a) {
+// Stops if every column is within tol, or else moves the potentials. Where columns are empty, every block computes what
+// they leave to the others.
+__global__ void __launch_bounds__(kSweepThreads) stream_tolerance(const SinkhornArgs a, int iteration) {
   const StreamState state(a);
-  if (*state.settled != 0.0f || *state.total == 0.0f) return;
-  const bool far = far_from_targets(a.problem, 0, *state.total, shared_floats(), [&](int k) { return state.sums[k]; });
-  if (!far && threadIdx.x == 0) *state.settled = 1.0f;
-  for (int64_t k = threadIdx.x; far && k < a.problem.columns; k += blockDim.x) {
+  const float settled = *state.settled;  // another block may be writing this iteration into it
+  if ((settled != 0.0f && settled != static_cast<float>(iteration)) || *state.total == 0.0f) return;
+  bool far = *state.far == iteration;
+  if (*state.empty == iteration) {
+    far = far_from_targets(a.problem, 0, *state.total, shared_floats(), [&](int k) { return state.sums[k]; });
+  }
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (!far && first == 0) *state.settled = static_cast<float>(iteration);
+  for (int64_t k = first; far && k < a.problem.columns; k += gridDim.x * static_cast<int64_t>(blockDim.x)) {
     move_potential(a, state, k, state.sums[k]);
   }
 }

@@ -85,8 +85,15 @@ PROTO_REG_DEVICE void start_column(const SinkhornProblem& p, int64_t group, int6
   columns.potential[k] = potential;
 }
 
-// Whether a column's sum is further than tol from its target, for every thread. Columns whose sum is 0 leave their
-// share to the others. `scratch`: 32 floats. Every thread calls this, and all are in step afterwards.
+// Whether a column's sum is further than tol from its target. Columns whose sum is 0 leave their share to the others;
+// `share` is what is left.
+PROTO_REG_DEVICE bool is_far(const SinkhornProblem& p, float sum, float target, float share) {
+  const bool counts = target > 0.0f && sum != 0.0f;
+  return counts && !(fabsf(divide(sum * share, target) - 1.0f) <= static_cast<float>(p.tol));
+}
+
+// The same of any column, for every thread. `scratch`: 32 floats. Every thread calls this, and all are in step
+// afterwards.
 template <class Sum>
 PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, float total, float* scratch, Sum sum) {
   float shared_out = 0.0f;
@@ -99,9 +106,7 @@ PROTO_REG_DEVICE bool far_from_targets(const SinkhornProblem& p, int64_t group, 
   bool far = false;
 #pragma unroll 1
   for (int k = threadIdx.x; k < p.columns; k += blockDim.x) {
-    const float target = column_target(p, group, k, total), found = sum(k);
-    const bool counts = target > 0.0f && found != 0.0f;
-    far |= counts && !(fabsf(divide(found * share, target) - 1.0f) <= static_cast<float>(p.tol));
+    far |= is_far(p, sum(k), column_target(p, group, k, total), share);
   }
   return __syncthreads_or(far);
 }

@@ -57,6 +57,7 @@ struct Thread {
 extern Thread* self;
 extern proto_reg::DeviceLimits device;  // the limits of the emulated device
 extern int ptx_version;                 // the architecture of the emulated code
+extern bool grants_grids;               // whether a cooperative launch that fits is granted
 
 int wait(Barrier& barrier, int value = 0);  // returns the bitwise or of all values
 int launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative,

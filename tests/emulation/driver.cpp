@@ -18,6 +18,7 @@ namespace emulation {
 Thread* self;
 proto_reg::DeviceLimits device;
 int ptx_version = 90;
+bool grants_grids = true;
 
 namespace {
 
@@ -185,7 +186,7 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool co
     return cudaErrorInvalidConfiguration;
   }
   const int64_t resident = device.shared_per_multiprocessor / (shared_bytes + 1024) * device.multiprocessors;
-  if (cooperative && count > resident) return cudaErrorCooperativeLaunchTooLarge;
+  if (cooperative && (count > resident || !grants_grids)) return cudaErrorCooperativeLaunchTooLarge;
   blockDim = block;
   gridDim = grid;
   body = &kernel;
@@ -218,17 +219,32 @@ extern "C" {
 
 void pretend_ptx(int version) { emulation::ptx_version = version; }
 
-// Plans the problem. The plan uses no regime before `allow`. With a negative `allow`, it is the launcher's own plan.
+// Whether a cooperative launch of which occupancy says that it fits is granted.
+void grant_grids(bool grants) { emulation::grants_grids = grants; }
+
+// Plans the problem. The plan uses no regime before `allow`.
 // `fuse` says how a pass streams. 0: in two kernels. 1: in one kernel. 2: in one kernel that asks for a narrow range.
 const char* forced_plan(const proto_reg::SinkhornProblem* problem, const proto_reg::DeviceLimits* limits, int allow,
                           int fuse, proto_reg::SinkhornPlan* plan) {
   emulation::device = *limits;
-  if (allow < 0) return proto_reg::plan_sinkhorn_cuda(*problem, plan);
   *plan = proto_reg::plan_sinkhorn(*problem, *limits, static_cast<proto_reg::Regime>(allow));
   if (plan->regime != proto_reg::Regime::streamed) return nullptr;
   if (!fuse) plan_streamed(*problem, *limits, false, plan);
   if (fuse < 2) plan->narrow_blocks = 0;
   return nullptr;
+}
+
+// Launches as for a user. Writes the plan that ran.
+const char* chosen_launch(const proto_reg::SinkhornProblem* problem, const proto_reg::DeviceLimits* limits,
+                          proto_reg::SinkhornPlan* plan, int64_t) {
+  emulation::device = *limits;
+  std::vector<float> workspace;
+  const auto allocate = [&](const proto_reg::SinkhornPlan& chosen) {
+    *plan = chosen;
+    workspace.assign(static_cast<size_t>(chosen.workspace_floats), __int_as_float(emulation::kPoison));
+    return workspace.data();
+  };
+  return proto_reg::run_sinkhorn_cuda(*problem, allocate, nullptr);
 }
 
 // `order` is the order of run(). From 2 on it is also the seed: even numbers give rounds, odd ones the greedy order.

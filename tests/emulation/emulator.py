@@ -152,9 +152,10 @@ def compile_emulation(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL:
 
 
 def load(path: Path, device_type: str) -> ctypes.CDLL:
-    """Load a library with ``forced_plan`` and ``forced_launch`` that computes on this type of device."""
+    """Load a library with the functions of ``driver.cpp`` that computes on this type of device."""
     library = ctypes.CDLL(str(path))
-    library.forced_plan.restype = library.forced_launch.restype = ctypes.c_char_p
+    for function in (library.forced_plan, library.forced_launch, library.chosen_launch):
+        function.restype = ctypes.c_char_p
     library.device_type = device_type
     return library
 
@@ -172,13 +173,13 @@ def solve(
     temperature: float | None = None,
     with_codes: bool = True,
     limits: Limits | None = None,
-    allow: int = 0,
+    allow: int | None = 0,
     fuse: int = 2,
     order: int = 0,
 ) -> Result:
     """Make one launch on the library's device. Arguments and results are on the CPU.
 
-    ``allow`` is the first regime that the planner may take. With -1, the launcher chooses as for a user. ``order`` is
+    ``allow`` is the first regime that the planner may take. With None, the launcher chooses as for a user. ``order`` is
     the order of the emulated threads. A GPU has its own order.
     """
     place = library.device_type
@@ -211,12 +212,16 @@ def solve(
     )
     plan = Plan()
     limits = device() if limits is None else limits
-    _check(library.forced_plan(ctypes.byref(problem), ctypes.byref(limits), allow, fuse, ctypes.byref(plan)))
-    workspace = torch.full((plan.workspace_floats + GUARD,), math.nan, device=place)
-    queue = torch.cuda.current_stream().cuda_stream if place == "cuda" else order
-    memory = ctypes.c_void_p(workspace.data_ptr())
-    _check(library.forced_launch(ctypes.byref(problem), ctypes.byref(plan), memory, int64(queue)))
-    assert workspace[plan.workspace_floats :].isnan().all(), "a write past the end of the workspace"
+    queue = int64(torch.cuda.current_stream().cuda_stream if place == "cuda" else order)
+    where = ctypes.byref(problem), ctypes.byref(limits)
+    if allow is None:
+        _check(library.chosen_launch(*where, ctypes.byref(plan), queue))
+    else:
+        _check(library.forced_plan(*where, allow, fuse, ctypes.byref(plan)))
+        workspace = torch.full((plan.workspace_floats + GUARD,), math.nan, device=place)
+        memory = ctypes.c_void_p(workspace.data_ptr())
+        _check(library.forced_launch(ctypes.byref(problem), ctypes.byref(plan), memory, queue))
+        assert workspace[plan.workspace_floats :].isnan().all(), "a write past the end of the workspace"
     codes, gradient = codes.view(scores.shape).cpu(), gradient.view(scores.shape).cpu()
     return Result(codes, potentials.squeeze(0).cpu(), loss.cpu(), gradient, plan)
 

@@ -6,12 +6,26 @@ extern "C" {
 
 const char* forced_plan(const proto_reg::SinkhornProblem* problem, const proto_reg::DeviceLimits* limits, int allow,
                         int fuse, proto_reg::SinkhornPlan* plan) {
-  if (allow < 0) return proto_reg::plan_sinkhorn_cuda(*problem, plan);
   *plan = proto_reg::plan_sinkhorn(*problem, *limits, static_cast<proto_reg::Regime>(allow));
   if (plan->regime != proto_reg::Regime::streamed) return nullptr;
   if (!fuse) plan_streamed(*problem, *limits, false, plan);
   if (fuse < 2) plan->narrow_blocks = 0;
   return nullptr;
+}
+
+const char* chosen_launch(const proto_reg::SinkhornProblem* problem, const proto_reg::DeviceLimits*,
+                          proto_reg::SinkhornPlan* plan, int64_t stream) {
+  const cudaStream_t queue = reinterpret_cast<cudaStream_t>(stream);
+  void* workspace = nullptr;
+  const auto allocate = [&](const proto_reg::SinkhornPlan& chosen) {
+    *plan = chosen;
+    cudaFreeAsync(workspace, queue);
+    cudaMallocAsync(&workspace, 4 * static_cast<size_t>(chosen.workspace_floats) + 4, queue);
+    return static_cast<float*>(workspace);
+  };
+  const char* const error = proto_reg::run_sinkhorn_cuda(*problem, allocate, queue);
+  cudaFreeAsync(workspace, queue);
+  return error;
 }
 
 const char* forced_launch(const proto_reg::SinkhornProblem* problem, const proto_reg::SinkhornPlan* plan,
