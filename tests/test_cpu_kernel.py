@@ -297,3 +297,23 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
     for a, b in across_instruction_sets(BY_ISA, tmp_path):
         step = 10 * torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 0
         assert (a.double() - b.double()).abs().max() <= 1e-5 + step
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 200, 12), (1, 64, 128), (1, 300, 5), (1, 700, 300), (20, 6, 4), (3, 40, 1)], ids=str
+)
+@pytest.mark.parametrize("size", [1.0, 20.0])
+def test_the_kernel_counts_as_float64_does(shape: tuple[int, int, int], size: float) -> None:
+    """Narrow and wide scores, few and many columns, many small matrices, one column, weights and shares."""
+    groups, rows, columns = shape
+    scores = torch.stack([size * cosines(rows, columns) * 0.8**i for i in range(groups)])
+    scores[:, 0, columns // 2 + 1 :] = -torch.inf
+    weights, marginals = torch.rand(groups, rows), torch.rand(groups, columns).softmax(1)
+    weights[:, 1], weights[-1] = 0, 0.5
+    for options in ({}, {"weights": weights}, {"marginals": marginals, "nan_policy": "isolate"}):
+        exact = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        _, expected = sinkhorn(scores.double(), 0.1, 400, tol=1e-2, return_info=True, **exact)
+        codes, info = sinkhorn(scores, 0.1, 400, tol=1e-2, return_info=True, backend="cpu", **options)
+        assert info.iterations.dtype == torch.int64
+        assert (info.iterations - expected.iterations).abs().amax() <= 1  # where float32 is on the other side of tol
+        assert torch.equal(codes, sinkhorn(scores, 0.1, 400, tol=1e-2, backend="cpu", **options))

@@ -109,7 +109,7 @@ def test_it_stops_where_float32_can_do_no_better() -> None:
     assert info.error < 2e-6
     # Potentials of hundreds are rounded to 2e-5. That error remains, and more iterations would not reduce it.
     with pytest.warns(PrototypeWarning, match="the iterations ended at an error"):
-        _, info = sinkhorn(30 * scores, 0.1, 10_000, tol=2e-6, return_info=True)
+        _, info = sinkhorn(30 * scores, 0.1, 10_000, tol=2e-6, return_info=True, backend="torch")
     assert not info.converged
     assert info.iterations < 10_000
     assert info.error < 1e-4
@@ -271,8 +271,9 @@ def test_options_that_exclude_each_other() -> None:
         sinkhorn(scores, slack=0.0)
     with pytest.raises(ValueError, match="backend: expected 'auto' or 'torch' with slack, got 'cpu'"):
         sinkhorn(scores, slack=0.1, backend="cpu")
-    with pytest.raises(ValueError, match="backend: expected 'auto' or 'torch' with return_info and tol"):
-        sinkhorn(scores, tol=0.1, return_info=True, backend="cpu")
+    for options in ({"backend": "cpu", "differentiable": True}, {"backend": "cuda"}):
+        with pytest.raises(ValueError, match="backend: expected 'auto' or 'torch' with return_info and tol"):
+            sinkhorn(scores, tol=0.1, return_info=True, **options)
     with pytest.raises(ValueError, match="differentiable: expected False"):
         sinkhorn(scores, slack=0.1, differentiable=True, hard=True)
     for options, name in (({"slack": 0.1}, "slack"), ({"tol": 0.1, "return_info": True}, "return_info and tol")):

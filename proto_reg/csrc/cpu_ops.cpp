@@ -125,6 +125,19 @@ float* state(const OptionalTensor& tensor, int64_t numel) {
   return data(*tensor);
 }
 
+// Codes, potentials, and the number of iterations of each group.
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_counted(const Tensor& scores, const OptionalTensor& marginals,
+    const OptionalTensor& weights, double epsilon, int64_t num_iters, std::optional<double> tol, bool isolate) {
+  Call call(scores, marginals, weights, epsilon, num_iters, tol, isolate);
+  Tensor codes = call.like_scores(), potentials = call.potentials(),
+         iterations = scores.dim() == 3 ? empty(scores, {call.problem.groups}, ScalarType::Long)
+                                        : empty(scores, {}, ScalarType::Long);
+  call.problem.codes = codes.mutable_data_ptr();
+  call.problem.iterations = static_cast<int64_t*>(iterations.mutable_data_ptr());
+  Cpu::run(call.problem, call.scores);
+  return {codes, potentials, iterations};
+}
+
 // The gradients by float32 scores, marginals and weights; empty where there are no marginals or weights.
 std::tuple<Tensor, Tensor, Tensor> sinkhorn_gradient(const Tensor& scores, const OptionalTensor& marginals,
     const OptionalTensor& weights, double epsilon, int64_t num_iters, std::optional<double> tol,
@@ -266,6 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> balan
 PROTO_REG_IMPL(CPU, proto_reg::Cpu)
 
 STABLE_TORCH_LIBRARY_IMPL(proto_reg, CPU, library) {
+  library.impl("sinkhorn_counted", TORCH_BOX(&proto_reg::sinkhorn_counted));
   library.impl("sinkhorn_gradient", TORCH_BOX(&proto_reg::sinkhorn_gradient));
   library.impl("anchored_mmd_loss", TORCH_BOX(&proto_reg::anchored_mmd_loss));
   library.impl("unit_rows", TORCH_BOX(&proto_reg::unit_rows));

@@ -48,6 +48,7 @@ struct LanesSinkhorn {
     V total;
     I bad{};   // lanes whose matrix needs another form
     I done{};  // lanes that are within tol
+    I steps{};  // iterations of each lane after the first
   };
 
   // Solves the matrices of a block. Calls other(group) for each that needs another form.
@@ -76,6 +77,8 @@ struct LanesSinkhorn {
     scatter(block.e, count, present, codes);
     if (!wide) narrow<V>(problem.dtype, codes, present * count, static_cast<uint16_t*>(problem.codes) + first * count);
     if (problem.potentials) write_potentials(block);
+    if (problem.iterations)
+      for (int64_t lane = 0; lane < present; ++lane) problem.iterations[first + lane] = 1 + block.steps[lane];
     const I bad = block.bad;
     for (int64_t lane = 0; lane < present; ++lane)
       if (bad[lane]) other(first + lane);
@@ -230,6 +233,7 @@ struct LanesSinkhorn {
       }
       block.done |= worst <= static_cast<float>(problem.tol);
     }
+    block.steps += block.done + 1;  // done is -1
     for (int64_t k = 0; k < columns; ++k)
       store(block.v + k * LANES, block.done ? load<V>(block.v + k * LANES) : next[k]);
   }

@@ -27,7 +27,7 @@ struct SinkhornGroupSolver {
   float* potentials;  // null: not wanted
   double* losses;     // (chunks,), each the sum over the chunk's rows
   double* history;    // (num_iters, columns): the potentials after each iteration; null: not wanted
-  mutable int64_t steps = 0;  // in the history
+  mutable int64_t steps = 0;  // iterations so far
 
   template <class Body>
   void each_chunk(const Body& body) const {
@@ -88,7 +88,8 @@ struct SinkhornGroupSolver {
 
   template <class Form>
   void keep(const Form& form) const {
-    if (history) form.keep_potentials(history + steps++ * group.columns);
+    if (history) form.keep_potentials(history + steps * group.columns);
+    ++steps;
   }
 
   // The first v.
@@ -155,7 +156,7 @@ struct SinkhornGroupSolver {
   }
 };
 
-// Returns the group and how many iterations the history holds; see SinkhornGroupSolver.
+// Returns the group and how many iterations there were; see SinkhornGroupSolver.
 template <class Isa>
 inline std::pair<Group, int64_t> solve_group(const SinkhornProblem& problem, int64_t index, const Chunks& chunks,
                                              ParallelFor parallel_for, double* history = nullptr) {
@@ -184,6 +185,7 @@ inline std::pair<Group, int64_t> solve_group(const SinkhornProblem& problem, int
   else if (done) done = solver.template run_linear<LinearSinkhorn<Eight>>();
   if (!done) solver.run_logarithmic();
   if (problem.loss) problem.loss[index] = solver.loss();
+  if (problem.iterations) problem.iterations[index] = std::max<int64_t>(1, solver.steps);  // 0: no row counts
   return {solver.group, solver.steps};
 }
 

@@ -29,6 +29,8 @@ struct SinkhornProblem {
   double temperature;
   float* loss;     // (groups,)
   void* gradient;  // like scores
+
+  int64_t* iterations;  // (groups,), on the CPU: how many there were; null: not wanted
 };
 
 // The gradient of a problem's codes and potentials through all its iterations, on the CPU. Everything is float32.

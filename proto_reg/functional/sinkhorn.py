@@ -160,8 +160,8 @@ def sinkhorn(
             divergence between both (Chizat et al. 2018). A large tau balances; a small one leaves softmax(S / eps).
             Plain torch computes it.
         return_potentials: also return g, (K,) or (..., K). Then ``softmax(S / eps + g)`` assigns new latents.
-        return_info: also return a :class:`SinkhornInfo`, last. It waits for no device. With ``tol`` plain torch
-            computes, because it counts its iterations.
+        return_info: also return a :class:`SinkhornInfo`, last. It waits for no device. With ``tol`` the CPU kernel or
+            plain torch computes: they count their iterations.
 
     Returns:
         Codes like ``scores``. Every row sums to 1. No gradient flows through them unless ``differentiable``.
@@ -266,7 +266,7 @@ def _check_observed(
             f"differentiable: expected False or True with {wanted}, got {differentiable!r}. Use True: autograd goes "
             "through all iterations."
         )
-    if backend not in ("auto", "torch"):
+    if backend not in ("auto", "torch") and (backend != "cpu" or slack is not None or differentiable):
         raise ValueError(
             f"backend: expected 'auto' or 'torch' with {wanted}, got {backend!r}. Plain torch computes that."
         )
@@ -297,7 +297,11 @@ def _observed(
         iterations = scores.new_full(scores.shape[:-2], num_iters, dtype=torch.int64)
     else:
         arguments = (target, row_weights, epsilon, num_iters, tol, isolate)
-        codes, g, iterations = plain.sinkhorn_observed(scores, *arguments, slack, bool(differentiable), ranks)
+        alone = slack is None and not differentiable and ranks is None
+        if alone and kernels.backends.choose(options[-1], scores) == "cpu":
+            codes, g, iterations = torch.ops.proto_reg.sinkhorn_counted(scores, *arguments)
+        else:
+            codes, g, iterations = plain.sinkhorn_observed(scores, *arguments, slack, bool(differentiable), ranks)
     info = None
     if return_info:
         wanted = target if slack is None else plain.relaxed_shares(target, g.detach(), epsilon / slack)

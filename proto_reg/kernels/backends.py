@@ -24,11 +24,12 @@ NAMES = ("auto", "torch", *build.BACKENDS, "triton")
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends of a type of device, the preferred one first
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SINKHORN = tuple(f"proto_reg::sinkhorn{rest}" for rest in ("", "_codes", "_out", "_cross_entropy"))
+LAYER = ("anchored_mmd_loss", "balanced_step")
 ROWS = ("unit_rows", "unit_rows_pull_back", "balance", "typical_sums", "tally_float32", "follow_float32", "attach")
 OPERATORS = {
     "cpu": (
         *SINKHORN,
-        *(f"proto_reg::{name}" for name in ("sinkhorn_gradient", "anchored_mmd_loss", "balanced_step", *ROWS)),
+        *(f"proto_reg::{name}" for name in ("sinkhorn_counted", "sinkhorn_gradient", *LAYER, *ROWS)),
     ),
     "cuda": SINKHORN,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,24 @@ def sinkhorn_observed(
             codes, potentials = relaxed_logits(*options, slack, counter)
         codes = isolated(codes, usable)
     return codes, potentials, counter.squeeze(-1)
+
+
+torch.library.define(
+    "proto_reg::sinkhorn_counted",
+    "(Tensor scores, Tensor? marginals, Tensor? weights, float epsilon, int num_iters, float? tol, bool isolate) -> "
+    "(Tensor codes, Tensor potentials, Tensor iterations)",
+)
+torch.library.impl("proto_reg::sinkhorn_counted", "CompositeExplicitAutograd")(
+    torch.no_grad()(partial(sinkhorn_observed, slack=None, differentiable=False))
+)
+torch.library.impl("proto_reg::sinkhorn_counted", "Autograd")(torch.library.fallthrough_kernel)  # codes are targets
+
+
+@torch.library.register_fake("proto_reg::sinkhorn_counted")
+def _fake(scores: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    leading = scores.shape[:-2]
+    return codes, scores.new_empty((*leading, scores.shape[-1])), scores.new_empty(leading, dtype=torch.int64)
 
 
 def relaxed_logits(

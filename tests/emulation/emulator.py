@@ -43,6 +43,7 @@ class Problem(ctypes.Structure):
         ("temperature", ctypes.c_double),
         ("loss", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
+        ("iterations", ctypes.c_void_p),
     )
 
 
