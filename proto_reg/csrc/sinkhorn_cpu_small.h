@@ -40,7 +40,8 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
 
   // The column maxima of a chunk's scores, over the rows that count.
   void column_tops(int64_t chunk) const {
-    Base::maxima_of_columns(chunk, [&](int64_t i) { return s + i * group.columns; });
+    const Part part = part_of(chunk);
+    with_vectors([&](auto vectors, auto across) ALWAYS_INLINE { column_maxima<vectors(), across()>(part); });
   }
 
   // Computes E of a chunk's rows, and the chunk's part of the first column sums.
@@ -156,6 +157,32 @@ struct SmallSinkhorn : ChunkedScaling<S> {  // e: (chunks, blocks of LANES rows)
     V w = V{} + 1.f;
     if (group.weights) __builtin_memcpy(&w, group.weights + i, sizeof(float) * present);
     return lane_numbers<V>() < static_cast<int32_t>(present) ? w : V{};
+  }
+
+  template <int VECTORS, bool ACROSS>
+  void column_maxima(const Part& part) const {
+    const Rows<VECTORS, ACROSS> rows(group, part);
+    // Some rows have maxima of their own, because a maximum waits for the one before.
+    constexpr int ROWS = VECTORS <= 1 ? 4 : VECTORS <= 3 ? 2 : 1;
+    V high[ROWS][VECTORS];
+    std::fill_n(&high[0][0], ROWS * VECTORS, V{} - INFINITY);
+    float beyond[MOST_REST];
+    std::fill_n(beyond, MOST_REST, -INFINITY);
+    for (int64_t i = part.begin; i < part.end;) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const int64_t row = std::min(i++, part.end - 1);  // beyond the last row comes that row again
+        if (!(group.weight(row) > 0)) continue;
+        for (int j = 0; j < VECTORS; ++j) high[r][j] = S::maximum(rows.get(s, row, j), high[r][j]);
+        for (int64_t t = 0; ACROSS && t < rest; ++t)
+          beyond[t] = std::max(beyond[t], s[row * rows.columns + VECTORS * LANES + t]);
+      }
+    }
+    for (int j = 0; j < VECTORS; ++j) {
+      for (int r = 1; r < ROWS; ++r) high[0][j] = S::maximum(high[r][j], high[0][j]);
+      store(part.c + j * LANES, high[0][j]);
+    }
+    for (int64_t t = 0; t < rest; ++t) part.c[VECTORS * LANES + t] = beyond[t];
   }
 
   // Computes E and its column sums, weighted by row. A NaN shows only in the sums, also that of a row of weight 0.
