@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -89,15 +89,9 @@ class SinkhornAssigner(WideState):
             check_marginals(marginals, None)
         self.register_buffer("marginals", marginals)
 
-    def _options(self) -> dict[str, Any]:
+    def _shares(self) -> Tensor | None:
         marginals = self._buffers["marginals"]  # as an attribute it takes as long as all checks of arguments
-        return {
-            "tol": self.tol,
-            "marginals": snapshot(marginals) if marginals is not None and self.adaptive else marginals,
-            "nan_policy": self.nan_policy,
-            "backend": self.backend,
-            "group": self.ranks.active(self.training),
-        }
+        return snapshot(marginals) if marginals is not None and self.adaptive else marginals
 
     def forward(
         self,
@@ -114,15 +108,20 @@ class SinkhornAssigner(WideState):
             weights: (..., B) >= 0: a row of weight 2 counts as two rows.
             prototype_mask: (K,) or (..., K) bool, True where a prototype takes part.
         """
+        # A dict of options would take a microsecond, a fifth of a small problem.
         return sinkhorn(
             scores,
             self.epsilon,
             self.num_iters,
+            tol=self.tol,
+            marginals=self._shares(),
+            prototype_mask=prototype_mask,
             mask=mask,
             weights=weights,
-            prototype_mask=prototype_mask,
+            nan_policy=self.nan_policy,
             differentiable=self.differentiable,
-            **self._options(),
+            backend=self.backend,
+            group=self.ranks.active(self.training),
         )
 
     if TYPE_CHECKING:  # torch's own returns Any
@@ -158,7 +157,16 @@ class SinkhornAssigner(WideState):
             )
             return loss, gradient, codes
         return sinkhorn_cross_entropy_and_gradient(
-            scores, self.epsilon, self.num_iters, temperature, mask=mask, **self._options()
+            scores,
+            self.epsilon,
+            self.num_iters,
+            temperature,
+            tol=self.tol,
+            marginals=self._shares(),
+            mask=mask,
+            nan_policy=self.nan_policy,
+            backend=self.backend,
+            group=self.ranks.active(self.training),
         )
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ def cases() -> dict[str, Case]:
     """Scores, epsilon and iterations by name. They are the same every time."""
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=generator)
-    cosines, codes = _bench.cosine_scores(4096, 300), _bench.cosine_scores(512, 65536)
+    cosines, few, codes = (_bench.cosine_scores(*shape) for shape in ((4096, 300), (4096, 6), (512, 65536)))
     attention = 0.3 * normal(64, 128, 128)
     low, random = cosines.clone(), torch.rand(64, 128, 128, generator=generator)
     low[7, 9] = -3
@@ -38,6 +38,8 @@ def cases() -> dict[str, Case]:
         "4096 x 300, one score of -3": (low, 0.05, 3),
         "4096 x 300, [-1, 1], epsilon .04": (cosines / cosines.abs().max(), 0.04, 3),
         "4096 x 300, dots to 27": (30 * cosines, 0.05, 3),
+        "4096 x 6": (few, 0.05, 3),
+        "4096 x 6, dots to 25": (30 * few, 0.05, 3),
         "512 x 65536": (codes, 0.05, 3),
         "512 x 65536, epsilon .04": (codes, 0.04, 3),
         "64 x 128 x 128": (attention, 0.05, 5),
