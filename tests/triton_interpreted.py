@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, against float64. test_triton.py runs this file with TRITON_INTERPRET=1.
 
-The tables and the checks are those of the CUDA source (test_cuda_source.py).
+The tables and the checks are those of the CUDA source (test_cuda_source.py), and for gradients those of the CPU kernel
+(test_sinkhorn_reverse.py).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import test_cuda_source as cuda
+import test_sinkhorn_reverse as reverse
 import torch
 from conftest import cosines
 from emulation.emulator import Result
 from torch import Tensor
 
-from proto_reg.kernels import sinkhorn_triton
+from proto_reg.kernels import backends, sinkhorn_triton, sinkhorn_triton_gradient
+from proto_reg.kernels.sinkhorn_gradient import sinkhorn_gradient_reference
 from proto_reg.kernels.sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
 
 # NumPy stands for the GPU, and warns of infinities.
@@ -128,3 +131,65 @@ def test_the_operators(way: str) -> None:
         target = torch.empty_like(other)
         sinkhorn_triton.sinkhorn_out(other, *given, target)
         assert torch.equal(target, sinkhorn_reference(other, *given)[0])
+
+
+@pytest.fixture
+def behind_the_operators(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These kernels compute tensors on the CPU, too."""
+    monkeypatch.setattr(backends, "choose", lambda *_: "triton")
+    library = torch.library.Library("proto_reg", "IMPL", "CPU")
+    for name, function in {**sinkhorn_triton.OPERATORS, **sinkhorn_triton_gradient.OPERATORS}.items():
+        library.impl(name, torch.no_grad()(function))
+    yield
+    library._destroy()
+
+
+# Shape, factor of the scores, epsilon, iterations and tol.
+GRADIENTS = {
+    "one iteration": ((2, 20, 7), 1, 0.3, 1, None),
+    "groups": ((2, 20, 17), 1, 0.1, 5, None),
+    "one matrix": ((33, 65), 1, 0.3, 3, None),
+    "one column": ((9, 1), 1, 0.3, 2, None),
+    "one row": ((1, 9), 1, 0.3, 2, None),
+    "a wide span": ((2, 20, 7), 2000, 1.0, 6, None),
+    "tol": ((3, 20, 4), torch.tensor([0.1, 0.4, 1.5])[:, None, None], 0.3, 9, 1e-2),
+}
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients(case: str, behind_the_operators: None) -> None:
+    torch.manual_seed(0)
+    shape, factor, epsilon, num_iters, tol = GRADIENTS[case]
+    scores, options, by = reverse.problem(shape)
+    scores = factor * scores
+    left_out = torch.where(options["marginals"].unsqueeze(-2) == 0, 1e5, scores)
+    for x, given in ((scores, {"tol": tol}), (left_out, options | {"tol": tol})):
+        arguments = x, given, epsilon, num_iters, by
+        reverse.close(reverse.ours(*arguments), reverse.autograd(*arguments), 1e-5)
+
+
+def test_gradients_of_special_scores(behind_the_operators: None) -> None:
+    reverse.test_scores_of_minus_infinity_have_a_gradient_of_0((2, 9, 5), "triton")
+    reverse.test_nan_policies("triton")
+
+
+def test_gradients_by_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ON_CHIP": 0, "PROGRAMS": 3, "TILE": 256}.items():
+        monkeypatch.setattr(sinkhorn_triton, name, value)
+    scores, options, by = reverse.problem((100, 5))
+    tensors = scores, options["marginals"], options["weights"]
+    found = sinkhorn_triton_gradient.sinkhorn_gradient(*tensors, 0.3, 3, None, *by)
+    wanted = sinkhorn_gradient_reference(*(x.double() for x in tensors), 0.3, 3, None, *(x.double() for x in by))
+    reverse.close(list(found), list(wanted), 1e-5)
+
+
+def test_gradients_where_no_row_counts_and_where_plain_torch_computes(way: str) -> None:
+    """Also in float64, and of rows that are too wide."""
+    scores, by = cosines(20, 6), torch.randn(20, 6)
+    none = (torch.tensor([0.5, 0.5, 0, 0, 0, 0]), torch.zeros(20), 0.3, 3, None, by, torch.randn(6))
+    wide = torch.zeros(2, sinkhorn_triton.WIDEST + 1)
+    rest = (None, None, 0.3, 3, None)
+    for arguments in ((scores, *none), (scores.double(), *rest, by.double(), None), (wide, *rest, wide, None)):
+        found = sinkhorn_triton_gradient.sinkhorn_gradient(*arguments)
+        for x, y in zip(found, sinkhorn_gradient_reference(*arguments), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-6)

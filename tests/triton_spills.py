@@ -12,20 +12,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from proto_reg.kernels import sinkhorn_triton
+from proto_reg.kernels import sinkhorn_triton, sinkhorn_triton_gradient
 
-MATRICES = ("scores", "codes", "gradient")
+MATRICES = ("scores", "codes", "gradient", "by_codes", "by_scores")
 VECTORS = ("marginals", "weights", "potentials", "loss", "losses", "partials", "totals", "state")
-FLOATS = ("scale", "eighths", "tol", "sharpness", "slope")
-FLAGS = {"MARGINALS": True, "WEIGHTS": True, "ISOLATE": True, "TOL": True, "CODES": True, "ENTROPY": True}
+BACK = ("by_potentials", "by_shares", "by_weights", "history", "a", "after")
+FLOATS = ("scale", "eighths", "tol", "sharpness", "slope", "inverse")
+FLAGS = ("MARGINALS", "WEIGHTS", "ISOLATE", "TOL", "CODES", "ENTROPY", "POTENTIALS", "START")
 
 
 def spilled(kernel, target: GPUTarget, warps: int, **sizes: int) -> int:
-    flags = {**FLAGS, **sizes}
+    flags = {**dict.fromkeys(FLAGS, True), **sizes}
     constants = {name: flags[name] for name in kernel.arg_names if name in flags}
     kinds = {
         **dict.fromkeys(MATRICES, "*fp32"),
-        **dict.fromkeys(VECTORS, "*fp32"),
+        **dict.fromkeys((*VECTORS, *BACK), "*fp32"),
         **dict.fromkeys(FLOATS, "fp32"),
         **dict.fromkeys(constants, "constexpr"),
     }
@@ -64,6 +65,24 @@ def main(name: str) -> None:
     for kernel in (t._sum_start, t._sum_pass):
         print(kernel.__name__, spilled(kernel, target, 4, BP=64, BC=32))
     print("_settle 64", spilled(t._settle, target, t.warps(64), BK=64))
+    back(target)
+
+
+def back(target: GPUTarget) -> None:
+    """The kernels of the gradient."""
+    t, g = sinkhorn_triton, sinkhorn_triton_gradient
+    for rows, columns in ((256, 16), (64, 64), (16, 256)):
+        assert 2 * rows * columns == t.ON_CHIP
+        bytes_ = spilled(g._one_back, target, t.warps(rows * columns), BB=rows, BK=columns)
+        print("_one_back", rows, columns, bytes_, flush=True)
+    for count in (64, t.WIDEST):
+        rows, columns = g.tile_back(count)
+        for stage in ("CODES", "iteration", "START"):
+            stages = {name: name == stage for name in ("CODES", "START")}
+            bytes_ = spilled(g._pass_back, target, g.WARPS, BR=rows, BK=columns, **stages)
+            print("_pass_back", stage, rows, columns, bytes_, flush=True)
+    for codes in (True, False):
+        print("_sum_back", codes, spilled(g._sum_back, target, 4, BP=64, BC=32, CODES=codes))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ OPERATORS = {
         *(f"proto_reg::{name}" for name in ("sinkhorn_counted", "sinkhorn_gradient", *LAYER, *ROWS)),
     ),
     "cuda": SINKHORN,
+    "triton": (*SINKHORN, "proto_reg::sinkhorn_gradient"),
 }
 
 _chosen: dict[tuple[str, torch.device, torch.dtype], str] = {}
@@ -161,10 +162,11 @@ def _missing_triton(*, load: bool) -> list[str]:
         return ["no GPU in sight: torch.cuda.is_available() is False."]
     if load:
         try:
-            from . import sinkhorn_triton
+            from . import sinkhorn_triton, sinkhorn_triton_gradient
         except Exception as error:  # a triton that does not fit this Python or torch may raise anything
             return [f"triton does not import: {error!r}. Install the version that fits this torch."]
-        _triton.append(sinkhorn_triton.register())
+        operators = {**sinkhorn_triton.OPERATORS, **sinkhorn_triton_gradient.OPERATORS}
+        _triton.append(sinkhorn_triton.register(operators))
         _loaded["triton"] = Path(str(sinkhorn_triton.triton.__file__)).parent
         _chosen.clear()  # what plain torch did until now
     return []

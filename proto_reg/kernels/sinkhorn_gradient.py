@@ -186,7 +186,8 @@ class Iterations(torch.autograd.Function):
         solve = sinkhorn_reference if chosen == "torch" else torch.ops.proto_reg.sinkhorn.default
         codes, potentials = solve(scores, marginals, weights, epsilon, num_iters, tol, False)
         ctx.options = epsilon, num_iters, tol
-        ctx.plain, ctx.implicit = chosen != "cpu", implicit
+        # The CUDA library has no kernel for it.
+        ctx.plain, ctx.implicit = chosen not in ("cpu", "triton"), implicit
         ctx.save_for_backward(scores, marginals, weights, codes if implicit else None)
         ctx.set_materialize_grads(False)
         if implicit:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .sinkhorn import sinkhorn_out_reference
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
 
-ON_CHIP = 8192  # entries of a matrix that one program holds
+ON_CHIP = 8192  # entries that one program holds
 WIDEST = 4096  # columns of a row that one program holds
 TILE = 4096  # entries of a tile of rows, streamed
 PROGRAMS = 512  # for one streamed matrix, at most
@@ -80,9 +80,9 @@ def _column_mass(s, w, top, scale):
 
 @triton.jit
 def _started(mass, share, total):
-    """The first h, from the columns' masses."""
-    h = tl.where((mass == 0.0) | (share == 0.0), float("inf"), tl.log2(mass) - tl.log2(share * total))
-    return tl.where(total > 0.0, h, 0.0)
+    """The first h, from the columns' masses. A column without a share has inf, always."""
+    h = tl.where(mass == 0.0, float("inf"), tl.log2(mass) - tl.log2(share * total))
+    return tl.where(share == 0.0, float("inf"), tl.where(total > 0.0, h, 0.0))
 
 
 @triton.jit
@@ -119,6 +119,34 @@ def _settled(h, sums, share, total, tol):
     size = tl.max(tl.where(tl.abs(h) < float("inf"), tl.abs(h), 0.0), 0) * 0.6931472
     allowed = tl.maximum(tol, size * 1.1920929e-07)
     return tl.sum(tl.where(wrong <= allowed, 0, 1), 0) == 0
+
+
+@triton.jit
+def _solved(
+    scores, marginals, weights, history, rows, columns, B, K, passes, scale, tol,
+    MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr, TOL: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One problem on the chip: scores, weights, shares, total, maxima, the first h, the last h, how often h moved.
+
+    If it is to ``KEEP`` them, ``history`` (passes, K) gets h before each pass.
+    """
+    s = _load(scores, rows, columns, B, K)
+    share = _load_shares(marginals, columns, K, MARGINALS)
+    w = _load_weights(weights, s, share, rows, B, WEIGHTS, ISOLATE)
+    s, total = _balanced(s, share, MARGINALS), tl.sum(w, 0)
+    top = _column_top(s, w)
+    start = _started(_column_mass(s, w, top, scale), share, total)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    h, settled, moves = start, total == 0.0, 0
+    for step in range(passes):
+        sums = _column_sum(_plan(s, top, h, scale), w)
+        if TOL:
+            settled = settled | _settled(h, sums, share, total, tol)
+        if KEEP:
+            tl.store(history + step * K + columns, h, mask=columns < K)
+            moves += tl.where(settled, 0, 1)
+        h = tl.where(settled, h, _moved(h, sums, share, total))
+    return s, w, share, total, top, start, h, moves
 
 
 @triton.jit
@@ -162,19 +190,10 @@ def _one(
     """One problem, on the chip from the first read to the last write; with an entropy, as far as the state."""
     group = tl.program_id(0).to(tl.int64)
     rows, columns, first = tl.arange(0, BB), tl.arange(0, BK), group * B * K
-    s = _load(scores + first, rows, columns, B, K)
-    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
-    w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
-    s, total = _balanced(s, share, MARGINALS), tl.sum(w, 0)
-    top = _column_top(s, w)
-    h = _started(_column_mass(s, w, top, scale), share, total)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    settled = total == 0.0
-    for _ in range(passes):
-        sums = _column_sum(_plan(s, top, h, scale), w)
-        if TOL:
-            settled = settled | _settled(h, sums, share, total, tol)
-        h = tl.where(settled, h, _moved(h, sums, share, total))
+    s, w, _, total, top, _, h, _ = _solved(
+        scores + first, marginals + group * share_step, weights + group * B, state, rows, columns, B, K, passes, scale,
+        tol, MARGINALS, WEIGHTS, ISOLATE, TOL, False,
+    )  # fmt: skip
     if ENTROPY:
         state += group * (3 * K + 2)
         tl.store(state + columns, h, mask=columns < K)
@@ -266,6 +285,17 @@ def _pass(
 
 
 @triton.jit
+def _summed(partials, columns, K, parts, BP: tl.constexpr, BC: tl.constexpr):
+    """Sums over all blocks of ``partials`` (parts, K), for BC columns."""
+    sums = tl.zeros((BC,), tl.float32)
+    for at in range(0, parts, BP):
+        own = at + tl.arange(0, BP)
+        inside = (own[:, None] < parts) & (columns[None, :] < K)
+        sums += tl.sum(tl.load(partials + own[:, None] * K + columns[None, :], mask=inside, other=0.0), 0)
+    return sums
+
+
+@triton.jit
 def _sum_pass(
     marginals, partials, state, B, K, share_step, parts,
     MARGINALS: tl.constexpr, TOL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
@@ -275,15 +305,9 @@ def _sum_pass(
     state += group * (3 * K + 2)
     if tl.load(state + 3 * K + 1) != 0.0:
         return
-    sums = tl.zeros((BC,), tl.float32)
-    for at in range(0, parts, BP):
-        own = at + tl.arange(0, BP)
-        inside = (own[:, None] < parts) & (columns[None, :] < K)
-        place = partials + (group * parts + own[:, None]) * K + columns[None, :]
-        sums += tl.sum(tl.load(place, mask=inside, other=0.0), 0)
-    if TOL:
-        tl.store(state + 2 * K + columns, sums, mask=columns < K)
-    else:
+    sums = _summed(partials + group * parts * K, columns, K, parts, BP, BC)
+    tl.store(state + 2 * K + columns, sums, mask=columns < K)
+    if not TOL:
         share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
         h = tl.load(state + columns, mask=columns < K, other=float("inf"))
         tl.store(state + columns, _moved(h, sums, share, tl.load(state + 3 * K)), mask=columns < K)
@@ -334,7 +358,7 @@ def _write(
         tl.store(losses + group * parts + part, lost)
 
 
-class _Problem:
+class Problem:
     """The kernels' arguments for scores (B, K) or (G, B, K), and the tensors that they write."""
 
     def __init__(self, scores: Tensor, marginals: Tensor | None, weights: Tensor | None, epsilon: float) -> None:
@@ -347,15 +371,23 @@ class _Problem:
         self.weights = self.potentials if weights is None else weights.float().contiguous()
         self.share_step = self.columns if marginals is not None and marginals.ndim == 2 else 0
         self.given = {"MARGINALS": marginals is not None}
-        self.eighths = _finite(8 / epsilon)
-        self.scale = _finite(8 * math.log2(math.e) / epsilon)
+        self.eighths = finite(8 / epsilon)
+        self.scale = finite(8 * math.log2(math.e) / epsilon)
+        self.padded = [max(16, triton.next_power_of_2(size)) for size in (self.rows, self.columns)]
+        BR, _ = tile(self.columns)
+        self.block = BR * triton.cdiv(triton.cdiv(self.rows, BR), PROGRAMS)  # rows of a program, streamed
+        self.parts = triton.cdiv(self.rows, self.block)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.rows, self.columns, self.share_step
 
+    def fits(self, matrices: int) -> bool:
+        """Whether one program holds so many matrices of this size."""
+        return matrices * math.prod(self.padded) <= ON_CHIP
 
-def _finite(number: float) -> float:
+
+def finite(number: float) -> float:
     return min(number, 1e38)
 
 
@@ -379,17 +411,14 @@ def solve(
 
     The other arguments are those of :func:`sinkhorn_reference`.
     """
-    p = _Problem(scores, marginals, weights, epsilon)
+    p = Problem(scores, marginals, weights, epsilon)
     flags = {**p.given, "WEIGHTS": weights is not None, "ISOLATE": isolate}
-    BB, BK = (max(16, triton.next_power_of_2(size)) for size in (p.rows, p.columns))
-    small = BB * BK <= ON_CHIP
-    BR, _ = tile(p.columns)
-    block = BR * triton.cdiv(triton.cdiv(p.rows, BR), PROGRAMS)
-    parts = triton.cdiv(p.rows, block)
-    losses = p.potentials.new_empty(p.groups * parts)  # at first the blocks' weights
+    BR, BK = tile(p.columns)
+    losses = p.potentials.new_empty(p.groups * p.parts)  # at first the blocks' weights
     state = p.potentials.new_empty(p.groups * (3 * p.columns + 2))
     written = (p.scores if codes is None else codes, p.potentials)  # again, a pointer for what is not wanted
-    if small:
+    if p.fits(1):
+        BB, _ = p.padded
         _one[(p.groups,)](
             p.scores, p.marginals, p.weights, *written, state, *p.shape, num_iters - 1, p.scale, p.eighths,
             0.0 if tol is None else tol, **flags, ENTROPY=temperature is not None, TOL=tol is not None, BB=BB, BK=BK,
@@ -398,42 +427,48 @@ def solve(
         if temperature is None:
             return p.potentials, None, None
     else:
-        _stream(p, flags, num_iters, tol, state, losses, block, parts)
+        stream(p, flags, num_iters, tol, state, losses)
     gradient = None if temperature is None else torch.empty_like(p.scores)
-    _write[(parts, p.groups)](
+    _write[(p.parts, p.groups)](
         p.scores, p.marginals, p.weights, *written, losses, p.scores if gradient is None else gradient, state,
-        *p.shape, block, p.scale, p.eighths, _finite(8 * math.log2(math.e) / (temperature or 1.0)),
-        _finite(1 / (temperature or 1.0)), **flags, CODES=codes is not None, ENTROPY=temperature is not None,
+        *p.shape, p.block, p.scale, p.eighths, finite(8 * math.log2(math.e) / (temperature or 1.0)),
+        finite(1 / (temperature or 1.0)), **flags, CODES=codes is not None, ENTROPY=temperature is not None,
         BR=BR, BK=BK, num_warps=warps(BR * BK), **OPTIONS,
     )  # fmt: skip
     return p.potentials, None if temperature is None else losses.sum(), gradient
 
 
-def _stream(
-    p: _Problem,
+def stream(
+    p: Problem,
     flags: dict[str, bool],
     num_iters: int,
     tol: float | None,
     state: Tensor,
-    losses: Tensor,
-    block: int,
-    parts: int,
+    totals: Tensor,
+    history: list[Tensor] | None = None,
 ) -> None:
-    """Launch what leads to the state of a large matrix: 2 ``num_iters`` kernels, with ``tol`` one more an iteration."""
+    """Launch what leads to the state of a large matrix: 2 ``num_iters`` kernels, with ``tol`` one more an iteration.
+
+    ``history`` gets a copy of the state after each iteration.
+    """
     BR, BK = tile(p.columns)
-    grid, tall = (parts, p.groups), (triton.cdiv(p.columns, 32), p.groups)
-    partials = p.potentials.new_empty(p.groups * parts * 2 * p.columns)
+    grid, tall = (p.parts, p.groups), (triton.cdiv(p.columns, 32), p.groups)
+    partials = p.potentials.new_empty(p.groups * p.parts * 2 * p.columns)
     wide = {**flags, "BR": BR, "BK": BK, "num_warps": warps(BR * BK), **OPTIONS}
     sums = {**p.given, "BP": 64, "BC": 32, "num_warps": 4, **OPTIONS}
     read = (p.scores, p.marginals, p.weights)
-    _start[grid](*read, partials, losses, *p.shape, block, p.scale, **wide)
-    _sum_start[tall](p.marginals, partials, losses, state, *p.shape, parts, p.scale, **sums)
-    for _ in range(num_iters - 1):
-        _pass[grid](*read, partials, state, *p.shape, block, p.scale, **wide)
-        _sum_pass[tall](p.marginals, partials, state, *p.shape, parts, TOL=tol is not None, **sums)
-        if tol is not None:
-            last = {**p.given, "BK": BK, "num_warps": warps(BK), **OPTIONS}
-            _settle[(p.groups,)](p.marginals, state, p.columns, p.share_step, tol, **last)
+    for step in range(num_iters):
+        if step == 0:
+            _start[grid](*read, partials, totals, *p.shape, p.block, p.scale, **wide)
+            _sum_start[tall](p.marginals, partials, totals, state, *p.shape, p.parts, p.scale, **sums)
+        else:
+            _pass[grid](*read, partials, state, *p.shape, p.block, p.scale, **wide)
+            _sum_pass[tall](p.marginals, partials, state, *p.shape, p.parts, TOL=tol is not None, **sums)
+            if tol is not None:
+                last = {**p.given, "BK": BK, "num_warps": warps(BK), **OPTIONS}
+                _settle[(p.groups,)](p.marginals, state, p.columns, p.share_step, tol, **last)
+        if history is not None:
+            history.append(state.clone())
 
 
 def tile(columns: int) -> tuple[int, int]:
@@ -491,9 +526,9 @@ OPERATORS: dict[str, Any] = {
 }
 
 
-def register() -> torch.library.Library:
-    """Put these kernels behind the operators on CUDA devices, for as long as the returned object lives."""
+def register(operators: dict[str, Any]) -> torch.library.Library:
+    """Put these functions behind the operators on CUDA devices, for as long as the returned object lives."""
     library = torch.library.Library("proto_reg", "IMPL", "CUDA")
-    for name, function in OPERATORS.items():
+    for name, function in operators.items():
         library.impl(name, torch.no_grad()(function))
     return library
