@@ -23,6 +23,7 @@ ON_CHIP = 8192  # entries that one program holds
 WIDEST = 4096  # columns of a row that one program holds
 TILE = 4096  # entries of a tile of rows, streamed
 PROGRAMS = 512  # for one streamed matrix, at most
+MOST_LARGE = 65_535  # streamed matrices of a call: a grid's second axis has no more
 # Fused multiply-adds are off: triton has changed its default, and a result should not depend on the version.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -373,7 +374,7 @@ class Problem:
         self.given = {"MARGINALS": marginals is not None}
         self.eighths = finite(8 / epsilon)
         self.scale = finite(8 * math.log2(math.e) / epsilon)
-        self.padded = [max(16, triton.next_power_of_2(size)) for size in (self.rows, self.columns)]
+        self.padded = padded(scores)
         BR, _ = tile(self.columns)
         self.block = BR * triton.cdiv(triton.cdiv(self.rows, BR), PROGRAMS)  # rows of a program, streamed
         self.parts = triton.cdiv(self.rows, self.block)
@@ -391,9 +392,15 @@ def finite(number: float) -> float:
     return min(number, 1e38)
 
 
+def padded(scores: Tensor) -> list[int]:
+    """Rows and columns of a matrix on the chip."""
+    return [max(16, triton.next_power_of_2(size)) for size in scores.shape[-2:]]
+
+
 def suits(scores: Tensor) -> bool:
     """Whether these kernels compute scores of this shape and dtype. Plain torch computes the others."""
-    return scores.dtype != torch.float64 and 0 < scores.shape[-1] <= WIDEST and scores.numel() > 0
+    few = scores.ndim == 2 or scores.shape[0] <= MOST_LARGE or 2 * math.prod(padded(scores)) <= ON_CHIP
+    return scores.dtype != torch.float64 and 0 < scores.shape[-1] <= WIDEST and scores.numel() > 0 and few
 
 
 def solve(
