@@ -351,8 +351,9 @@ def outlier_table(runs: list[Run]) -> str:
     for label, some in rows(filter(fitted, runs)).items():
         for key, row in (("auroc, N(v, I)", "ours, N(v, I) around each prototype"), ("auroc", label)):
             found = [mean_of(some, f"{key}: {other}") for other in others]
-            if any(found):
-                body.append([row, *(written(auroc, ".4f") for auroc in found)])
+            cells = [row, *(written(auroc, ".4f") for auroc in found)]
+            if any(found) and cells not in body:  # two priors of one encoder have the same N(v, I)
+                body.append(cells)
     return "\n".join([OUTLIERS, "", *table(["prior", *others], body)])
 
 
