@@ -223,7 +223,7 @@ def _solver(
     if differentiable:
         _check_own_codes(differentiable, hard, out)
         implicit = differentiable == IMPLICIT
-        return partial(kernels.sinkhorn_gradient.differentiable_codes, backend=backend, implicit=implicit)
+        return partial(kernels.sinkhorn_differentiable.differentiable_codes, backend=backend, implicit=implicit)
     if plain:
         return partial(kernels.sinkhorn_reference.sinkhorn_reference, with_potentials=with_potentials)
     return _sinkhorn
