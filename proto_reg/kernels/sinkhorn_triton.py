@@ -2,8 +2,8 @@
 
 Every iteration is one softmax over the rows in the log domain, as in ``sinkhorn_log.balance_logits``. A small
 matrix stays on the chip: one program computes one problem. A larger one is streamed: programs sum columns over blocks
-of rows, and a second kernel adds the sums. Wider rows, and float64, go to plain torch. Logarithms are to base 2, scores
-in eighths, so that no difference overflows. ``h`` is minus a column's potential; inf means that it gets nothing.
+of rows, and a second kernel adds the sums. Wider rows, and float64, go to plain torch. sinkhorn_triton_tile.py tells what
+the letters mean.
 """
 
 from __future__ import annotations
@@ -18,6 +18,23 @@ from torch import Tensor
 
 from .sinkhorn import sinkhorn_out_reference
 from .sinkhorn_reference import sinkhorn_cross_entropy_reference, sinkhorn_reference
+from .sinkhorn_triton_tile import (
+    balanced_scores,
+    column_masses,
+    column_sums,
+    column_tops,
+    first_h,
+    is_settled,
+    load_scores,
+    load_shares,
+    load_weights,
+    next_h,
+    plan_rows,
+    solve_on_chip,
+    store_potentials,
+    store_rows,
+    sum_partials,
+)
 
 ON_CHIP = 8192  # entries that one program holds
 WIDEST = 4096  # columns of a row that one program holds
@@ -29,160 +46,6 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _load(scores, rows, columns, B, K):
-    """Scores of a tile in eighths; -inf beyond the matrix."""
-    inside = (rows[:, None] < B) & (columns[None, :] < K)
-    at = rows[:, None] * K + columns[None, :]
-    return tl.load(scores + at, mask=inside, other=-float("inf")).to(tl.float32) * 0.125
-
-
-@triton.jit
-def _load_shares(marginals, columns, K, MARGINALS: tl.constexpr):
-    """The columns' shares; 0 beyond the matrix."""
-    share = tl.where(columns < K, 1.0 / K, 0.0)
-    if MARGINALS:
-        share = tl.load(marginals + columns, mask=columns < K, other=0.0)
-    return share
-
-
-@triton.jit
-def _load_weights(weights, s, share, rows, B, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr):
-    """The rows' weights; 0 beyond the matrix and for isolated rows. ``share`` is a tile's row."""
-    w = tl.where(rows < B, 1.0, 0.0)
-    if WEIGHTS:
-        w = tl.load(weights + rows, mask=rows < B, other=0.0)
-    if ISOLATE:
-        bad = tl.max(tl.where(s < float("inf"), 0, 1), 1)
-        possible = tl.max(tl.where((s > -float("inf")) & (share[None, :] > 0.0), 1, 0), 1)
-        w = tl.where((bad == 0) & (possible == 1), w, 0.0)
-    return w
-
-
-@triton.jit
-def _balanced(s, share, MARGINALS: tl.constexpr):
-    """Scores that take part in the balance: a column without a share offers nothing."""
-    if MARGINALS:
-        s = tl.where((share[None, :] == 0.0) & (s < float("inf")), -float("inf"), s)
-    return s
-
-
-@triton.jit
-def _column_top(s, w):
-    return tl.max(tl.where(w[:, None] > 0.0, s, -float("inf")), 0)
-
-
-@triton.jit
-def _column_mass(s, w, top, scale):
-    """Weighted sums of exponentials below ``top``, which is -inf for an empty column."""
-    finite = tl.where(top == -float("inf"), 0.0, top)
-    e = tl.exp2((s - finite[None, :]) * scale)
-    return tl.sum(tl.where(w[:, None] > 0.0, w[:, None] * e, 0.0), 0)
-
-
-@triton.jit
-def _started(mass, share, total):
-    """The first h, from the columns' masses. A column without a share has inf, always."""
-    h = tl.where(mass == 0.0, float("inf"), tl.log2(mass) - tl.log2(share * total))
-    return tl.where(share == 0.0, float("inf"), tl.where(total > 0.0, h, 0.0))
-
-
-@triton.jit
-def _plan(s, top, h, scale):
-    """Rows of the plan, each of sum 1: softmax of the scores less their columns' and rows' maxima, less h."""
-    below = s - top[None, :]
-    # The rounding error of the subtraction (Knuth's two-sum).
-    back = below - s
-    lost = (s - (below - back)) - (top[None, :] + back)
-    x = (below - tl.max(below, 1)[:, None]) + tl.where(lost == lost, lost, 0.0)
-    y = x * scale - h[None, :]
-    e = tl.exp2(y - tl.max(y, 1)[:, None])
-    return e / tl.sum(e, 1)[:, None]
-
-
-@triton.jit
-def _column_sum(p, w):
-    return tl.sum(tl.where(w[:, None] > 0.0, w[:, None] * p, 0.0), 0)
-
-
-@triton.jit
-def _moved(h, sums, share, total):
-    """h after an iteration with these column sums. A column of sum 0 stays as it is."""
-    return tl.where((sums == 0.0) | (share == 0.0), h, h + (tl.log2(sums) - tl.log2(share * total)))
-
-
-@triton.jit
-def _settled(h, sums, share, total, tol):
-    """Whether every column is within tol of its target, or as near as float32 can tell; all columns at once."""
-    gone = sums == 0.0
-    left = tl.sum(tl.where(gone, 0.0, share), 0) / tl.sum(share, 0)
-    met = tl.where(gone, 1.0, sums) / tl.where(gone, 1.0, share * total)
-    wrong = tl.where(gone, 0.0, tl.abs(met * left - 1.0))
-    size = tl.max(tl.where(tl.abs(h) < float("inf"), tl.abs(h), 0.0), 0) * 0.6931472
-    allowed = tl.maximum(tol, size * 1.1920929e-07)
-    return tl.sum(tl.where(wrong <= allowed, 0, 1), 0) == 0
-
-
-@triton.jit
-def _solved(
-    scores, marginals, weights, history, rows, columns, B, K, passes, scale, tol,
-    MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr, TOL: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """One problem on the chip: scores, weights, shares, total, maxima, the first h, the last h, how often h moved.
-
-    If it is to ``KEEP`` them, ``history`` (passes, K) gets h before each pass.
-    """
-    s = _load(scores, rows, columns, B, K)
-    share = _load_shares(marginals, columns, K, MARGINALS)
-    w = _load_weights(weights, s, share, rows, B, WEIGHTS, ISOLATE)
-    s, total = _balanced(s, share, MARGINALS), tl.sum(w, 0)
-    top = _column_top(s, w)
-    start = _started(_column_mass(s, w, top, scale), share, total)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    h, settled, moves = start, total == 0.0, 0
-    for step in range(passes):
-        sums = _column_sum(_plan(s, top, h, scale), w)
-        if TOL:
-            settled = settled | _settled(h, sums, share, total, tol)
-        if KEEP:
-            tl.store(history + step * K + columns, h, mask=columns < K)
-            moves += tl.where(settled, 0, 1)
-        h = tl.where(settled, h, _moved(h, sums, share, total))
-    return s, w, share, total, top, start, h, moves
-
-
-@triton.jit
-def _store_potentials(potentials, columns, K, h, top, total, eighths):
-    g = -(h + tl.log2(tl.where(total > 0.0, total, 1.0))) * 0.6931472 - top * eighths
-    g = tl.minimum(tl.maximum(g, -3.4028234663852886e38), 3.4028234663852886e38)
-    g = tl.where(h == float("inf"), -float("inf"), tl.where(h == h, g, h))
-    tl.store(potentials + columns, tl.where(total > 0.0, g, 0.0), mask=columns < K)
-
-
-@triton.jit
-def _store_rows(
-    codes, gradient, s, p, w, rows, columns, B, K, total, sharpness, slope,
-    CODES: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """Writes codes and gradient of a tile; returns the sum of its losses. ``slope`` is 1 / temperature."""
-    inside = (rows[:, None] < B) & (columns[None, :] < K)
-    at = rows[:, None] * K + columns[None, :]
-    loss = 0.0
-    if ENTROPY:
-        below = s - tl.max(s, 1)[:, None]
-        e = tl.exp2(below * sharpness)
-        norm = tl.sum(e, 1)
-        share = w / tl.where(total > 0.0, total, 1.0)
-        terms = tl.sum(tl.where((p == 0.0) | (columns[None, :] >= K), 0.0, p * (below * sharpness)), 1)
-        loss = tl.sum(tl.where(w > 0.0, share * ((tl.log2(norm) - terms) * 0.6931472), 0.0), 0)
-        slopes = share[:, None] * slope * (e / norm[:, None] - p)
-        slopes = tl.where(w[:, None] > 0.0, slopes, 0.0)
-        tl.store(gradient + at, slopes.to(gradient.dtype.element_ty), mask=inside)
-    if CODES:
-        tl.store(codes + at, p.to(codes.dtype.element_ty), mask=inside)
-    return loss
-
-
-@triton.jit
 def _one(
     scores, marginals, weights, codes, potentials, state, B, K, share_step, passes, scale, eighths, tol,
     MARGINALS: tl.constexpr, WEIGHTS: tl.constexpr, ISOLATE: tl.constexpr, TOL: tl.constexpr,
@@ -191,7 +54,7 @@ def _one(
     """One problem, on the chip from the first read to the last write; with an entropy, as far as the state."""
     group = tl.program_id(0).to(tl.int64)
     rows, columns, first = tl.arange(0, BB), tl.arange(0, BK), group * B * K
-    s, w, _, total, top, _, h, _ = _solved(
+    s, w, _, total, top, _, h, _ = solve_on_chip(
         scores + first, marginals + group * share_step, weights + group * B, state, rows, columns, B, K, passes, scale,
         tol, MARGINALS, WEIGHTS, ISOLATE, TOL, False,
     )  # fmt: skip
@@ -201,11 +64,11 @@ def _one(
         tl.store(state + K + columns, top, mask=columns < K)
         tl.store(state + 3 * K, total)
     else:
-        p = _plan(s, top, h, scale)
-        _store_rows(
+        p = plan_rows(s, top, h, scale)
+        store_rows(
             codes + first, codes, s, p, w, rows, columns, B, K, total, 1.0, 1.0, True, False,
         )  # fmt: skip
-        _store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
+        store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
 
 
 @triton.jit
@@ -216,16 +79,16 @@ def _start(
     """For each block of rows and column: the maximum, the sum of exponentials below it; and the block's weight."""
     part, group, parts = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     columns, first = tl.arange(0, BK), group * B * K
-    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    share = load_shares(marginals + group * share_step, columns, K, MARGINALS)
     top, mass, total = tl.full((BK,), -float("inf"), tl.float32), tl.zeros((BK,), tl.float32), 0.0
     for at in range(0, block, BR):
         rows = (part * block + at + tl.arange(0, BR)).to(tl.int64)
-        s = _load(scores + first, rows, columns, B, K)
-        w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
-        s, total = _balanced(s, share, MARGINALS), total + tl.sum(w, 0)
-        new = tl.maximum(top, _column_top(s, w))
+        s = load_scores(scores + first, rows, columns, B, K)
+        w = load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
+        s, total = balanced_scores(s, share, MARGINALS), total + tl.sum(w, 0)
+        new = tl.maximum(top, column_tops(s, w))
         finite = tl.where(new == -float("inf"), 0.0, new)
-        mass = mass * tl.exp2((top - finite) * scale) + _column_mass(s, w, new, scale)
+        mass = mass * tl.exp2((top - finite) * scale) + column_masses(s, w, new, scale)
         top = new
     out = partials + (group * parts + part) * 2 * K
     tl.store(out + columns, top, mask=columns < K)
@@ -240,7 +103,7 @@ def _sum_start(
 ):  # fmt: skip
     """The first h of BC columns from all blocks. ``state`` of a group: h, maxima, sums (K each), total, settled."""
     columns, group = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1).to(tl.int64)
-    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    share = load_shares(marginals + group * share_step, columns, K, MARGINALS)
     top, mass, total = tl.full((BC,), -float("inf"), tl.float32), tl.zeros((BC,), tl.float32), 0.0
     for at in range(0, parts, BP):
         own = at + tl.arange(0, BP)
@@ -255,7 +118,7 @@ def _sum_start(
         mass += tl.sum(tl.where(masses == 0.0, 0.0, masses * tl.exp2((tops - finite[None, :]) * scale)), 0)
         top = new
     state += group * (3 * K + 2)
-    tl.store(state + columns, _started(mass, share, total), mask=columns < K)
+    tl.store(state + columns, first_h(mass, share, total), mask=columns < K)
     tl.store(state + K + columns, tl.where(top == -float("inf"), 0.0, top), mask=columns < K)
     if tl.program_id(0) == 0:
         tl.store(state + 3 * K, total)
@@ -273,27 +136,16 @@ def _pass(
     state += group * (3 * K + 2)
     if tl.load(state + 3 * K + 1) != 0.0:
         return
-    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    share = load_shares(marginals + group * share_step, columns, K, MARGINALS)
     h = tl.load(state + columns, mask=columns < K, other=float("inf"))
     top = tl.load(state + K + columns, mask=columns < K, other=0.0)
     sums = tl.zeros((BK,), tl.float32)
     for at in range(0, block, BR):
         rows = (part * block + at + tl.arange(0, BR)).to(tl.int64)
-        s = _load(scores + first, rows, columns, B, K)
-        w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
-        sums += _column_sum(_plan(_balanced(s, share, MARGINALS), top, h, scale), w)
+        s = load_scores(scores + first, rows, columns, B, K)
+        w = load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
+        sums += column_sums(plan_rows(balanced_scores(s, share, MARGINALS), top, h, scale), w)
     tl.store(partials + (group * parts + part) * K + columns, sums, mask=columns < K)
-
-
-@triton.jit
-def _summed(partials, columns, K, parts, BP: tl.constexpr, BC: tl.constexpr):
-    """Sums over all blocks of ``partials`` (parts, K), for BC columns."""
-    sums = tl.zeros((BC,), tl.float32)
-    for at in range(0, parts, BP):
-        own = at + tl.arange(0, BP)
-        inside = (own[:, None] < parts) & (columns[None, :] < K)
-        sums += tl.sum(tl.load(partials + own[:, None] * K + columns[None, :], mask=inside, other=0.0), 0)
-    return sums
 
 
 @triton.jit
@@ -306,12 +158,12 @@ def _sum_pass(
     state += group * (3 * K + 2)
     if tl.load(state + 3 * K + 1) != 0.0:
         return
-    sums = _summed(partials + group * parts * K, columns, K, parts, BP, BC)
+    sums = sum_partials(partials + group * parts * K, columns, K, parts, BP, BC)
     tl.store(state + 2 * K + columns, sums, mask=columns < K)
     if not TOL:
-        share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+        share = load_shares(marginals + group * share_step, columns, K, MARGINALS)
         h = tl.load(state + columns, mask=columns < K, other=float("inf"))
-        tl.store(state + columns, _moved(h, sums, share, tl.load(state + 3 * K)), mask=columns < K)
+        tl.store(state + columns, next_h(h, sums, share, tl.load(state + 3 * K)), mask=columns < K)
 
 
 @triton.jit
@@ -321,11 +173,11 @@ def _settle(marginals, state, K, share_step, tol, MARGINALS: tl.constexpr, BK: t
     state += group * (3 * K + 2)
     if tl.load(state + 3 * K + 1) != 0.0:
         return
-    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    share = load_shares(marginals + group * share_step, columns, K, MARGINALS)
     h = tl.load(state + columns, mask=columns < K, other=float("inf"))
     sums, total = tl.load(state + 2 * K + columns, mask=columns < K, other=0.0), tl.load(state + 3 * K)
-    settled = _settled(h, sums, share, total, tol)
-    tl.store(state + columns, tl.where(settled, h, _moved(h, sums, share, total)), mask=columns < K)
+    settled = is_settled(h, sums, share, total, tol)
+    tl.store(state + columns, tl.where(settled, h, next_h(h, sums, share, total)), mask=columns < K)
     tl.store(state + 3 * K + 1, tl.where(settled, 1.0, 0.0))
 
 
@@ -340,21 +192,21 @@ def _write(
     part, group, parts = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     columns, first = tl.arange(0, BK), group * B * K
     state += group * (3 * K + 2)
-    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    share = load_shares(marginals + group * share_step, columns, K, MARGINALS)
     h = tl.load(state + columns, mask=columns < K, other=float("inf"))
     top = tl.load(state + K + columns, mask=columns < K, other=0.0)
     total, lost = tl.load(state + 3 * K), 0.0
     for at in range(0, block, BR):
         rows = (part * block + at + tl.arange(0, BR)).to(tl.int64)
-        s = _load(scores + first, rows, columns, B, K)
-        w = _load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
-        p = _plan(_balanced(s, share, MARGINALS), top, h, scale)
-        lost += _store_rows(
+        s = load_scores(scores + first, rows, columns, B, K)
+        w = load_weights(weights + group * B, s, share, rows, B, WEIGHTS, ISOLATE)
+        p = plan_rows(balanced_scores(s, share, MARGINALS), top, h, scale)
+        lost += store_rows(
             codes + first, gradient + first, s, p, w, rows, columns, B, K, total, sharpness, slope,
             CODES, ENTROPY,
         )  # fmt: skip
     if part == 0:
-        _store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
+        store_potentials(potentials + group * K, columns, K, h, top, total, eighths)
     if ENTROPY:
         tl.store(losses + group * parts + part, lost)
 

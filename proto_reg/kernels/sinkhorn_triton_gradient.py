@@ -16,22 +16,16 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from torch import Tensor
 
 from .sinkhorn_gradient import sinkhorn_gradient_reference
-from .sinkhorn_triton import (
-    OPTIONS,
-    Problem,
-    _balanced,
-    _column_sum,
-    _load,
-    _load_shares,
-    _load_weights,
-    _plan,
-    _solved,
-    _summed,
-    finite,
-    stream,
-    suits,
-    tile,
-    warps,
+from .sinkhorn_triton import OPTIONS, Problem, finite, stream, suits, tile, warps
+from .sinkhorn_triton_tile import (
+    balanced_scores,
+    column_sums,
+    load_scores,
+    load_shares,
+    load_weights,
+    plan_rows,
+    solve_on_chip,
+    sum_partials,
 )
 
 WARPS = 16  # of a program that streams, with 4 entries of its tile to a thread, or 8 in the widest
@@ -93,19 +87,19 @@ def _one_back(
     group = tl.program_id(0).to(tl.int64)
     rows, columns, first = tl.arange(0, BB), tl.arange(0, BK), group * B * K
     history += group * passes * K
-    s, w, share, total, top, start, h, moves = _solved(
+    s, w, share, total, top, start, h, moves = solve_on_chip(
         scores + first, marginals + group * share_step, weights + group * B, history, rows, columns, B, K, passes,
         scale, tol, MARGINALS, WEIGHTS, False, TOL, True,
     )  # fmt: skip
     tl.debug_barrier()  # other threads read the history than wrote it
-    by_x = _back_codes(_plan(s, top, h, scale), by_codes + first, rows, columns, B, K)
+    by_x = _back_codes(plan_rows(s, top, h, scale), by_codes + first, rows, columns, B, K)
     a = _first_a(tl.sum(by_x, 0), by_potentials + group * K, h, columns, K, total, POTENTIALS)
     mean = tl.sum(a, 0) / tl.where(total > 0.0, total, 1.0)
     by_share, by_row = a, tl.zeros((BB,), tl.float32)
     for step in range(moves):
         h = tl.load(history + (moves - 1 - step) * K + columns, mask=columns < K, other=float("inf"))
-        p = _plan(s, top, h, scale)
-        added, gained, a = _back_iteration(p, w, a, _column_sum(p, w), mean)
+        p = plan_rows(s, top, h, scale)
+        added, gained, a = _back_iteration(p, w, a, column_sums(p, w), mean)
         by_x += added
         by_row -= gained
         by_share += a
@@ -136,7 +130,7 @@ def _pass_back(
     stays = 0.0 if CODES or START else tl.load(after + 3 * K + 1)
     if stays != 0.0:
         return
-    share = _load_shares(marginals + group * share_step, columns, K, MARGINALS)
+    share = load_shares(marginals + group * share_step, columns, K, MARGINALS)
     h = tl.load(state + columns, mask=columns < K, other=float("inf"))
     top = tl.load(state + K + columns, mask=columns < K, other=0.0)
     total, sums = tl.load(state + 3 * K), tl.load(after + 2 * K + columns, mask=columns < K, other=0.0)
@@ -145,20 +139,21 @@ def _pass_back(
     for at in range(part * block, part * block + block, BR):
         left, row = B - at, group * B + at  # places in a tile are small numbers
         first = row * K
-        s = _load(scores + first, rows, columns, left, K)
-        w = _load_weights(weights + row, s, share, rows, left, WEIGHTS, False)
-        s = _balanced(s, tl.where(h == float("inf"), 0.0, 1.0), MARGINALS)  # h takes no more registers, a share does
+        s = load_scores(scores + first, rows, columns, left, K)
+        w = load_weights(weights + row, s, share, rows, left, WEIGHTS, False)
+        alive = tl.where(h == float("inf"), 0.0, 1.0)  # a share would take more registers
+        s = balanced_scores(s, alive, MARGINALS)
         place = by_scores + first + rows[:, None] * K + columns[None, :]
         inside = (rows[:, None] < left) & (columns[None, :] < K)
         if CODES:
-            by_x = _back_codes(_plan(s, top, h, scale), by_codes + first, rows, columns, left, K)
+            by_x = _back_codes(plan_rows(s, top, h, scale), by_codes + first, rows, columns, left, K)
             moved += tl.sum(by_x, 0)
         elif START:
             taken = _back_start(s, w, top, h, share * total, slope, scale)
             gained = tl.sum(taken, 1)
             by_x = (tl.load(place, mask=inside, other=0.0) - w[:, None] * taken) * inverse
         else:
-            added, gained, more = _back_iteration(_plan(s, top, h, scale), w, slope, sums, mean)
+            added, gained, more = _back_iteration(plan_rows(s, top, h, scale), w, slope, sums, mean)
             by_x = tl.load(place, mask=inside, other=0.0) + added
             moved += more
         tl.store(place, by_x, mask=inside)
@@ -180,7 +175,7 @@ def _sum_back(
     stays = 0.0 if CODES else tl.load(state + 3 * K + 1)
     if stays != 0.0:
         return
-    sums, place = _summed(partials + group * parts * K, columns, K, parts, BP, BC), group * K + columns
+    sums, place = sum_partials(partials + group * parts * K, columns, K, parts, BP, BC), group * K + columns
     if CODES:
         h, total = tl.load(state + columns, mask=columns < K, other=float("inf")), tl.load(state + 3 * K)
         sums = _first_a(sums, by_potentials + group * K, h, columns, K, total, POTENTIALS)
