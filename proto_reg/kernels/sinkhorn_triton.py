@@ -2,8 +2,8 @@
 
 Every iteration is one softmax over the rows in the log domain, as in ``sinkhorn_log.balance_logits``. A small
 matrix stays on the chip: one program computes one problem. A larger one is streamed: programs sum columns over blocks
-of rows, and a second kernel adds the sums. Wider rows, and float64, go to plain torch. sinkhorn_triton_tile.py tells what
-the letters mean.
+of rows, and a second kernel adds the sums. Wider rows, and float64, go to plain torch. sinkhorn_triton_tile.py tells
+what the letters mean.
 """
 
 from __future__ import annotations
