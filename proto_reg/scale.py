@@ -12,8 +12,8 @@ from .batch import BatchShard
 from .head import PrototypeHead
 
 EVERY = 400  # training steps from one look to the next
-SETTLED = 1600  # training steps after which the scale of the latents is no longer a start
-# Factors of r^2/D that are left alone, before SETTLED steps and after. On the digits .5 after 200 steps came to .93 at
+LATE = 1600  # training steps after which the scale of the latents is no longer a start
+# Factors of r^2/D that are left alone, before LATE steps and after. On the digits .5 after 200 steps came to .93 at
 # 1600, and on Fashion-MNIST .28 came to 1: what is small at first is no scale of the latents.
 FAR, NEAR = 8.0, 1.25
 
@@ -41,7 +41,7 @@ def follow_scale(head: PrototypeHead, batch: BatchShard, assignments: Tensor, st
     total = torch.stack([torch.where(counts, radius, 0.0).sum(), counts.sum()])
     squared, count = sum_(total.double(), batch.group).tolist()
     ratio = squared / max(count, 1) / head.std**2
-    far = FAR if step < SETTLED else NEAR
+    far = FAR if step < LATE else NEAR
     if ratio > 0 and not 1 / far <= ratio <= far:
         # Few digits, which a saved state keeps exactly.
         head.std = float(f"{head.std * math.sqrt(ratio):.3g}")
