@@ -318,9 +318,7 @@ class PrototypicalRegularizer(nn.Module):
     def _watched(self, batch: BatchShard, z: Tensor, output: RegularizerOutput, counting: bool) -> RegularizerOutput:
         """``output`` of one of the first calls, by which a mistake in the wiring is noticed."""
         wiring, training = self.watch.wiring, self.training
-        if counting and not wiring.open:
-            return output
-        if torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
+        if not wiring.open or torch.compiler.is_compiling() or transforming() or type(self.steps) is not Tensor:
             return output
         if not training:
             wiring.watch_evaluation(z, lambda: bool(self.steps))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import subprocess
@@ -163,17 +162,29 @@ def kernel_value(kernel: str, squared: Tensor, dim: int, scales: tuple[float, ..
     return -squared.sqrt()
 
 
-def log_sinkhorn(scores: Tensor, epsilon: float, num_iters: int, marginals: Tensor | None = None) -> Tensor:
-    """The Sinkhorn iterate by its definition, in float64 and in the log domain."""
-    scores = scores.double()
-    rows, columns = scores.shape
-    r = torch.full((columns,), 1 / columns, dtype=torch.float64) if marginals is None else marginals.double()
-    f = torch.zeros(rows, 1, dtype=torch.float64)
+def balanced(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    num_iters: int = 3,
+    marginals: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The Sinkhorn iterate of a matrix by its definition, in float64 and in the log domain: codes and potentials."""
+    x = scores.double() / epsilon
+    rows, columns = x.shape
+    target = torch.full((columns,), 1 / columns, dtype=torch.float64) if marginals is None else marginals.double()
+    w = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
+    f, counts = torch.zeros(rows, 1, dtype=torch.float64), w > 0
     for _ in range(num_iters):
-        g = r.log() - (scores / epsilon + f).logsumexp(0)
+        g = target.log() - (x + f + w.log()[:, None])[counts].logsumexp(0)
         g = torch.where(g == torch.inf, -torch.inf, g)
-        f = -math.log(rows) - (scores / epsilon + g).logsumexp(1, keepdim=True)
-    return (scores / epsilon + f + g).exp() * rows
+        f = -w.sum().log() - (x + g).logsumexp(1, keepdim=True)
+    return (x + g).softmax(1), g
+
+
+def log_sinkhorn(scores: Tensor, epsilon: float, num_iters: int, marginals: Tensor | None = None) -> Tensor:
+    """The codes of :func:`balanced`, for rows of one weight."""
+    return balanced(scores, epsilon, num_iters, marginals)[0]
 
 
 def swav_sinkhorn(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:

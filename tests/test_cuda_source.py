@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cosines
+from conftest import balanced, cosines
 from emulation.emulator import Limits, Result, compile_emulation, device, emulation_key, solve
 from torch import Tensor
 
@@ -39,26 +39,6 @@ def library(kept: Callable[[str, str], Path]) -> ctypes.CDLL:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("the emulation needs a C++ compiler")
     return compile_emulation(kept("emulation", emulation_key()))
-
-
-def balanced(
-    scores: Tensor,
-    epsilon: float = 0.05,
-    num_iters: int = 3,
-    marginals: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Codes and potentials by their definition, in float64 and in the log domain."""
-    x = scores.double() / epsilon
-    rows, columns = x.shape
-    target = torch.full((columns,), 1 / columns, dtype=torch.float64) if marginals is None else marginals.double()
-    w = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
-    f, counts = torch.zeros(rows, 1, dtype=torch.float64), w > 0
-    for _ in range(num_iters):
-        g = target.log() - (x + f + w.log()[:, None])[counts].logsumexp(0)
-        g = torch.where(g == torch.inf, -torch.inf, g)
-        f = -w.sum().log() - (x + g).logsumexp(1, keepdim=True)
-    return (x + g).softmax(1), g
 
 
 def entropy(scores: Tensor, codes: Tensor, temperature: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

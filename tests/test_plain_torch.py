@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import cosines
+from conftest import balanced, cosines
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,20 +40,6 @@ def test_a_device_gets_few_operations_and_no_question(shape: tuple[int, ...], op
     assert operations.count <= most
 
 
-def exact(scores: Tensor, num_iters: int, marginals: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and potentials by their definition at epsilon = 1, in float64 and in the log domain."""
-    x = scores.double()
-    rows, columns = x.shape
-    target = torch.full((columns,), 1 / columns, dtype=torch.float64) if marginals is None else marginals.double()
-    w = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
-    f, counts = torch.zeros(rows, 1, dtype=torch.float64), w > 0
-    for _ in range(num_iters):
-        g = target.log() - (x + f + w.log()[:, None])[counts].logsumexp(0)
-        g = torch.where(g == torch.inf, -torch.inf, g)
-        f = -w.sum().log() - (x + g).logsumexp(1, keepdim=True)
-    return (x + g).softmax(1), g
-
-
 def spread_scores(kind: str, shape: tuple[int, int], span: float) -> tuple[Tensor, dict]:
     """Scores over ``span`` epsilon, and the options of one kind."""
     scores, options = span * (torch.rand(shape) - 0.5), {}
@@ -81,7 +67,7 @@ def test_any_span_against_float64(kind: str, span: float) -> None:
             scores, options = spread_scores(kind, shape, span)
             marginals, weights = options.get("marginals"), options.get("weights")
             codes, potentials = scale_plans(scores, marginals, weights, 1.0, num_iters)
-            expected, dual = exact(scores, num_iters, marginals, weights)
+            expected, dual = balanced(scores, 1.0, num_iters, marginals, weights)
             # Far rows or columns make potentials that float32 rounds.
             torch.testing.assert_close(codes.double(), expected, rtol=0, atol=1e-6 if span < 100 else 1e-5)
             torch.testing.assert_close(potentials.double(), dual, rtol=4e-6, atol=4e-6)

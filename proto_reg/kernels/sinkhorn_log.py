@@ -215,6 +215,7 @@ def finite_or_zero(top: Tensor) -> Tensor:
 
 
 def masked(x: Tensor, counted: Tensor | None) -> Tensor:
+    """``x`` (..., B, K) with -inf in the rows that are not ``counted`` (..., B); None: all are."""
     return x if counted is None else torch.where(counted[..., None], x, -torch.inf)
 
 

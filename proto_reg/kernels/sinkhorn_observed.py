@@ -1,4 +1,4 @@
-"""Sinkhorn in plain torch where the compiled kernels do not do: with a count of its iterations, or with slack."""
+"""Sinkhorn with a count of its iterations, as an operator, and in plain torch with slack; errors and warm starts."""
 
 from __future__ import annotations
 

@@ -241,6 +241,7 @@ class Problem:
 
 
 def finite(number: float) -> float:
+    """``number``, or about the largest float32, if it is larger."""
     return min(number, 1e38)
 
 

@@ -51,6 +51,7 @@ def balanced_scores(s, share, MARGINALS: tl.constexpr):
 
 @triton.jit
 def column_tops(s, w):
+    """The columns' maxima over the rows with a weight; -inf for an empty column."""
     return tl.max(tl.where(w[:, None] > 0.0, s, -float("inf")), 0)
 
 
@@ -84,6 +85,7 @@ def plan_rows(s, top, h, scale):
 
 @triton.jit
 def column_sums(p, w):
+    """Weighted sums of the rows of the plan ``p``."""
     return tl.sum(tl.where(w[:, None] > 0.0, w[:, None] * p, 0.0), 0)
 
 

@@ -241,10 +241,17 @@ const char* chosen_launch(const proto_reg::SinkhornProblem* problem, const proto
   std::vector<float> workspace;
   const auto allocate = [&](const proto_reg::SinkhornPlan& chosen) {
     *plan = chosen;
-    workspace.assign(static_cast<size_t>(chosen.workspace_floats), __int_as_float(emulation::kPoison));
+    workspace.assign(static_cast<size_t>(chosen.workspace_floats) + emulation::kCanary,
+                     __int_as_float(emulation::kPoison));
     return workspace.data();
   };
-  return proto_reg::run_sinkhorn_cuda(*problem, allocate, nullptr);
+  const char* const error = proto_reg::run_sinkhorn_cuda(*problem, allocate, nullptr);
+  for (auto at = workspace.end() - emulation::kCanary; !error && at != workspace.end(); ++at) {
+    uint32_t bits;
+    std::memcpy(&bits, &*at, 4);
+    if (bits != emulation::kPoison) return "emulation: a write past the end of the workspace";
+  }
+  return error;
 }
 
 // `order` is the order of run(). From 2 on it is also the seed: even numbers give rounds, odd ones the greedy order.
